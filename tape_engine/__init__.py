@@ -1,0 +1,68 @@
+"""A tape-based computation-graph engine for PyTorch tensors.
+
+Forward operations record nodes on a tape, a reverse sweep walks it back and leaves ``.g`` on every
+tensor, and a tape can be replayed on new inputs. `ops` is the page to begin with::
+
+    import tape_engine as te
+
+    Z = te.lin(X, w, b)
+    U = te.relu(Z)
+    C = te.mse(U, Y)
+    te.backward(C)          # X.g, w.g, b.g, Z.g, U.g
+"""
+
+from __future__ import annotations
+
+from . import rules  # noqa: F401 - registers the gradient rules of torch's own operations
+from .errors import (
+    DTypeError,
+    GuardError,
+    InputError,
+    LoadError,
+    MissingRuleError,
+    NotRecordedError,
+    OverwrittenError,
+    RuleError,
+    ShapeError,
+    SweptError,
+    TapeError,
+)
+from .ops import lin, mse, relu
+from .recorder import pause, record, scope, stop_gradient
+from .registry import op, rule, sample, spec
+from .sweep import backward, grad
+from .tape import Node, Tape, Value, current_tape, global_tape
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DTypeError",
+    "GuardError",
+    "InputError",
+    "LoadError",
+    "MissingRuleError",
+    "Node",
+    "NotRecordedError",
+    "OverwrittenError",
+    "RuleError",
+    "ShapeError",
+    "SweptError",
+    "Tape",
+    "TapeError",
+    "Value",
+    "backward",
+    "current_tape",
+    "global_tape",
+    "grad",
+    "lin",
+    "mse",
+    "op",
+    "pause",
+    "record",
+    "relu",
+    "rule",
+    "sample",
+    "scope",
+    "spec",
+    "stop_gradient",
+]

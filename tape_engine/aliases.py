@@ -1,0 +1,218 @@
+"""Tensors that share a storage, and what an in-place write to one of them does to the others.
+
+A tape is functional: a write makes a new value. Where several tensors look into one storage, a write
+through one of them changes what the others hold, and their common *base* tells how::
+
+    x ──► v = x[0] ──► v.mul_(2)        is recorded as    v' = mul(v, 2)
+                                                          x' = write_view(x, v', where v lies in x)
+
+A view that is read again afterwards is read off the new base: ``read_view(x', where it lies)``. Both
+are ordinary operations with ordinary rules. Before the write happens, every `Kept` cell that looks
+into the region gets a copy of its own, so that a rule still finds what was recorded.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from .registry import op, sample, spec
+from .tape import Kept, Value, bound, rebind, unwritten, version_of
+
+__all__ = ["Aliases", "covers", "join", "neighbours", "place_of", "protect", "read_view", "refresh", "same_storage", "share", "write_view"]
+
+#: Size, stride and offset of a view, counted from the first element of its base.
+Place = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+# -- reading and writing a place of a base, as operations ----------------------------------------------
+
+
+def positions(size: tuple[int, ...], stride: tuple[int, ...], offset: int, device: torch.device) -> torch.Tensor:
+    """The positions in storage of a view's elements, in the order of its elements: int64 ``(numel,)``."""
+    found = torch.full((), offset, dtype=torch.int64, device=device)
+    for length, step in zip(size, stride, strict=True):
+        found = found.unsqueeze(-1) + torch.arange(length, device=device) * step
+    return found.reshape(-1)
+
+
+def extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """How many positions of storage a view spans."""
+    return 0 if 0 in size else 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+
+
+@op(
+    formula="view of base",
+    samples=[
+        sample(spec(4, 3), (2, 3), (3, 1), 3),
+        sample(spec(4, 3), (3,), (4,), 0),
+        sample(spec(5), (3, 2), (1, 1), 1),  # overlapping
+        sample(spec(4), (), (), 2),
+        sample(spec(3), (0,), (1,), 0),
+    ],
+)
+def read_view(base: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
+    """The elements of `base` at a place of its storage, as a view."""
+    return base.as_strided(size, stride, base.storage_offset() + offset)
+
+
+@read_view.rule
+def read_view_grad(g, out, base, size, stride, offset):  # type: ignore[no-untyped-def]
+    spread = g.new_zeros(max(extent(base.shape, base.stride()), extent(size, stride) + offset))
+    spread = spread.index_add(0, positions(size, stride, offset, g.device), g.reshape(-1))
+    return spread.index_select(0, positions(base.shape, base.stride(), 0, g.device)).reshape(base.shape)
+
+
+@op(
+    formula="base with part written",
+    samples=[
+        sample(spec(4, 3), spec(2, 3), (2, 3), (3, 1), 3),
+        sample(spec(4, 3), spec(3), (3,), (4,), 0),
+        sample(spec(4), spec(), (), (), 2),
+        sample(spec(3), spec(0), (0,), (1,), 0),
+    ],
+)
+def write_view(
+    base: torch.Tensor, part: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> torch.Tensor:
+    """A copy of `base`, of its strides, with `part` written at a place of its storage."""
+    out = torch.empty_strided(base.shape, base.stride(), dtype=base.dtype, device=base.device)
+    out.copy_(base).as_strided(size, stride, offset).copy_(part)
+    return out
+
+
+@write_view.rule
+def write_view_grad(g, out, base, part, size, stride, offset):  # type: ignore[no-untyped-def]
+    of_base = positions(base.shape, base.stride(), 0, g.device)
+    of_part = positions(size, stride, offset, g.device)
+    spread = g.new_zeros(extent(base.shape, base.stride())).index_copy(0, of_base, g.reshape(-1))
+    g_part = spread.index_select(0, of_part).reshape(size)
+    return spread.index_fill(0, of_part, 0).index_select(0, of_base).reshape(base.shape), g_part
+
+
+# -- who shares a storage with whom --------------------------------------------------------------------
+
+
+class Aliases:
+    """The values that live in one storage: those that a tensor holds now, and those kept for a rule."""
+
+    __slots__ = ("__weakref__", "members")
+
+    def __init__(self) -> None:
+        self.members: list[weakref.ref[Value]] = []
+
+    def add(self, value: Value) -> None:
+        """Enters a value; at each power of two the dead ones are dropped."""
+        self.members.append(weakref.ref(value))
+        if len(self.members) & (len(self.members) - 1) == 0:
+            self.alive()
+
+    def alive(self) -> list[Value]:
+        """The members that still matter; the others are dropped."""
+        found = [v for ref in self.members if (v := ref()) is not None and (v.kept or v.tensor is not None)]
+        self.members = [weakref.ref(v) for v in found]
+        return found
+
+
+_by_storage: weakref.WeakValueDictionary[int, Aliases] = weakref.WeakValueDictionary()
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The address of the tensor's storage; 0 where it has none to share (sparse tensors)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors look into one storage."""
+    return storage_of(a) == storage_of(b) != 0
+
+
+def join(tensor: torch.Tensor, value: Value) -> None:
+    """Enters `value`, which `tensor` holds, among the aliases of its storage."""
+    key = storage_of(tensor)
+    if key:
+        group = _by_storage.get(key)
+        if group is None:
+            group = _by_storage[key] = Aliases()
+        value.aliases = group
+        group.add(value)
+
+
+def share(value: Value, with_whom: Value) -> None:
+    """Enters `value` among the aliases of a value that is known to live in the same storage."""
+    holder = with_whom.holder
+    if with_whom.aliases is None and holder is not None:
+        join(holder, with_whom)
+    if with_whom.aliases is not None:
+        value.aliases = with_whom.aliases
+        with_whom.aliases.add(value)
+
+
+def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The other live tensors that hold a value in the region that `tensor` looks into."""
+    group = _by_storage.get(storage_of(tensor))
+    if group is None:
+        return []
+    holders = [t for v in group.alive() if (t := v.holder) is not None and bound(t) is v]
+    return [t for t in holders if t is not tensor and overlap(t, tensor)]
+
+
+def place_of(view: torch.Tensor, base: torch.Tensor) -> Place:
+    """Where `view` lies in `base`."""
+    return tuple(view.shape), view.stride(), view.storage_offset() - base.storage_offset()
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    start = tensor.storage_offset() * tensor.element_size()
+    return start, start + extent(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one storage can share an element (told from their first and last)."""
+    (a0, a1), (b0, b1) = _span(a), _span(b)
+    return a0 < b1 and b0 < a1
+
+
+def covers(base: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether every element of `part` lies between the first and last of `base`, of the same dtype."""
+    (a0, a1), (b0, b1) = _span(base), _span(part)
+    return a0 <= b0 and b1 <= a1 and base.dtype == part.dtype
+
+
+def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch.Tensor]]:
+    """Before `tensor` is written to: a copy for every cell that looks into what will change.
+
+    Returns what the write spares, cells and bound tensors beside its region, for `refresh` afterwards:
+    torch counts writes by storage, so that their count goes up although their contents stay.
+    """
+    spared: list[tuple[Kept | None, torch.Tensor]] = []
+    storage = storage_of(tensor)
+    group = [value] if value.aliases is None else value.aliases.alive()
+    for cell in [found for v in group if (found := v.kept) is not None]:
+        if storage_of(cell.tensor) != storage or not cell.intact:
+            continue
+        if overlap(cell.tensor, tensor):
+            cell.tensor = cell.tensor.detach().clone(memory_format=torch.preserve_format)
+            cell.version = version_of(cell.tensor)
+        else:
+            spared.append((cell, cell.tensor))
+    for other in group:
+        holder = other.holder
+        if holder is None or holder is tensor or bound(holder) is not other or other.stale:
+            continue
+        if unwritten(holder) and not overlap(holder, tensor):
+            spared.append((None, holder))
+    return spared
+
+
+def refresh(spared: list[tuple[Kept | None, torch.Tensor]]) -> None:
+    """After the write: what it spared takes the storage's new count of writes."""
+    for cell, tensor in spared:
+        if cell is None:
+            rebind(tensor)
+        else:
+            cell.version = version_of(tensor)

@@ -1,0 +1,80 @@
+"""Scopes from modules: while a recording is open, each called ``nn.Module`` names the nodes inside it.
+
+The outermost module called gives its class's name, those inside it the names under which it holds
+them: ``Sequential``, ``Sequential/0``. Its parameters take their names from it as well.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+__all__ = ["listen", "parameter_name", "stop_listening"]
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.listening = 0
+        self.path: list[str] = []
+        self.names: dict[int, str] = {}  # of the modules inside the outermost one called
+        self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
+
+
+_here = _Here()
+_lock = threading.Lock()
+_listeners = 0
+_hooks: list[Any] = []
+
+
+def _enter(module: torch.nn.Module, args: Any) -> None:
+    if not _here.listening:
+        return
+    if not _here.path:
+        _here.names = {id(inside): name for name, inside in module.named_modules()}
+        _here.parameters.update({id(p): (name, p) for name, p in module.named_parameters()})
+        _here.parameters.update({id(b): (name, b) for name, b in module.named_buffers()})
+    _here.path.append(_here.names.get(id(module)) or type(module).__name__)
+
+
+def _leave(module: torch.nn.Module, args: Any, result: Any) -> None:
+    if _here.listening and _here.path:
+        _here.path.pop()
+
+
+def listen() -> None:
+    """Begins to follow module calls on this thread; may be nested."""
+    global _listeners
+    with _lock:
+        _listeners += 1
+        if _listeners == 1:
+            _hooks.append(register_module_forward_pre_hook(_enter))
+            _hooks.append(register_module_forward_hook(_leave, always_call=True))
+    _here.listening += 1
+
+
+def stop_listening() -> None:
+    """Ends what `listen` began."""
+    global _listeners
+    _here.listening -= 1
+    if not _here.listening:
+        _here.path.clear()
+        _here.parameters.clear()
+    with _lock:
+        _listeners -= 1
+        if _listeners == 0:
+            while _hooks:
+                _hooks.pop().remove()
+
+
+def path() -> tuple[str, ...]:
+    """The module calls that are running, outermost first."""
+    return tuple(_here.path)
+
+
+def parameter_name(tensor: torch.Tensor) -> str | None:
+    """The name under which the outermost module called holds `tensor`."""
+    found = _here.parameters.get(id(tensor))
+    return found[0] if found is not None and found[1] is tensor else None

@@ -1,0 +1,99 @@
+"""How the recorder treats each ATen overload, told once from its schema.
+
+An overload is either *functional*, or it writes to some of its arguments (``add_``, ``add.out``): then it is
+recorded under the functional overload that computes the same (``add``). Its result is fresh memory, or
+shares that of an argument (a view). Or it asks a value out of the tensors (``item``): that is a guard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._ops import OpOverload
+
+from .registry import Op, find
+
+__all__ = ["Plan", "plan_of"]
+
+aten = torch.ops.aten
+
+#: Overloads whose results share storage with an argument although their schemas do not say so.
+HIDDEN_VIEWS = {
+    aten._unsafe_view.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.unsafe_chunk.default,
+    aten._reshape_alias.default,
+}
+
+#: Overloads by which a value leaves the tensors for Python.
+GUARDS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recorder's treatment of one overload.
+
+    Attributes:
+        op: the record under which it is entered: its own, or that of its functional twin.
+        writes: the arguments it writes to, by position or keyword.
+        outs: those of them that its functional twin does not take (``out=``).
+        views: whether its result may share the storage of an argument.
+        guard: whether it asks a value out of the tensors.
+        random: whether it draws from a generator.
+        known: whether a functional twin was found, if it writes.
+    """
+
+    op: Op
+    writes: tuple[int | str, ...]
+    outs: tuple[int | str, ...]
+    views: bool
+    guard: bool
+    random: bool
+    known: bool
+
+
+_plans: dict[OpOverload, Plan] = {}
+
+
+def plan_of(overload: OpOverload) -> Plan:
+    """The plan of an overload; made at its first use."""
+    found = _plans.get(overload)
+    if found is None:
+        found = _plans[overload] = _make(overload)
+    return found
+
+
+def _make(overload: OpOverload) -> Plan:
+    arguments = overload._schema.arguments
+    keys: list[int | str] = [a.name if a.kwarg_only else i for i, a in enumerate(arguments)]
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    outs = tuple(keys[i] for i in written if arguments[i].is_out)
+    shared = any(r.alias_info is not None and not r.alias_info.is_write for r in overload._schema.returns)
+    twin = _functional(overload) if written else overload
+    return Plan(
+        op=find(twin or overload),
+        writes=tuple(keys[i] for i in written),
+        outs=outs if twin is not None else (),
+        views=shared or overload in HIDDEN_VIEWS,
+        guard=overload in GUARDS,
+        random=torch.Tag.nondeterministic_seeded in overload.tags,
+        known=twin is not None,
+    )
+
+
+def _functional(overload: OpOverload) -> OpOverload | None:
+    """The overload that computes the same and writes to nothing: ``add`` of ``add_`` and of ``add.out``."""
+    namespace, _, name = overload._schema.name.partition("::")
+    takes = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+    for title in dict.fromkeys((name.removesuffix("_"), name, f"{name.removesuffix('_')}_functional")):
+        packet = getattr(getattr(torch.ops, namespace), title, None)
+        if packet is None:
+            continue
+        found = [getattr(packet, each) for each in packet.overloads()]
+        found = [each for each in found if not each._schema.is_mutable and not each._can_decompose()]
+        for each in sorted(found, key=lambda o: o._overloadname != overload._overloadname):
+            if [(a.name, str(a.type)) for a in each._schema.arguments] == takes:
+                return each  # type: ignore[no-any-return]
+    return None

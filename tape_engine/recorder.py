@@ -1,0 +1,709 @@
+"""The recorder: the one place where the engine listens to torch.
+
+Three doors lead onto a tape, and behind each the same function (`write`) makes the node:
+
+- a **named operation** (``te.lin(X, w, b)``) records itself, on the current tape;
+- inside ``with te.record():`` a dispatch mode hears **every torch operation** of the thread. It stands
+  below torch's own autograd and composites: what it hears are ATen overloads;
+- outside such a block a recorded tensor is a `Recorded`: torch's tensor under another class name, which
+  sends the **plain torch operations** applied to it through the same mode onto the global tape, so
+  that none of them cuts a gradient in silence.
+
+An in-place write is recorded as what it computes: ``x.add_(y)`` is ``add(x, y)``, whose output `x` holds
+from then on. `aliases` follows the other tensors that look into the same storage.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch._C import DisableTorchFunctionSubclass
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import aliases, modules, registry
+from .errors import DTypeError, MissingRuleError, message
+from .names import call_site, local_name, user_frame
+from .plans import Plan, plan_of
+from .registry import Op
+from .tape import (
+    Kept,
+    Node,
+    Tape,
+    Value,
+    bind,
+    bound,
+    current_tape,
+    describe,
+    pop_tape,
+    push_tape,
+    rebind,
+    unbind,
+    values_by_tensor,
+    version_of,
+)
+
+__all__ = ["Recorded", "forget_leaves", "pause", "quietly", "record", "recording", "scope", "stop_gradient"]
+
+Tensor = torch.Tensor
+
+
+class _State(threading.local):
+    """What the recorder of this thread is doing."""
+
+    def __init__(self) -> None:
+        self.quiet = 0  # inside the body of a named operation, a rule, a replay: nothing is heard
+        self.paused = 0  # inside te.pause(): heard, and left out
+        self.grad_mode = True  # torch's grad mode where the recording began: a change of it is a cut
+        self.scope: tuple[str, ...] = ()
+
+
+_state = _State()
+
+SWEPT = "belongs to a tape that was already swept"
+UNSEEN = "was changed by a write that the recorder could not see"
+OUTSIDE = "was computed by torch operations outside the recording"
+
+
+# -- which value does a tensor hold? ---------------------------------------------------------------------
+
+
+def read(tensor: Tensor, tape: Tape) -> Value:
+    """The value that `tensor` holds now; a new leaf if no tape knows it."""
+    entry = values_by_tensor.get(id(tensor))
+    if entry is None:
+        return _leaf(tensor, tape)
+    _, value, node, counts = entry
+    if value.stale:
+        return _reread(tensor, value, tape)
+    unchanged = version_of(tensor) in counts
+    if node is None:
+        if unchanged and value.shape == tensor.shape and value.dtype == tensor.dtype:
+            tape.hold(tensor)
+            return value
+        return _leaf(tensor, tape, name=value.name)  # written to between two recordings
+    if not unchanged:
+        return _leaf(tensor, tape, closed=UNSEEN)
+    if node.tape != tape.ident and (node.swept or value.constant):
+        # To go on from a tape that was swept would keep every step of a loop alive, to stop there would cut
+        # the gradient in silence: a leaf stands for the value, and the sweep that reaches it says so.
+        stand_in = Value(tensor, constant=value.constant)
+        stand_in.closed = "" if value.constant else SWEPT
+        return stand_in
+    return value
+
+
+def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
+    value = Value(tensor)
+    value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
+    value.closed = closed or (OUTSIDE if tensor.grad_fn is not None else "")
+    bind(tensor, value, None)
+    aliases.join(tensor, value)
+    tape.hold(tensor)
+    return value
+
+
+def _reread(tensor: Tensor, stale: Value, tape: Tape) -> Value:
+    """The value of a view whose base was written to: read off what the base holds now."""
+    base = tensor._base
+    if base is None:
+        return _leaf(tensor, tape, closed=UNSEEN)
+    whole = read(base, tape)
+    place = aliases.place_of(tensor, base)
+    node = write(tape, aliases.read_view, (whole, *place), {}, [whole], [base], [tensor])
+    node.outputs[0].constant = stale.constant
+    aliases.share(node.outputs[0], whole)
+    return node.outputs[0]
+
+
+def _take(argument: Any, tape: Tape, inputs: list[Value], tensors: list[Tensor]) -> Any:
+    """`argument` with values in the place of tensors, which are noted in order."""
+    if isinstance(argument, Tensor):
+        value = read(argument, tape)
+        inputs.append(value)
+        tensors.append(argument)
+        return value
+    kind = type(argument)
+    if kind is list or kind is tuple:
+        return kind([_take(each, tape, inputs, tensors) for each in argument])
+    return argument
+
+
+def _tensors_in(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (tuple, list)):
+        return [tensor for each in result for tensor in _tensors_in(each)]
+    return []
+
+
+# -- writing a node ----------------------------------------------------------------------------------------
+
+
+def write(
+    tape: Tape,
+    op: Op,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Sequence[Value],
+    tensors: Sequence[Tensor],
+    made: Sequence[Tensor],
+    *,
+    cut: bool = False,
+) -> Node:
+    """Records one operation; afterwards the tensors `made` hold its outputs.
+
+    `args` and `kwargs` have values in the place of tensors; `inputs` are those values in order, and
+    `tensors` the tensors that held them.
+    """
+    frame = user_frame()
+    code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
+    node = Node(op, args, kwargs, tuple(inputs), code, lasti, _state.scope + modules.path())
+    node.cut = cut
+    ref = weakref.ref(node)
+    outputs = []
+    for index, tensor in enumerate(made):
+        value = Value(tensor, constant=cut)
+        value.index = index
+        value._node = ref
+        bind(tensor, value, node)
+        outputs.append(value)
+    node.outputs = tuple(outputs)
+    if op.differentiable and not cut:
+        node.saved = tuple(_keep(op, args, kwargs, inputs, tensors)) + tuple(_keep_outputs(op, outputs, made))
+    tape.append(node)
+    return node
+
+
+def _keep(
+    op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Value], tensors: Sequence[Tensor]
+) -> list[Kept | None]:
+    """For each input its cell, if the rule of `op` reads its data."""
+    wanted: list[bool] = []
+    for key, argument in (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args):
+        if isinstance(argument, Value):
+            wanted.append(op.reads_argument(key))
+        elif isinstance(argument, (list, tuple)):
+            wanted += [op.reads_argument(key)] * sum(isinstance(each, Value) for each in argument)
+    return [v.keep(t) if w else None for v, t, w in zip(inputs, tensors, wanted, strict=True)]
+
+
+def _keep_outputs(op: Op, outputs: Sequence[Value], made: Sequence[Tensor]) -> list[Kept | None]:
+    if not op.reads_output:
+        return [None] * len(outputs)
+    # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep the tensor.
+    return [v.keep(t.data) for v, t in zip(outputs, made, strict=True)]
+
+
+def _is_cut() -> bool:
+    return _state.grad_mode and not torch.is_grad_enabled()
+
+
+def _refuse_without_rule(op: Op, inputs: Sequence[Value]) -> None:
+    """`strict=True`: an operation through which a gradient should pass must have a registered rule."""
+    if op.grad is None and op.differentiable and any(v.differentiable for v in inputs) and not _is_cut():
+        raise MissingRuleError(
+            message(
+                f"{op.name} has no registered gradient rule, and this recording is strict.",
+                where=call_site(user_frame()),
+                operands=[(name, describe(v)) for name, v in zip(op.parameters, inputs, strict=False)],
+                fix=rule_to_add(op),
+            )
+        )
+
+
+def rule_to_add(op: Op) -> str:
+    """The lines by which a user would register a rule for `op`."""
+    target = op.name if op.is_named else f"torch.ops.{op.forward}"
+    return f"@te.rule({target}) on def {op.name}_grad(g, out, {', '.join(op.parameters)}): ..."
+
+
+# -- the first door: named operations ------------------------------------------------------------------------
+
+
+def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What calling an `Op` does: run its body unheard, then record one node."""
+    if _state.quiet:
+        return op.forward(*args, **kwargs)
+    with quietly():
+        args, kwargs = op.bind(args, kwargs)
+        if op.check is not None:
+            op.check(*args, **kwargs)
+        tape = current_tape()
+        inputs: list[Value] = []
+        tensors: list[Tensor] = []
+        taken = tuple([_take(each, tape, inputs, tensors) for each in args])
+        named = {name: _take(each, tape, inputs, tensors) for name, each in kwargs.items()}
+        if tape.strict:
+            _refuse_without_rule(op, inputs)
+        try:
+            result = op.forward(*args, **kwargs)
+        except Exception as error:
+            error.add_note(_operands_note(op, args, kwargs))
+            raise
+        if any(made is given for made in _tensors_in(result) for given in tensors):
+            result = _apart(result, tensors)
+        made = _tensors_in(result)
+        if not made:
+            raise DTypeError(
+                message(
+                    f"{op.name} returned {type(result).__name__}: an operation returns a tensor or a tuple of tensors.",
+                    where=call_site(user_frame()),
+                )
+            )
+        if _state.paused:
+            _as_constants(made)
+            return result
+        node = write(tape, op, taken, named, inputs, tensors, made, cut=_is_cut())
+        node.outputs_tuple = not isinstance(result, Tensor)
+        if op is _stop:
+            node.outputs[0].constant = True
+        _join_views(node.outputs, made, inputs, tensors)
+        if not tape.strong:
+            _listen(tape, node)
+    return result
+
+
+registry.on_call(_call)
+
+
+def _apart(result: Any, given: Sequence[Tensor]) -> Any:
+    """`result` with an alias in the place of a tensor that was also an argument: a value of its own."""
+    if isinstance(result, Tensor):
+        return result.view_as(result) if any(result is tensor for tensor in given) else result
+    if isinstance(result, (tuple, list)):
+        return type(result)([_apart(each, given) for each in result])
+    return result
+
+
+def _operands_note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    names = [*op.parameters, *("" for _ in args)]
+    pairs = [*zip(names, args, strict=False), *kwargs.items()]
+    shown = [(name, describe(each)) for name, each in pairs if isinstance(each, Tensor)]
+    return message(f"in the operation {op.name}, called", where=call_site(user_frame()), operands=shown)
+
+
+def _join_views(
+    outputs: Sequence[Value], made: Sequence[Tensor], inputs: Sequence[Value], tensors: Sequence[Tensor]
+) -> None:
+    """Enters outputs that share an input's storage among its aliases."""
+    for value, tensor in zip(outputs, made, strict=True):
+        for owner, given in zip(inputs, tensors, strict=True):
+            if aliases.same_storage(tensor, given):
+                aliases.share(value, owner)
+                rebind(tensor, given)
+                break
+
+
+def _as_constants(made: Sequence[Tensor]) -> None:
+    for tensor in made:
+        bind(tensor, Value(tensor, constant=True), None)
+
+
+# -- the second door: every torch operation of a block --------------------------------------------------------
+
+
+class _Mode(TorchDispatchMode):
+    """Hears the ATen overloads that this thread runs, and records them on one tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tape = self.tape
+        if _state.quiet or (tape.strong and tape is not current_tape()):
+            return func(*args, **kwargs)
+        plan = plan_of(func)
+        if _state.paused:
+            return _unrecorded(func, plan, args, kwargs)
+        if plan.writes:
+            return _record_write(tape, func, plan, args, kwargs)
+        inputs: list[Value] = []
+        tensors: list[Tensor] = []
+        taken = tuple([_take(each, tape, inputs, tensors) for each in args])
+        named = {name: _take(each, tape, inputs, tensors) for name, each in kwargs.items()} if kwargs else kwargs
+        if tape.strict:
+            _refuse_without_rule(plan.op, inputs)
+        if func is _LIFT:
+            return _lift(tape, func, args[0])
+        result = func(*args, **kwargs)
+        made = [result] if isinstance(result, Tensor) else _tensors_in(result)
+        if plan.views and any(tensor is given for tensor in made for given in tensors):
+            return result  # nothing was done: it is the argument itself
+        if made or plan.guard:
+            node = write(tape, plan.op, taken, named, inputs, tensors, made, cut=_is_cut())
+            node.random = plan.random
+            node.outputs_tuple = not isinstance(result, Tensor)
+            if plan.views:
+                _join_views(node.outputs, made, inputs, tensors)
+            if plan.guard:
+                node.result = result
+        return result
+
+
+_LIFT = torch.ops.aten.lift_fresh.default
+
+
+def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
+    """``torch.tensor(…)``: the tensor is made anew on each run of the code, so its first contents are kept."""
+    unbind(fresh)
+    original = fresh.clone()
+    value = Value(original)
+    tape.hold(original)
+    bind(original, value, None)
+    result = func(fresh)
+    write(tape, plan_of(func).op, (value,), {}, [value], [original], [result])
+    return result
+
+
+def _unrecorded(func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Inside te.pause(): what a rule needs is kept before a write, results are constants."""
+    written = _written(plan, args, kwargs)
+    for tensor in written:
+        value = bound(tensor)
+        if value is not None:
+            aliases.protect(tensor, value)
+    result = func(*args, **kwargs)
+    for tensor in written:
+        for neighbour in aliases.neighbours(tensor):
+            unbind(neighbour)
+        unbind(tensor)
+    if not plan.writes and func is not _LIFT:
+        _as_constants(_tensors_in(result))
+    return result
+
+
+def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes to."""
+    found: list[Tensor] = []
+    for key in plan.writes:
+        given = kwargs.get(key) if isinstance(key, str) else (args[key] if key < len(args) else None)
+        found += _tensors_in(given)
+    return found
+
+
+def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation that writes to its arguments, recorded as its functional twin."""
+    inputs: list[Value] = []
+    tensors: list[Tensor] = []
+    given_args = tuple(a for i, a in enumerate(args) if i not in plan.outs)
+    given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
+    taken = tuple([_take(each, tape, inputs, tensors) for each in given_args])
+    named = {name: _take(each, tape, inputs, tensors) for name, each in given_kwargs.items()}
+    if tape.strict:
+        _refuse_without_rule(plan.op, inputs)
+    written = _written(plan, args, kwargs)
+    before = [read(tensor, tape) for tensor in written]
+    bases = [tensor._base for tensor in written]
+    wholes = [None if base is None else read(base, tape) for base in bases]
+    # What the rule will read is kept first, so that what is about to be overwritten gets its copy.
+    kept = _keep(plan.op, taken, named, inputs, tensors) if plan.op.differentiable else []
+    spared = [each for tensor, value in zip(written, before, strict=True) for each in aliases.protect(tensor, value)]
+    result = func(*args, **kwargs)
+    fresh = [t for t in _tensors_in(result) if not any(t is w for w in written)]
+    node = write(tape, plan.op, taken, named, inputs, tensors, [*fresh, *written], cut=_is_cut())
+    del kept  # from here on the node holds the cells
+    node.random = plan.random
+    node.outputs_tuple = not isinstance(result, Tensor)
+    node.mutates = tuple(
+        (next((i for i, v in enumerate(inputs) if v is old), -1), len(fresh) + k) for k, old in enumerate(before)
+    )
+    aliases.refresh(spared)
+    untouched = {id(tensor) for _, tensor in spared}
+    for k, (tensor, old) in enumerate(zip(written, before, strict=True)):
+        new = node.outputs[len(fresh) + k]
+        # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
+        new.constant = old.constant if node.cut else False
+        new.name = old.name if old.leaf else None
+        aliases.share(new, old)
+        _spread(tape, tensor, new, wholes[k], untouched)
+    return result
+
+
+def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouched: set[int]) -> None:
+    """What a write to `tensor` means to the other tensors that look into its storage."""
+    neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
+    base, of_base = tensor, new
+    if whole is not None and tensor._base is not None:
+        base = tensor._base
+        if aliases.covers(base, tensor):
+            place = aliases.place_of(tensor, base)
+            node = write(tape, aliases.write_view, (whole, new, *place), {}, [whole, new], [base, tensor], [base])
+            of_base = node.outputs[0]
+            of_base.constant = whole.constant and new.constant
+            aliases.share(of_base, new)
+        else:
+            base, of_base = tensor, new
+    for other in neighbours:
+        if other is base:
+            continue
+        held = bound(other)
+        if other._base is base and aliases.covers(base, other):
+            if held is not None:
+                held.stale = True  # read off the base when it is next needed
+        elif aliases.covers(base, other):
+            place = aliases.place_of(other, base)
+            node = write(tape, aliases.read_view, (of_base, *place), {}, [of_base], [base], [other])
+            node.outputs[0].constant = held is not None and held.constant
+            aliases.share(node.outputs[0], of_base)
+        else:
+            lost = Value(other)
+            lost.closed = UNSEEN
+            bind(other, lost, None)
+
+
+# -- the third door: plain torch operations on a recorded tensor, outside a block ---------------------------------
+
+
+class Recorded(Tensor):
+    """A tensor that some tape knows: torch's own, but for the operations applied to it being recorded."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(not issubclass(cls, each) for each in types):
+            return NotImplemented
+        with DisableTorchFunctionSubclass():
+            if _state.quiet or _state.paused or func in _PLAIN or not current_tape_is_global():
+                return func(*args, **kwargs)
+            name = getattr(func, "__name__", "")
+            if name.endswith("_") and _leaves_only(args, kwargs):
+                return _update_leaf(func, args, kwargs)
+            tape = current_tape()
+            with recording(tape):
+                result = func(*args, **kwargs)
+            for tensor in _tensors_in(result):
+                _mark(tensor, tape)
+            return result
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with quietly():
+            return repr(self.as_subclass(Tensor))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with quietly():
+            return _plain(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with quietly():
+            copied = memo[id(self)] = _plain(self).clone()
+        return copied
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(Tensor)
+
+
+#: What asks something of a tensor without computing: never recorded.
+_PLAIN = {
+    getter.__get__
+    for name in (
+        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_sparse is_quantized is_meta "
+        "is_nested itemsize nbytes names _version _base output_nr is_mps is_xpu is_cpu retains_grad _backward_hooks"
+    ).split()
+    if (getter := getattr(Tensor, name, None)) is not None
+} | {
+    getattr(Tensor, name)
+    for name in (
+        "size dim numel stride storage_offset is_contiguous is_floating_point is_complex element_size data_ptr "
+        "untyped_storage storage type_as numpy tolist item __repr__ __format__ __len__ __bool__ __float__ __int__ "
+        "__index__ __hash__ __contains__ __array__ __dlpack__ is_inference is_signed is_shared is_pinned "
+        "get_device backward retain_grad requires_grad_ register_hook _is_view is_conj is_neg nelement ndimension "
+        "__setstate__ __reduce_ex__ __deepcopy__ as_subclass"
+    ).split()
+    if hasattr(Tensor, name)
+}
+
+
+def current_tape_is_global() -> bool:
+    return not current_tape().strong
+
+
+def _leaves_only(args: Any, kwargs: Any) -> bool:
+    """Whether every tensor of a call is a leaf: then an in-place write makes it another leaf."""
+    found = [bound(t) for t in (*_tensors_in(args), *_tensors_in(list(kwargs.values())))]
+    return all(value is None or value.leaf for value in found)
+
+
+def _update_leaf(func: Any, args: Any, kwargs: Any) -> Any:
+    """``w -= lr * w.g`` on a leaf: the next recording reads what it holds then, as after ``opt.step()``."""
+    value = bound(args[0]) if args and isinstance(args[0], Tensor) else None
+    spared = [] if value is None else aliases.protect(args[0], value)
+    result = func(*args, **kwargs)
+    aliases.refresh(spared)
+    return result
+
+
+def _mark(tensor: Tensor, tape: Tape) -> None:
+    """From now on plain torch operations on `tensor` are recorded."""
+    value = bound(tensor)
+    if value is None or not value.differentiable:
+        return
+    if type(tensor) is Tensor and not (value.leaf and tensor.requires_grad):
+        tensor.__class__ = Recorded
+    if value.leaf and type(tensor) is Recorded:
+        value.marks += 1
+        tape.marked.append(weakref.ref(value))
+        if len(tape.marked) & (len(tape.marked) - 1) == 0:
+            tape.marked = [ref for ref in tape.marked if ref() is not None]
+
+
+def _listen(tape: Tape, node: Node) -> None:
+    for value in (*node.inputs, *node.outputs):
+        holder = value.holder
+        if holder is not None and type(holder) is Tensor and bound(holder) is value:
+            _mark(holder, tape)
+
+
+def listen_to(tensors: Sequence[Tensor]) -> None:
+    """From now on plain torch operations on `tensors`, outside a block, are recorded on the global tape."""
+    if current_tape_is_global():
+        for tensor in tensors:
+            _mark(tensor, current_tape())
+
+
+def forget_leaves(tape: Tape) -> None:
+    """Ends the listening on a tape's leaves: their recording is over (they are inputs and parameters)."""
+    marked, tape.marked = tape.marked, []
+    for value in (v for ref in marked if (v := ref()) is not None):
+        value.marks -= 1
+        holder = value.holder
+        if value.marks == 0 and holder is not None and type(holder) is Recorded:
+            holder.__class__ = Tensor  # type: ignore[assignment]
+
+
+# -- what a user opens and closes -----------------------------------------------------------------------------------
+
+
+class quietly:
+    """A context in which nothing is recorded: the body of an operation, a rule, a replay."""
+
+    def __enter__(self) -> None:
+        _state.quiet += 1
+        self.guard = DisableTorchFunctionSubclass()
+        self.guard.__enter__()
+        self.mode = None
+        depth = torch._C._len_torch_dispatch_stack()
+        if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), _Mode):
+            self.mode = torch._C._pop_torch_dispatch_stack()  # else each operation would pay the detour
+
+    def __exit__(self, *error: object) -> None:
+        if self.mode is not None:
+            torch._C._push_on_torch_dispatch_stack(self.mode)
+        self.guard.__exit__(*error)
+        _state.quiet -= 1
+
+
+@contextmanager
+def recording(tape: Tape, *, through_no_grad: bool = False) -> Iterator[None]:
+    """A context in which every torch operation is recorded on `tape`, whatever happens around it."""
+    before = _state.quiet, _state.grad_mode
+    _state.quiet = 0
+    if through_no_grad:
+        _state.grad_mode = False
+    try:
+        with _Mode(tape):
+            yield
+    finally:
+        _state.quiet, _state.grad_mode = before
+
+
+class record:
+    """``with te.record() as tape:`` records every torch operation of this thread on a new tape.
+
+    Args:
+        strict: an operation without a registered rule raises `MissingRuleError` at once, where
+            otherwise it would borrow its rule from ``torch.func.vjp``.
+
+    After the block the tape remains. Plain torch operations on its values are recorded on the global
+    tape then, so that a gradient still finds its way through them.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self._open: list[tuple[Tape, _Mode, bool]] = []
+
+    def __enter__(self) -> Tape:
+        tape = Tape(strong=True, strict=self.strict)
+        mode = _Mode(tape)
+        self._open.append((tape, mode, _state.grad_mode))
+        _state.grad_mode = torch.is_grad_enabled()
+        modules.listen()
+        push_tape(tape)
+        mode.__enter__()
+        return tape
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        tape, mode, _state.grad_mode = self._open.pop()
+        mode.__exit__(kind, error, trace)
+        pop_tape(tape)
+        modules.stop_listening()
+        with quietly():
+            tape.drop(_idle(tape))
+            for node in tape.nodes:
+                if not node.swept:
+                    _listen(tape, node)
+
+
+def _idle(tape: Tape) -> set[Node]:
+    """The ``detach`` nodes that nothing reads: torch's autograd makes one for each output that it saves."""
+    read_from = {source for node in tape.nodes for source in node.sources}
+    return {node for node in tape.nodes if node.op.forward is _DETACH and node not in read_from}
+
+
+_DETACH = torch.ops.aten.detach.default
+
+
+@contextmanager
+def pause() -> Iterator[None]:
+    """A context in which nothing is recorded: its results are constants to the sweep."""
+    _state.paused += 1
+    try:
+        yield
+    finally:
+        _state.paused -= 1
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Names the group of the nodes recorded inside, in print and picture; scopes may be nested.
+
+    Raises:
+        DTypeError: if `name` is not a string.
+    """
+    if not isinstance(name, str) or not name:
+        raise DTypeError(message(f"te.scope takes the name of a group, a string: not {name!r}.", where=call_site(user_frame())))
+    before = _state.scope
+    _state.scope = (*before, name)
+    try:
+        yield
+    finally:
+        _state.scope = before
+
+
+@registry.op(name="stop_gradient", formula="stop gradient")
+def _stop(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+_stop.differentiable = False
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """`x` as a constant to the sweep: an alias of the same elements, through which no gradient passes.
+
+    Raises:
+        DTypeError: if `x` is not a tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise DTypeError(message(f"te.stop_gradient takes a tensor, not {type(x).__name__}.", where=call_site(user_frame())))
+    result: Tensor = _stop(x)
+    return result

@@ -1,0 +1,124 @@
+"""A rule without what nobody asked for.
+
+A rule returns one gradient for each tensor argument, ``return g @ w.mH, X.mH @ g, g.sum(0)``, but a sweep may
+need only some of them. As rules are pure, the others can be left out: their expressions in the
+return, and then the assignments that nobody reads any more. That is done once for each rule and each
+choice of arguments, on the rule's source; a rule without readable source is run whole.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import textwrap
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any
+
+__all__ = ["specialise"]
+
+Rule = Callable[..., Any]
+
+_made: dict[tuple[Rule, tuple[bool, ...]], Rule] = {}
+
+
+def specialise(rule: Rule, needs: tuple[bool, ...]) -> Rule:
+    """`rule` without the gradients that `needs` marks as not needed: it returns None in their place."""
+    if all(needs) or len(needs) < 2:
+        return rule
+    key = (rule, needs)
+    found = _made.get(key)
+    if found is None:
+        found = _made[key] = _without(rule, needs) or rule
+    return found
+
+
+def _without(rule: Rule, needs: tuple[bool, ...]) -> Rule | None:
+    if not isinstance(rule, FunctionType):
+        return None
+    definition = _definition(rule)
+    if definition is None:
+        return None
+    returns = [node for node in ast.walk(definition) if isinstance(node, ast.Return)]
+    last = definition.body[-1]
+    if len(returns) != 1 or returns[0] is not last or not isinstance(last, ast.Return):
+        return None
+    if not isinstance(last.value, ast.Tuple) or len(last.value.elts) != len(needs):
+        return None
+    if any(isinstance(each, ast.Starred) for each in last.value.elts):
+        return None
+    pairs = zip(last.value.elts, needs, strict=True)
+    last.value.elts = [each if need else ast.copy_location(ast.Constant(None), each) for each, need in pairs]
+    definition.body = _alive(definition.body)
+    return _compiled(rule, definition)
+
+
+def _definition(rule: FunctionType) -> ast.FunctionDef | None:
+    """The rule's own syntax tree, without decorators and annotations."""
+    try:
+        linecache.checkcache(rule.__code__.co_filename)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(rule)))
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return None
+    definition = tree.body[0] if tree.body else None
+    if not isinstance(definition, ast.FunctionDef) or definition.name != rule.__code__.co_name:
+        return None
+    definition.decorator_list = []
+    definition.returns = None
+    arguments = definition.args
+    for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+        each.annotation = None
+    arguments.defaults = []  # taken over from the rule as they are
+    arguments.kw_defaults = [None] * len(arguments.kwonlyargs)
+    return definition
+
+
+def _alive(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements of a straight-line body whose results are read; all of them, if it branches."""
+    if any(not isinstance(each, (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)) for each in body):
+        return body
+    kept: list[ast.stmt] = []
+    read: set[str] = set()
+    for statement in reversed(body):
+        if isinstance(statement, ast.Assign):
+            targets = {n.id for t in statement.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+            plain = all(isinstance(n, (ast.Name, ast.Tuple, ast.List)) for t in statement.targets for n in [t])
+            if plain and not targets & read:
+                continue
+        elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        kept.append(statement)
+        read |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return kept[::-1]
+
+
+def _compiled(rule: FunctionType, definition: ast.FunctionDef) -> Rule | None:
+    """A function of the new body with the old one's globals, closure and defaults."""
+    free = rule.__code__.co_freevars
+    outer = ast.parse("def _outer():\n    pass").body[0]
+    assert isinstance(outer, ast.FunctionDef)
+    # An enclosing function that owns the free names, so that they compile to closure cells.
+    bound = [ast.parse(f"{name} = None").body[0] for name in free]
+    outer.body = [*bound, definition, ast.parse(f"return {definition.name}").body[0]] if free else [definition]
+    module = ast.fix_missing_locations(ast.Module(body=[outer], type_ignores=[]))
+    code = compile(module, f"<{rule.__name__}, in part>", "exec")
+    inner = next((each for each in _codes(code) if each.co_name == definition.name), None)
+    if inner is None:
+        return None
+    cells = dict(zip(free, rule.__closure__ or (), strict=True))
+    try:
+        closure = tuple(cells[name] for name in inner.co_freevars)
+    except KeyError:
+        return None
+    made = FunctionType(inner, rule.__globals__, rule.__name__, rule.__defaults__, closure)
+    made.__kwdefaults__ = rule.__kwdefaults__
+    return made
+
+
+def _codes(code: CodeType) -> list[CodeType]:
+    found = []
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found += [constant, *_codes(constant)]
+    return found

@@ -1,0 +1,608 @@
+"""The reverse sweep: the walk back over the tape, and the only place that writes ``.g``.
+
+The forward pass and the sweep are twins, the same nodes in opposite orders::
+
+    for node in nodes:             outputs = node.op.forward(inputs)
+    for node in reversed(nodes):   g of the inputs += node.op.grad(g of the outputs, outputs, inputs)
+
+A rule is mathematics for one operation. What is the same for all of them is done here, once: adding up
+the contributions to a value that was used several times, summing over the dimensions that an operation
+broadcast, giving each gradient its value's dtype, and checking that a rule returned what it should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from . import recorder
+from .errors import (
+    DTypeError,
+    MissingRuleError,
+    NotRecordedError,
+    OverwrittenError,
+    RuleError,
+    ShapeError,
+    SweptError,
+    TapeError,
+    message,
+)
+from .names import call_site, local_name, located, user_frame
+from .specialise import specialise
+from .tape import Node, Tape, Value, bind, bound, current_tape, describe, global_tape, new_global_tape, next_in_sequence, unwritten, values_by_tensor
+
+__all__ = ["backward", "grad"]
+
+Tensor = torch.Tensor
+
+
+# -- what a user calls -----------------------------------------------------------------------------------
+
+
+def backward(
+    C: Tensor,
+    seed: Tensor | None = None,
+    *,
+    wrt: Tensor | Sequence[Tensor] | None = None,
+    accumulate: bool = False,
+    keep: bool = False,
+    record: bool = False,
+) -> None:
+    """Sweeps back from `C`, and leaves on every value that `C` depends on its gradient, as ``.g``.
+
+    Each ``.g`` is a tensor of its value's shape, dtype and device, in memory of its own. It is written,
+    not added to.
+
+    Args:
+        C: a recorded tensor, of one element unless `seed` is given.
+        seed: the gradient of the loss with respect to `C`, of the shape of `C`; one by default.
+        wrt: the only tensors (leaves or intermediates) to write ``.g`` on. What they do not need is not
+            computed. One that `C` does not depend on is left without ``.g``.
+        accumulate: adds to the ``.g`` that is there.
+        keep: goes on with the same tape; otherwise a sweep of the global tape closes it and starts a new
+            one. What was swept lives as long as `C` does.
+        record: records the sweep itself, so that gradients of gradients follow; implies `keep`.
+
+    Raises:
+        NotRecordedError: if no tape knows `C`, or a tensor of `wrt` is none.
+        ShapeError: if `C` has several elements and no seed, or the seed another shape.
+        DTypeError: if `C` is not floating or complex.
+        MissingRuleError, RuleError, OverwrittenError, SweptError: naming the operation and its line.
+            Whatever is raised, no ``.g`` has changed.
+    """
+    with recorder.quietly():
+        targets = None if wrt is None else _targets(wrt, "te.backward")
+        root, node = _root(C, "te.backward")
+        found = _Sweep(root, node, C, seed, targets, record).run()
+        writes = found.by_tensor()
+        if accumulate:
+            writes = [(tensor, _sum(tensor, g)) for tensor, g in writes]
+        for tensor, g in writes:
+            tensor.g = g  # type: ignore[attr-defined]
+        if targets is not None and not accumulate:
+            written = {id(tensor) for tensor, _ in writes}
+            for tensor in targets:
+                if id(tensor) not in written and hasattr(tensor, "g"):
+                    del tensor.g
+        if record:
+            recorder.listen_to([g for _, g in writes])
+        elif not keep:
+            _close(found.order)
+
+
+def grad(
+    C: Tensor, wrt: Tensor | Sequence[Tensor], seed: Tensor | None = None, *, record: bool = False
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `C` with respect to `wrt`, as a tuple; writes no ``.g`` and closes no tape.
+
+    Args:
+        C: a recorded tensor, of one element unless `seed` is given.
+        wrt: a tensor or a sequence of them.
+        seed: as in `backward`.
+        record: records the sweep itself, so that gradients of gradients follow.
+
+    Returns:
+        For each tensor its gradient, of its own shape, dtype and device; ``None`` where `C` does not
+        depend on it.
+
+    Raises:
+        As `backward`.
+    """
+    with recorder.quietly():
+        targets = _targets(wrt, "te.grad")
+        root, node = _root(C, "te.grad")
+        found = {id(tensor): g for tensor, g in _Sweep(root, node, C, seed, targets, record).run().by_tensor()}
+        results = tuple(found.get(id(tensor)) for tensor in targets)
+        if record:
+            recorder.listen_to([g for g in results if g is not None])
+        return results
+
+
+# -- the sweep -------------------------------------------------------------------------------------------
+
+
+class _Sweep:
+    """One walk back from `root`.
+
+    Attributes:
+        order: the nodes that `root` depends on, in the order of recording.
+        gradients: the gradients of the values that are asked for, as far as known.
+    """
+
+    def __init__(
+        self, root: Value, node: Node | None, C: Tensor, seed: Tensor | None, targets: list[Tensor] | None, record: bool
+    ) -> None:
+        self.root = root
+        self.order = _ancestors(node)
+        self.record = record
+        self.targets = None if targets is None else {id(tensor) for tensor in targets}
+        self.asked = None if targets is None else self._asked()
+        self.useful = None if self.asked is None else self._useful(self.asked)
+        self.pending: dict[Value, Tensor] = {}
+        self.gradients: dict[Value, Tensor] = {}
+        self._summed: set[Value] = set()  # whose pending gradient is memory of our own: it may be added to
+        self.tape = current_tape()
+        self._began = next_in_sequence()
+        self._given = seed
+        self.pending[root] = _seed(C, seed)
+
+    def run(self) -> _Sweep:
+        """Walks back; afterwards `gradients` is complete."""
+        recording = recorder.recording(self.tape, through_no_grad=True) if self.record else nullcontext()
+        with torch.no_grad(), recording:
+            for node in reversed(self.order):
+                self._step(node)
+            for value in list(self.pending):  # what is left are the leaves
+                self._arrive(value)
+            self._separate()
+        return self
+
+    def _step(self, node: Node) -> None:
+        """Takes the gradients of a node's outputs, and passes on those of its inputs."""
+        g = [self._arrive(value) for value in node.outputs]
+        if all(each is None for each in g):
+            return
+        if node.cut:
+            for i, j in node.mutates:  # as in torch: under no_grad a gradient passes over a write
+                if i >= 0 and g[j] is not None:
+                    self._add(node.inputs[i], g[j])  # type: ignore[arg-type]
+            return
+        needs = tuple([self._needs(value) for value in node.inputs])
+        if not node.op.differentiable or not any(needs):
+            return
+        for value, contribution in zip(node.inputs, self._apply(node, g, needs), strict=True):
+            if contribution is not None and self._needs(value):
+                self._add(value, _fitted(contribution, value, node))
+
+    def _arrive(self, value: Value) -> Tensor | None:
+        """The complete gradient of a value: all that used it have been passed."""
+        g = self.pending.pop(value, None)
+        if g is not None and self._is_asked(value):
+            self.gradients[value] = g
+        return g
+
+    def _needs(self, value: Value) -> bool:
+        if self.useful is not None:
+            return value in self.useful
+        return value.differentiable
+
+    def _is_asked(self, value: Value) -> bool:
+        if self.asked is not None:
+            return value in self.asked
+        return value.holder is not None
+
+    def _add(self, value: Value, contribution: Tensor) -> None:
+        if value.closed:
+            raise SweptError(
+                message(
+                    f"the gradient reaches {value.name or 'a value'}, which {value.closed}.",
+                    operands=[(value.name or "value", describe(value))],
+                    fix=_way_around(value),
+                )
+            )
+        before = self.pending.get(value)
+        if before is None:
+            self.pending[value] = contribution
+        elif value in self._summed and not self.record:
+            before.add_(contribution)
+        else:
+            self.pending[value] = before + contribution
+            self._summed.add(value)
+
+    def _apply(self, node: Node, g: list[Tensor | None], needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """The contributions of one node to its inputs, as its rule gives them."""
+        op = node.op
+        outputs = [self._contents(node, len(node.inputs) + i, value) for i, value in enumerate(node.outputs)]
+        inputs = iter([self._contents(node, i, value) for i, value in enumerate(node.inputs)])
+        args = [_refill(each, inputs) for each in node.args]
+        kwargs = {name: _refill(each, inputs) for name, each in node.kwargs.items()}
+        out: Any = tuple(outputs) if node.outputs_tuple else outputs[0]
+        g_out: Any = tuple(g) if node.outputs_tuple else g[0]
+        rule = _borrowed(node, needs) if op.grad is None else specialise(op.grad, needs)
+        try:
+            returned = rule(g_out, out, *args, **kwargs)
+        except TapeError:
+            raise
+        except Exception as error:
+            title = getattr(op.grad, "__name__", "borrowed rule")
+            raise RuleError(
+                message(
+                    f"the rule {title} of {op.name} raised {type(error).__name__}: {error}",
+                    where=located(node),
+                    operands=_described(node, g),
+                )
+            ) from error
+        return _in_order(returned, node)
+
+    def _contents(self, node: Node, i: int, value: Value) -> Any:
+        """What the rule is given for a value: its contents if it reads them, otherwise its description."""
+        kept = node.saved[i] if i < len(node.saved) else None
+        if kept is None:
+            return value
+        if not kept.intact or _written_unseen(value):
+            raise OverwrittenError(
+                message(
+                    f"{value.name or 'a value'} that the rule of {node.op.name} reads "
+                    "was changed by a write that the recorder could not see.",
+                    where=located(node),
+                    operands=[(value.name or "value", describe(value))],
+                    fix="write to it inside te.record(), or to a copy of it: .clone()",
+                )
+            )
+        if not self.record or bound(kept.tensor) is value:
+            return kept.tensor
+        alias = kept.tensor.detach()  # a tensor that stands for the value, so that the recording finds it
+        with recorder.quietly():
+            bind(alias, value, node if i >= len(node.inputs) else node.sources[i])
+        return alias
+
+    # -- which values matter ----------------------------------------------------------------------------
+
+    def _asked(self) -> set[Value]:
+        """The values that the tensors of `wrt` hold, or held as leaves."""
+        assert self.targets is not None
+        asked = {self.root} if id(self.root.holder) in self.targets else set()
+        for node in self.order:
+            for value in (*node.inputs, *node.outputs):
+                holder = value.holder
+                if holder is not None and id(holder) in self.targets and (value.leaf or bound(holder) is value):
+                    asked.add(value)
+        return asked
+
+    def _useful(self, asked: set[Value]) -> set[Value]:
+        """The values through which a gradient finds its way to those asked for."""
+        useful = set(asked)
+        for node in self.order:
+            if any(value in useful for value in node.inputs):
+                useful.update(value for value in node.outputs if value.differentiable)
+        return useful
+
+    # -- what comes out ---------------------------------------------------------------------------------
+
+    def by_tensor(self) -> list[tuple[Tensor, Tensor]]:
+        """The gradients by the tensors that hold the values now; a leaf's are added up."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        late: list[tuple[Tensor, Tensor]] = []
+        for value, g in self.gradients.items():
+            holder = value.holder
+            if holder is None:
+                continue
+            if bound(holder) is value and not value.stale:
+                found[id(holder)] = (holder, g)
+            elif value.leaf:
+                late.append((holder, g))
+        for holder, g in late:
+            now = bound(holder)
+            if id(holder) not in found:
+                found[id(holder)] = (holder, g)
+            elif now is not None and now.leaf:  # one leaf, written to in between: both readings count
+                found[id(holder)] = (holder, found[id(holder)][1] + g)
+        return list(found.values())
+
+    def _separate(self) -> None:
+        """Gives each gradient memory of its own: a rule may have returned ``g``, a view, or an argument."""
+        seen: set[int] = set()
+        for value, g in self.gradients.items():
+            known = values_by_tensor.get(id(g))
+            older = known is not None and (known[2] is None or known[2].seq < self._began)
+            storage = g.untyped_storage()
+            # counted: the tensor itself and the handle in the line above
+            if g is self._given or older or storage._cdata in seen or _uses(storage) > 2:
+                g = g.clone(memory_format=torch.contiguous_format)
+                self.gradients[value] = g
+                storage = g.untyped_storage()
+            seen.add(storage._cdata)
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+def _ancestors(node: Node | None) -> list[Node]:
+    """The nodes through which a gradient can pass from `node` back, in the order of recording."""
+    if node is None:
+        return []
+    seen = {node}
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if not here.op.differentiable or (here.cut and not here.mutates):
+            continue
+        for value, source in zip(here.inputs, here.sources, strict=True):
+            if source is not None and source not in seen and value.differentiable:
+                seen.add(source)
+                stack.append(source)
+    return sorted(seen, key=lambda each: each.seq)
+
+
+def _close(order: list[Node]) -> None:
+    """Marks the nodes swept, ends the listening on their leaves, and starts a new global tape."""
+    for node in order:
+        node.swept = True
+    for ident in {node.tape for node in order}:
+        tape = Tape.by_ident.get(ident)
+        if tape is not None:
+            recorder.forget_leaves(tape)
+            if tape is global_tape():
+                new_global_tape()
+
+
+def _written_unseen(value: Value) -> bool:
+    """Whether the tensor that holds the value was written to without the recorder noticing."""
+    holder = value.holder
+    return holder is not None and not value.leaf and bound(holder) is value and not unwritten(holder)
+
+
+def _refill(argument: Any, contents: Any) -> Any:
+    """`argument` with the contents of values in their place, in order."""
+    if isinstance(argument, Value):
+        return next(contents)
+    if isinstance(argument, (list, tuple)):
+        return type(argument)([_refill(each, contents) for each in argument])
+    return argument
+
+
+# -- what a rule returned ---------------------------------------------------------------------------------
+
+
+def _in_order(returned: Any, node: Node) -> list[Tensor | None]:
+    """One gradient for each input of the node.
+
+    A rule may leave out the optional tensor arguments that were not given, or return None for them.
+    """
+    given = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    if len(given) == len(node.inputs):
+        return given
+    places = [isinstance(each, Value) for each in (*node.args, *node.kwargs.values()) if _could_be_tensor(each)]
+    if len(given) == len(places):
+        return [g for g, is_value in zip(given, places, strict=True) if is_value]
+    raise RuleError(
+        message(
+            f"the rule {node.rule} of {node.op.name} returned {len(given)} gradients for {len(node.inputs)} tensor arguments.",
+            where=located(node),
+            operands=[(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)],
+            fix="return one gradient for each tensor argument, in order, None for one that is not differentiable",
+        )
+    )
+
+
+def _could_be_tensor(argument: Any) -> bool:
+    return argument is None or isinstance(argument, Value)
+
+
+def _fitted(contribution: Tensor, value: Value, node: Node) -> Tensor:
+    """A contribution in the shape, dtype and device of its value: un-broadcast, cast, checked."""
+    if not isinstance(contribution, Tensor):
+        raise _misfit(node, value, f"{type(contribution).__name__}, not a tensor or None")
+    if contribution.shape != value.shape:
+        if not _may_unbroadcast(contribution, value, node):
+            raise _misfit(node, value, f"a gradient of shape {tuple(contribution.shape)}")
+        contribution = _unbroadcast(contribution, value.shape)
+    if contribution.dtype != value.dtype:
+        if contribution.dtype.is_complex and not value.dtype.is_complex:
+            contribution = contribution.real
+        contribution = contribution.to(value.dtype)
+    if contribution.device != value.device:
+        contribution = contribution.to(value.device)
+    return contribution
+
+
+def _may_unbroadcast(contribution: Tensor, value: Value, node: Node) -> bool:
+    allowed = node.op.broadcasts
+    try:
+        if allowed is None:
+            together = torch.broadcast_shapes(*(v.shape for v in node.inputs))
+            allowed = len(node.outputs) == 1 and together == node.outputs[0].shape
+        return allowed and torch.broadcast_shapes(contribution.shape, value.shape) == contribution.shape
+    except RuntimeError:
+        return False
+
+
+def _unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
+    """The sum of `g` over the dimensions along which a tensor of `shape` was repeated to its shape."""
+    extra = g.ndim - len(shape)
+    repeated = [i for i in range(g.ndim) if i < extra or (shape[i - extra] == 1 and g.shape[i] != 1)]
+    return g.sum(repeated, keepdim=True).reshape(shape)
+
+
+def _misfit(node: Node, value: Value, got: str) -> RuleError:
+    i = next(k for k, each in enumerate(node.inputs) if each is value)
+    names = [*node.op.parameters, *(f"argument {k}" for k in range(len(node.inputs)))]
+    name = names[i] if node.op.is_named or i < len(node.op.parameters) else f"argument {i}"
+    return RuleError(
+        message(
+            f"the rule {node.rule} of {node.op.name} returned {got} for {name}, which has shape {tuple(value.shape)}.",
+            where=located(node),
+            operands=[(n, describe(v)) for n, v in zip(names, node.inputs, strict=False)],
+            fix=f"return for {name} a gradient of shape {tuple(value.shape)}",
+        )
+    )
+
+
+def _borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
+    """The rule of an operation that has none registered, as ``torch.func.vjp`` gives it."""
+
+    def borrowed_grad(g: Any, out: Any, *args: Any, **kwargs: Any) -> list[Tensor | None]:
+        tensors = [each for each in _flat((args, list(kwargs.values()))) if isinstance(each, Tensor)]
+
+        def forward(*chosen: Tensor) -> Any:
+            left = iter(chosen)
+            contents = iter([next(left) if need else tensor for tensor, need in zip(tensors, needs, strict=True)])
+            filled = [_swap(each, contents) for each in args]
+            named = {name: _swap(each, contents) for name, each in kwargs.items()}
+            result = node.op.forward(*filled, **named)
+            made = list(result) if isinstance(result, (tuple, list)) else [result]
+            return tuple(each for each, gradient in zip(made, gradients, strict=False) if gradient is not None)
+
+        gradients = list(g) if isinstance(g, (tuple, list)) else [g]
+        chosen = [tensor.detach() if tensor.grad_fn is not None else tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+        try:
+            _, pull = torch.func.vjp(forward, *chosen)
+            found = iter(pull(tuple(each for each in gradients if each is not None)))
+        except (RuntimeError, NotImplementedError) as error:
+            raise MissingRuleError(
+                message(
+                    f"{node.op.name} has no registered gradient rule, and torch has none to borrow: {error}",
+                    where=located(node),
+                    operands=[(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)],
+                    fix=recorder.rule_to_add(node.op),
+                )
+            ) from error
+        return [next(found) if need else None for need in needs]
+
+    return borrowed_grad
+
+
+def _flat(argument: Any) -> Iterable[Any]:
+    if isinstance(argument, (tuple, list)):
+        for each in argument:
+            yield from _flat(each)
+    else:
+        yield argument
+
+
+def _swap(argument: Any, contents: Any) -> Any:
+    """`argument` with the next of `contents` in the place of each tensor."""
+    if isinstance(argument, Tensor):
+        return next(contents)
+    if isinstance(argument, (tuple, list)):
+        return type(argument)([_swap(each, contents) for each in argument])
+    return argument
+
+
+# -- what a user gave -------------------------------------------------------------------------------------
+
+
+def _targets(wrt: Tensor | Sequence[Tensor], caller: str) -> list[Tensor]:
+    targets = [wrt] if isinstance(wrt, Tensor) else list(wrt) if isinstance(wrt, (tuple, list)) else [wrt]
+    for each in targets:
+        if not isinstance(each, Tensor):
+            raise DTypeError(
+                message(
+                    f"{caller}: wrt takes a tensor or a sequence of tensors, not {type(each).__name__}.",
+                    where=call_site(user_frame()),
+                )
+            )
+    return targets
+
+
+def _root(C: Tensor, caller: str) -> tuple[Value, Node | None]:
+    """The value that `C` holds and the node that made it."""
+    frame = user_frame()
+    if not isinstance(C, Tensor):
+        raise DTypeError(message(f"{caller} takes a recorded tensor, not {type(C).__name__}.", where=call_site(frame)))
+    name = local_name(frame, C) or "the tensor"
+    row = [(name, describe(C))]
+    entry = values_by_tensor.get(id(C))
+    if entry is None:
+        raise NotRecordedError(
+            message(
+                f"{caller}: {name} is on no tape, so there is nothing to sweep.",
+                where=call_site(frame),
+                operands=row,
+                fix=f"compute {name} inside `with te.record():`, or with named operations such as te.mse",
+            )
+        )
+    value = recorder.read(C, current_tape()) if entry[1].stale else entry[1]
+    node = values_by_tensor[id(C)][2]
+    if not (C.dtype.is_floating_point or C.dtype.is_complex):
+        raise DTypeError(
+            message(
+                f"{caller}: {name} has the dtype {C.dtype}, and only floating or complex numbers have a gradient.",
+                where=call_site(frame),
+                operands=row,
+            )
+        )
+    if value.constant:
+        raise NotRecordedError(
+            message(
+                f"{caller}: {name} is a constant: it was computed under torch.no_grad(), te.pause() or te.stop_gradient().",
+                where=call_site(frame),
+                operands=row,
+                fix=f"compute {name} outside that block",
+            )
+        )
+    return value, node
+
+
+def _seed(C: Tensor, seed: Tensor | None) -> Tensor:
+    frame = user_frame()
+    name = local_name(frame, C) or "the tensor"
+    if seed is None:
+        if C.numel() != 1:
+            raise ShapeError(
+                message(
+                    f"{name} has {C.numel()} elements; its gradient needs a seed of the same shape.",
+                    where=call_site(frame),
+                    operands=[(name, describe(C))],
+                    fix=f"te.backward({name}, torch.ones_like({name})), or sweep from a sum or a mean of {name}",
+                )
+            )
+        return torch.ones_like(C, memory_format=torch.contiguous_format).as_subclass(Tensor)
+    if not isinstance(seed, Tensor):
+        raise DTypeError(message(f"the seed must be a tensor, not {type(seed).__name__}.", where=call_site(frame)))
+    if seed.shape != C.shape:
+        raise ShapeError(
+            message(
+                f"the seed has another shape than {name}.",
+                where=call_site(frame),
+                operands=[(name, describe(C)), ("seed", describe(seed))],
+                fix=f"give a seed of shape {tuple(C.shape)}",
+            )
+        )
+    return seed if seed.dtype == C.dtype and seed.device == C.device else seed.to(C.device, C.dtype)
+
+
+def _sum(tensor: Tensor, g: Tensor) -> Tensor:
+    before = getattr(tensor, "g", None)
+    if before is None:
+        return g
+    if before.shape != g.shape:
+        raise ShapeError(
+            message(
+                "accumulate=True: the .g that is there has another shape.",
+                where=call_site(user_frame()),
+                operands=[(".g", describe(before)), ("new .g", describe(g))],
+                fix="del it before the sweep",
+            )
+        )
+    with torch.no_grad():
+        return before + g  # type: ignore[no-any-return]
+
+
+def _described(node: Node, g: list[Tensor | None]) -> list[tuple[str, str]]:
+    rows = [("g", describe(each)) for each in g if each is not None]
+    return rows + [(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)]
+
+
+def _way_around(value: Value) -> str:
+    name = value.name or "it"
+    if value.closed == recorder.SWEPT:
+        return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
+    if value.closed == recorder.OUTSIDE:
+        return f"compute {name} inside `with te.record():`, or go on from {name}.detach()"
+    return f"write to {name} inside the recording, or to a copy of it: .clone()"

@@ -1,0 +1,453 @@
+"""The tape as data: values, the nodes that join them, the tapes that hold the nodes.
+
+    value ──► node ──► value ──► node ──► value
+    X, w, b    lin       Z        relu      U
+
+A `Value` is one tensor at one point of a recording. A `Node` is one recorded operation: the values
+it read, the values it made, its other arguments, and the user's line. A `Tape` is the ordered list of
+nodes. Nothing in this room runs an operation or knows a gradient rule.
+
+Who keeps what alive:
+
+- a tensor keeps its value and the node that made it (through `values_by_tensor`), a node keeps its
+  input values and the nodes that made those. So what a tensor depends on lives as long as the tensor;
+- a value refers to its tensor weakly. What a rule will read is kept by the node, in a `Kept` cell,
+  so that an in-place write can put a copy of the old contents into the cell before it happens;
+- the tape of a ``te.record()`` block keeps its nodes and leaves; the global tape refers to them
+  weakly: a recording that nobody can reach any more leaves it by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+
+from .registry import Op
+
+__all__ = ["Kept", "Node", "Tape", "Value", "current_tape", "global_tape"]
+
+_sequence = itertools.count()  # nodes of all tapes and threads, in the order of recording
+
+
+def next_in_sequence() -> int:
+    """A number between those of the nodes recorded before and after."""
+    return next(_sequence)
+
+
+class Kept:
+    """A tensor that some rule will read: the contents a value had when it was recorded.
+
+    ``version`` is torch's count of the writes to it, by which a write unseen is found out.
+    """
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.version = version_of(tensor)
+
+    @property
+    def intact(self) -> bool:
+        """Whether the contents are still those that were recorded."""
+        return version_of(self.tensor) == self.version
+
+
+class Value:
+    """One tensor at one point of a recording: its description, and where it came from.
+
+    Attributes:
+        shape, dtype, device, strides: of the tensor, as recorded.
+        node: the node that made it; ``None`` for a leaf, and once that node has left its tape.
+        index: which of that node's outputs it is.
+        constant: true where the sweep stops (``detach``, ``no_grad``, ``te.stop_gradient``).
+        closed: why no gradient may pass into it (its tape was swept; a write went unseen), or "".
+        name: the name under which a module holds it (``net.0.weight``), if any is known.
+        aliases: the group of values that share its storage; ``None`` while it is alone there.
+        marks: how many tapes have its tensor listen for plain operations (leaves only).
+        stale: true once a write through an alias made its tensor hold other contents.
+    """
+
+    __slots__ = (
+        "__weakref__", "_kept", "_node", "_tensor", "aliases", "closed", "constant",
+        "device", "dtype", "index", "marks", "name", "shape", "stale", "strides",
+    )  # fmt: skip
+
+    def __init__(self, tensor: torch.Tensor, *, constant: bool = False) -> None:
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+        self.device = tensor.device
+        self.strides = tensor.stride() if tensor.layout is torch.strided else ()
+        self.index = 0
+        self.constant = constant
+        self.closed = ""
+        self.name: str | None = None
+        self.aliases: Any = None
+        self.marks = 0
+        self.stale = False
+        self._tensor: weakref.ref[torch.Tensor] | None = weakref.ref(tensor)
+        self._node: weakref.ref[Node] | None = None
+        self._kept: weakref.ref[Kept] | None = None
+
+    @property
+    def node(self) -> Node | None:
+        return None if self._node is None else self._node()
+
+    @property
+    def leaf(self) -> bool:
+        """Whether it came from outside the recording."""
+        return self._node is None
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The tensor, if it is alive and still holds this value (no later write made it another)."""
+        found = None if self._tensor is None else self._tensor()
+        return found if found is not None and not self.stale and bound(found) is self else None
+
+    @property
+    def holder(self) -> torch.Tensor | None:
+        """The tensor object that held the value when it was recorded, whatever it holds now."""
+        return None if self._tensor is None else self._tensor()
+
+    @property
+    def kept(self) -> Kept | None:
+        """The cell of its contents, if a rule keeps it."""
+        return None if self._kept is None else self._kept()
+
+    def keep(self, tensor: torch.Tensor) -> Kept:
+        """The cell of its contents, made of `tensor` if there is none yet."""
+        found = self.kept
+        if found is None:
+            found = Kept(tensor)
+            self._kept = weakref.ref(found)
+        return found
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it can have a gradient: floating or complex, and no constant."""
+        return not self.constant and (self.dtype.is_floating_point or self.dtype.is_complex)
+
+    # What a rule may ask of an argument whose data it does not read.
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self.strides if dim is None else self.strides[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.numel() * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"<value {self.name + ' ' if self.name else ''}{describe(self)}>"
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Torch's count of writes to the tensor's storage; 0 where it keeps none (inference tensors)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def describe(value: Value | torch.Tensor) -> str:
+    """Shape, dtype and, off the CPU, device: ``(64, 784)  float32  cuda:0``."""
+    text = f"{tuple(value.shape)}  {str(value.dtype).removeprefix('torch.')}"
+    return text if value.device.type == "cpu" else f"{text}  {value.device}"
+
+
+class Node:
+    """One recorded operation.
+
+    Attributes:
+        op: its `Op` record.
+        args, kwargs: the arguments, values standing where tensors stood.
+        inputs: the values among them, flattened, in order; a value given twice stands twice.
+        outputs: the values it made.
+        outputs_tuple: whether the operation returned a tuple or list (of one tensor, perhaps).
+        result: what it returned, where that is not tensors (a guard: ``item()``, ``bool()``).
+        saved: for each input, then each output, the `Kept` cell its rule reads, or ``None``.
+        scope: the names of the groups it stands in, outermost first.
+        seq: its place in the order of recording, over all tapes.
+        mutates: for each value that the operation wrote over: its place in `inputs`, and in `outputs`
+            the place of the value that its tensor held afterwards.
+        cut: recorded under ``no_grad``: no gradient passes.
+        random: whether it draws from a generator.
+        swept: whether a sweep has passed over it.
+    """
+
+    __slots__ = (
+        "__weakref__", "_code", "_lasti", "args", "cut", "inputs", "kwargs", "mutates", "op", "outputs",
+        "outputs_tuple", "random", "result", "saved", "scope", "seq", "sources", "swept", "tape",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        op: Op,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: tuple[Value, ...],
+        code: CodeType | None = None,
+        lasti: int = 0,
+        scope: tuple[str, ...] = (),
+    ) -> None:
+        self.op = op
+        self.args = args
+        self.kwargs = kwargs
+        self.inputs = inputs
+        # the nodes that made the inputs: kept alive by those that read them
+        self.sources: tuple[Node | None, ...] = tuple([v._node and v._node() for v in inputs])
+        self.outputs: tuple[Value, ...] = ()
+        self.outputs_tuple = False
+        self.result: Any = None
+        self.saved: tuple[Kept | None, ...] = ()
+        self.scope = scope
+        self.seq = next(_sequence)
+        self.mutates: tuple[tuple[int, int], ...] = ()
+        self.cut = False
+        self.random = False
+        self.swept = False
+        self.tape: int = 0
+        self._code = code
+        self._lasti = lasti
+
+    @property
+    def rule(self) -> str:
+        """How its gradient is taken: the rule's name, ``borrowed``, ``none`` (declared), or ``cut``."""
+        if self.cut:
+            return "cut"
+        if not self.op.differentiable or not any(v.differentiable for v in self.inputs):
+            return "none"
+        return "borrowed" if self.op.grad is None else getattr(self.op.grad, "__name__", "rule")
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The arguments that are not tensors, by name."""
+        names = self.op.parameters
+        named = {(names[i] if i < len(names) else f"arg{i}"): a for i, a in enumerate(self.args)}
+        named.update(self.kwargs)
+        return {name: a for name, a in named.items() if not _holds_value(a) and a is not None}
+
+    @property
+    def site(self) -> tuple[CodeType | None, int]:
+        """The user's code object and the index of the instruction that called the operation."""
+        return self._code, self._lasti
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(str(tuple(v.shape)) for v in self.inputs)
+        outputs = ", ".join(str(tuple(v.shape)) for v in self.outputs)
+        return f"<node {self.op.name}: {inputs} -> {outputs}>"
+
+
+def _holds_value(argument: Any) -> bool:
+    if isinstance(argument, Value):
+        return True
+    return isinstance(argument, (tuple, list)) and any(isinstance(each, Value) for each in argument)
+
+
+class Tape:
+    """The ordered nodes of a recording.
+
+    Attributes:
+        strong: whether it keeps its nodes (a ``te.record()`` block) or follows what the user's
+            tensors still reach (the global tape).
+        strict: whether an operation without a registered rule raises as it is recorded.
+        ident: a number that no other tape has.
+    """
+
+    _idents = itertools.count(1)
+    by_ident: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
+
+    def __init__(self, *, strong: bool = True, strict: bool = False) -> None:
+        self.strong = strong
+        self.strict = strict
+        self.ident = next(self._idents)
+        self._nodes: list[Any] = []
+        self._leaves: dict[int, torch.Tensor] = {}  # keeps the leaves' tensors: a replay reads them
+        self._sweep_at = 1024  # when the global tape next drops what nobody reaches
+        self.marked: list[weakref.ref[Value]] = []  # leaves whose tensors listen for plain operations
+        Tape.by_ident[self.ident] = self
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes, in the order of recording."""
+        if self.strong:
+            return list(self._nodes)
+        alive = [node for ref in self._nodes if (node := ref()) is not None]
+        return alive
+
+    @property
+    def values(self) -> list[Value]:
+        """Every value read or made, each once, in the order of appearance."""
+        seen: dict[int, Value] = {}
+        for node in self.nodes:
+            for value in (*node.inputs, *node.outputs):
+                seen.setdefault(id(value), value)
+        return list(seen.values())
+
+    @property
+    def leaves(self) -> list[Value]:
+        """The values that came from outside the recording, in the order of appearance."""
+        made = {id(v) for node in self.nodes for v in node.outputs}
+        return [v for v in self.values if id(v) not in made]
+
+    def append(self, node: Node) -> None:
+        """Records `node`."""
+        node.tape = self.ident
+        if self.strong:
+            self._nodes.append(node)
+            return
+        self._nodes.append(weakref.ref(node))
+        if len(self._nodes) >= self._sweep_at:
+            self._nodes = [ref for ref in self._nodes if ref() is not None]
+            self._sweep_at = max(1024, 2 * len(self._nodes))
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Keeps a leaf's tensor as long as the tape lives."""
+        if self.strong:
+            self._leaves[id(tensor)] = tensor
+
+    def drop(self, nodes: set[Node]) -> None:
+        """Forgets some nodes, from which no other node reads."""
+        if nodes:
+            self._nodes = [node for node in self._nodes if node not in nodes]
+
+    def clear(self) -> None:
+        """Forgets every node."""
+        self._nodes.clear()
+        self._leaves.clear()
+
+    def __len__(self) -> int:
+        return len(self._nodes) if self.strong else len(self.nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def __bool__(self) -> bool:
+        return True  # an empty tape is a tape
+
+    def __str__(self) -> str:
+        from .listing import listing
+
+        return listing(self)
+
+    def __repr__(self) -> str:
+        return f"<tape of {len(self)} nodes>"
+
+
+# -- which value a tensor holds now ------------------------------------------------------------------
+
+
+class _Ref(weakref.ref[torch.Tensor]):
+    __slots__ = ("key",)
+    key: int
+
+
+#: By ``id`` of a tensor: the value it holds, the node that made it, and torch's counts of writes with which
+#: it holds it. They are two for a view, which shares the count of its base only once torch hands it out.
+values_by_tensor: dict[int, tuple[_Ref, Value, Node | None, tuple[int, ...]]] = {}
+
+
+def _forget(ref: _Ref) -> None:
+    entry = values_by_tensor.get(ref.key)
+    if entry is not None and entry[0] is ref:
+        del values_by_tensor[ref.key]
+
+
+def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
+    """From now on `tensor` holds `value`, made by `node`."""
+    ref = _Ref(tensor, _forget)  # type: ignore[call-arg]
+    ref.key = id(tensor)
+    values_by_tensor[ref.key] = (ref, value, node, (version_of(tensor),))
+
+
+def rebind(tensor: torch.Tensor, base: torch.Tensor | None = None) -> None:
+    """The writes counted so far, on `tensor` or on its `base`, are known not to have changed what it holds."""
+    entry = values_by_tensor.get(id(tensor))
+    if entry is not None:
+        counts = (version_of(tensor),) if base is None else (version_of(tensor), version_of(base))
+        values_by_tensor[id(tensor)] = (*entry[:3], counts)
+
+
+def unwritten(tensor: torch.Tensor) -> bool:
+    """Whether nothing was written to `tensor` since it was bound."""
+    entry = values_by_tensor.get(id(tensor))
+    return entry is not None and version_of(tensor) in entry[3]
+
+
+def unbind(tensor: torch.Tensor) -> None:
+    """From now on `tensor` is unknown to every tape."""
+    values_by_tensor.pop(id(tensor), None)
+
+
+def bound(tensor: torch.Tensor) -> Value | None:
+    """The value that `tensor` was last bound to, without asking whether it was written to since."""
+    entry = values_by_tensor.get(id(tensor))
+    return None if entry is None else entry[1]
+
+
+# -- the tapes of a thread -----------------------------------------------------------------------------
+
+
+class Tapes(threading.local):
+    """This thread's global tape and its stack of open ones."""
+
+    def __init__(self) -> None:
+        self.globe = Tape(strong=False)
+        self.stack: list[Tape] = []
+
+
+_tapes = Tapes()
+
+
+def global_tape() -> Tape:
+    """This thread's global tape: named operations called outside ``te.record()`` record on it."""
+    return _tapes.globe
+
+
+def current_tape() -> Tape:
+    """The innermost open tape of this thread; the global one where none is open."""
+    return _tapes.stack[-1] if _tapes.stack else _tapes.globe
+
+
+def push_tape(tape: Tape) -> None:
+    """Opens `tape` on this thread."""
+    _tapes.stack.append(tape)
+
+
+def pop_tape(tape: Tape) -> None:
+    """Closes `tape`, and whatever was opened after it."""
+    while _tapes.stack and _tapes.stack.pop() is not tape:
+        pass
+
+
+def new_global_tape() -> Tape:
+    """Starts a new global tape; what the old one recorded lives as long as tensors reach it."""
+    _tapes.globe = Tape(strong=False)
+    return _tapes.globe
