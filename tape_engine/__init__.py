@@ -13,7 +13,7 @@ tensor, and a tape can be replayed on new inputs. `ops` is the page to begin wit
 
 from __future__ import annotations
 
-from . import rules  # noqa: F401 - registers the gradient rules of torch's own operations
+from . import listing, rules  # noqa: F401 - what registers itself: print(tape), the gradient rules of torch
 from .errors import (
     DTypeError,
     GuardError,
@@ -28,6 +28,7 @@ from .errors import (
     TapeError,
 )
 from .ops import lin, mse, relu
+from .program import Program
 from .recorder import pause, record, scope, stop_gradient
 from .registry import op, rule, sample, spec
 from .sweep import backward, grad
@@ -44,6 +45,7 @@ __all__ = [
     "Node",
     "NotRecordedError",
     "OverwrittenError",
+    "Program",
     "RuleError",
     "ShapeError",
     "SweptError",

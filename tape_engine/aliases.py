@@ -20,7 +20,19 @@ import torch
 from .registry import op, sample, spec
 from .tape import Kept, Value, bound, rebind, unwritten, version_of
 
-__all__ = ["Aliases", "covers", "join", "neighbours", "place_of", "protect", "read_view", "refresh", "same_storage", "share", "write_view"]
+__all__ = [
+    "Aliases",
+    "covers",
+    "join",
+    "neighbours",
+    "place_of",
+    "protect",
+    "read_view",
+    "refresh",
+    "same_storage",
+    "share",
+    "write_view",
+]
 
 #: Size, stride and offset of a view, counted from the first element of its base.
 Place = tuple[tuple[int, ...], tuple[int, ...], int]

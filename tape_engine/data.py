@@ -11,16 +11,16 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import io
 import math
 import os
 import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -92,10 +92,8 @@ def digits() -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            message(
-                "digits: the bundled set comes with scikit-learn, which is not here.", fix="pip install scikit-learn"
-            )
+        raise _error(
+            "digits: the bundled set comes with scikit-learn, which is not here.", [], "pip install scikit-learn"
         ) from error
     bunch = load_digits()
     images = torch.from_numpy(bunch.data).to(torch.float32).div_(16)  # 17 levels of ink
@@ -128,38 +126,45 @@ def mnist_folder(folder: str | os.PathLike[str]) -> Digits:
     given = Path(folder).expanduser()
     if not given.is_dir():
         found = "a file" if given.exists() else "nothing there"
-        raise DataError(
-            message(
-                "data: this is not a folder of IDX files.",
-                operands=[(str(folder), found)],
-                fix='a folder with train-images-idx3-ubyte.gz and its labels; or the words "digits" and "mnist"',
-            )
+        raise _error(
+            "data: this is not a folder of IDX files.",
+            [(str(folder), found)],
+            'a folder with train-images-idx3-ubyte.gz and its labels; or the words "digits" and "mnist"',
         )
-    places = [given, given / "raw", given / "MNIST" / "raw"]
-    for place in places:
+    try:
+        return _read_folder(given)
+    except OSError as error:
+        raise _error(
+            f"data: {given} cannot be read.",
+            [(type(error).__name__, str(error))],
+            "allow it to be read, or copy it to a place of your own",
+        ) from error
+
+
+def _read_folder(given: Path) -> Digits:
+    """The first set that lies in `given`, or where torchvision would put it below."""
+    for place in (given, given / "raw", given / "MNIST" / "raw"):
         parts = {split: part for split in ("train", "t10k") if (part := _read_split(place, split)) is not None}
         if "train" in parts and "t10k" in parts:
             if parts["train"].size != parts["t10k"].size:
-                raise DataError(
-                    message(
-                        f"data: the two halves of {place} are of different sizes.",
-                        operands=[(split, f"{part.size[0]} x {part.size[1]} pixels") for split, part in parts.items()],
-                        fix="keep the files of one set in one folder",
-                    )
+                raise _error(
+                    f"data: the two halves of {place} are of different sizes.",
+                    [(split, f"{part.size[0]} x {part.size[1]} pixels") for split, part in parts.items()],
+                    "keep the files of one set in one folder",
                 )
             train = parts["train"]
             return Digits(train.images, train.labels, NAMES, train.size, train.source, parts["t10k"])
         if parts:
             return next(iter(parts.values()))
     files = sorted(path.name for path in given.iterdir())
-    raise DataError(
-        message(
-            f"data: no IDX files of MNIST in {given}.",
-            operands=[("expected", "train-images-idx3-ubyte[.gz], or t10k-images-idx3-ubyte[.gz]"),
-                      ("found", ", ".join([*files[:6], *(["..."] if len(files) > 6 else [])]) or "an empty folder")],
-            fix='give the folder of the files themselves, or use the bundled "digits"',
-        )
-    )  # fmt: skip
+    raise _error(
+        f"data: no IDX files of MNIST in {given}.",
+        [
+            ("expected", "train-images-idx3-ubyte[.gz], or t10k-images-idx3-ubyte[.gz]"),
+            ("found", ", ".join([*files[:6], *(["..."] if len(files) > 6 else [])]) or "an empty folder"),
+        ],
+        'give the folder of the files themselves, or use the bundled "digits"',
+    )
 
 
 def _read_split(folder: Path, split: str) -> Digits | None:
@@ -174,22 +179,18 @@ def _read_split(folder: Path, split: str) -> Digits | None:
     if images_path is None or labels_path is None:
         missing, there = ("images", labels_path) if images_path is None else ("labels", images_path)
         ndim = dict([IMAGES, LABELS])[missing]
-        raise DataError(
-            message(
-                f"data: {there} has no {missing} beside it.",
-                operands=[("expected", f"{split}-{missing}-idx{ndim}-ubyte, or the same with .gz")],
-                fix=f"put the file of the {missing} into the same folder",
-            )
+        raise _error(
+            f"data: {there} has no {missing} beside it.",
+            [("expected", f"{split}-{missing}-idx{ndim}-ubyte, or the same with .gz")],
+            f"put the file of the {missing} into the same folder",
         )
     images = _read_idx(images_path, *IMAGES)
     labels = _read_idx(labels_path, *LABELS)
     if len(images) != len(labels):
-        raise DataError(
-            message(
-                "data: there are not as many labels as images.",
-                operands=[(images_path.name, f"{len(images)} images"), (labels_path.name, f"{len(labels)} labels")],
-                fix=f"take both files of one set ({folder})",
-            )
+        raise _error(
+            "data: there are not as many labels as images.",
+            [(images_path.name, f"{len(images)} images"), (labels_path.name, f"{len(labels)} labels")],
+            f"take both files of one set ({folder})",
         )
     if int(labels.max()) >= len(NAMES):
         row = int((labels >= len(NAMES)).nonzero()[0])
@@ -221,15 +222,15 @@ def _read_idx(path: Path, kind: str, ndim: int) -> torch.Tensor:
                 raise _damaged(path, f"{shown} elements, as its header says", f"a file of {packed} bytes")
             # one byte more than there should be, so that a file that goes on is noticed
             elements = bytearray().join(_pieces(file, count + 1))
-    except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(path, "a file that can be read", f"{type(error).__name__}: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise _damaged(path, "a whole gzip file", str(error)) from error
     if len(elements) != count:
         found = f"{len(elements)}" if len(elements) < count else "more"
         raise _damaged(path, f"{shown} = {count} elements, as its header says", found)
     return torch.frombuffer(elements, dtype=torch.uint8).reshape(sizes)
 
 
-def _pieces(file: IO[bytes], most: int) -> Iterator[bytes]:
+def _pieces(file: io.BufferedIOBase, most: int) -> Iterator[bytes]:
     """What `file` has left, up to `most` bytes, piece by piece: memory is taken for what is there alone."""
     while most > 0 and (piece := file.read(min(most, 1 << 20))):
         most -= len(piece)
@@ -237,13 +238,12 @@ def _pieces(file: IO[bytes], most: int) -> Iterator[bytes]:
 
 
 def _damaged(path: Path, expected: str, found: str) -> DataError:
-    return DataError(
-        message(
-            f"data: {path} is not what its name says.",
-            operands=[("expected", expected), ("found", found)],
-            fix="copy or download the file again, whole",
-        )
-    )
+    operands = [("expected", expected), ("found", found)]
+    return _error(f"data: {path} is not what its name says.", operands, "copy or download the file again, whole")
+
+
+def _error(what: str, operands: Iterable[tuple[str, str]], fix: str) -> DataError:
+    return DataError(message(what, operands=operands, fix=fix))
 
 
 # -- the download ------------------------------------------------------------------------------------------
@@ -308,12 +308,10 @@ def download_mnist(
                 for file in wanted:
                     _fetch(file, folder, mirrors, timeout, advance)
     except OSError as error:
-        raise DataError(
-            message(
-                f"data: MNIST cannot be kept in {folder}.",
-                operands=[(type(error).__name__, str(error))],
-                fix="set XDG_CACHE_HOME to a folder that can be written",
-            )
+        raise _error(
+            f"data: MNIST cannot be kept in {folder}.",
+            [(type(error).__name__, str(error))],
+            "set XDG_CACHE_HOME to a folder that can be written",
         ) from error
     return folder
 
@@ -321,61 +319,65 @@ def download_mnist(
 def _is_whole(path: Path, file: _Remote) -> bool:
     if not path.is_file() or path.stat().st_size != file.size:
         return False
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == file.md5
+    return _md5(path.read_bytes()) == file.md5
 
 
 def _fetch(file: _Remote, folder: Path, mirrors: Sequence[str], timeout: float, advance: Callable[[int], None]) -> None:
     """Downloads one file into `folder` from the first mirror that gives it whole."""
     failed: list[tuple[str, str]] = []
     for mirror in mirrors:
-        handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=folder)
-        try:
-            with os.fdopen(handle, "wb") as out:
-                why = _copy(mirror.rstrip("/") + "/" + file.name, out, file, timeout, advance)
-            if why is None:
-                Path(part).replace(folder / file.name)
-                return
-            failed.append((mirror, why))
-        finally:
-            Path(part).unlink(missing_ok=True)
-    raise DataError(
-        message(
-            f"data: {file.name} could not be downloaded.",
-            operands=failed,
-            fix="without internet: --data FOLDER with MNIST's IDX files, or --data digits, which needs no download",
-        )
+        body = bytearray()
+        why = _download(mirror.rstrip("/") + "/" + file.name, body, file.size, timeout, advance)
+        if why is None and len(body) != file.size:
+            found = "more" if len(body) > file.size else f"{len(body)}"
+            why = f"gave {found}, expected {file.size} bytes"
+        if why is None and (found := _md5(body)) != file.md5:
+            why = f"gave another file: its MD5 is {found}, expected {file.md5}"
+        if why is None:
+            _write_whole(folder / file.name, body)
+            return
+        failed.append((mirror, why))
+        advance(-len(body))
+    raise _error(
+        f"data: {file.name} could not be downloaded.",
+        failed,
+        "without internet: --data FOLDER with MNIST's IDX files, or --data digits, which needs no download",
     )
 
 
-def _copy(address: str, out: IO[bytes], file: _Remote, timeout: float, advance: Callable[[int], None]) -> str | None:
-    """Copies what lies at `address` to `out`; why it is no good, or ``None`` if it is the file, whole."""
+def _download(address: str, body: bytearray, size: int, timeout: float, advance: Callable[[int], None]) -> str | None:
+    """Adds what lies at `address` to `body`, little more than `size` bytes; why it broke off, if it did."""
     request = urllib.request.Request(address, headers={"User-Agent": "tape-engine"})
-    digest = hashlib.md5(usedforsecurity=False)
-    got = 0
-    why = None
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            while got <= file.size and (piece := answer.read(1 << 16)):
-                out.write(piece)
-                digest.update(piece)
-                got += len(piece)
+            while len(body) <= size and (piece := answer.read(1 << 16)):
+                body += piece
                 advance(len(piece))
     except urllib.error.HTTPError as error:
-        why = f"answered {error.code} {error.reason}"
         error.close()
+        return f"answered {error.code} {error.reason}"
     except urllib.error.URLError as error:
-        why = f"not reached: {error.reason}"
+        return f"not reached: {error.reason}"
     except TimeoutError:
-        why = f"nothing more came for {timeout:g} s, after {got} bytes"
-    except (ConnectionError, http.client.HTTPException, ValueError) as error:
-        why = f"broke off after {got} bytes: {type(error).__name__}"
-    if why is None and got != file.size:
-        why = f"gave {'more than ' if got > file.size else ''}{min(got, file.size)} bytes, expected {file.size}"
-    if why is None and digest.hexdigest() != file.md5:
-        why = f"gave a file of another checksum: MD5 {digest.hexdigest()}, expected {file.md5}"
-    if why is not None:
-        advance(-got)
-    return why
+        return f"was silent for {timeout:g} s, after {len(body)} bytes"
+    except (OSError, http.client.HTTPException) as error:
+        return f"broke off after {len(body)} bytes: {' '.join(str(error).split())}"
+    return None
+
+
+def _write_whole(path: Path, body: bytes | bytearray) -> None:
+    """Writes a file so that it is never seen in part: beside its place, then moved there."""
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(body)
+        Path(part).replace(path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _md5(body: bytes | bytearray) -> str:
+    return hashlib.md5(body, usedforsecurity=False).hexdigest()
 
 
 @contextlib.contextmanager

@@ -56,7 +56,11 @@ def _tensors(op: str, optional: tuple[str, ...] = (), **operands: Any) -> None:
     for own, each in operands.items():
         if not isinstance(each, Tensor) and not (each is None and own in optional):
             given = _Operands(op, **operands)
-            given.refuse(DTypeError, f"{given.names[own]} is {type(each).__name__}, not a tensor.", _as_tensor(each, given.names[own]))
+            given.refuse(
+                DTypeError,
+                f"{given.names[own]} is {type(each).__name__}, not a tensor.",
+                _as_tensor(each, given.names[own]),
+            )
     present = {own: each for own, each in operands.items() if each is not None}
     if len({each.device for each in present.values()}) > 1:
         given = _Operands(op, **operands)
@@ -106,7 +110,11 @@ def lin(X: Any, w: Any, b: Any = None) -> None:
     """
     _tensors("lin", ("b",), X=X, w=w, b=b)
     if _lin_fits(X, w, b):
-        if X.dtype == w.dtype and (b is None or b.dtype == w.dtype) and (w.dtype.is_floating_point or w.dtype.is_complex):
+        if (
+            X.dtype == w.dtype
+            and (b is None or b.dtype == w.dtype)
+            and (w.dtype.is_floating_point or w.dtype.is_complex)
+        ):
             return
         _same_dtype("lin", X=X, b=b, w=w)
     given = _Operands("lin", X=X, w=w, b=b)
@@ -118,7 +126,9 @@ def lin(X: Any, w: Any, b: Any = None) -> None:
     elif X.shape[-1] != w.shape[0]:
         what = f"the last dimension of {x_name}, {X.shape[-1]}, is not the first of {w_name}, {w.shape[0]}."
     else:
-        what = f"{b_name} of shape {tuple(b.shape)} is neither ({w.shape[1]},), one for each column of {w_name}, nor (1,)."
+        what = (
+            f"{b_name} of shape {tuple(b.shape)} is neither ({w.shape[1]},), one for each column of {w_name}, nor (1,)."
+        )
     fix = given.remedy(
         _lin_fits,
         [
@@ -147,7 +157,9 @@ def relu(Z: Any) -> None:
     if not Z.dtype.is_floating_point:
         given = _Operands("relu", Z=Z)
         fix = None if Z.dtype.is_complex else f"{given.names['Z']}.to(torch.float32)"
-        given.refuse(DTypeError, f"{given.names['Z']} is {str(Z.dtype).removeprefix('torch.')}, not a real floating dtype.", fix)
+        given.refuse(
+            DTypeError, f"{given.names['Z']} is {str(Z.dtype).removeprefix('torch.')}, not a real floating dtype.", fix
+        )
 
 
 # -- mse ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .names import names_of, where
-from .tape import Node, Tape, Value
+from .tape import Node, Tape, Value, on_print
 
 __all__ = ["listing"]
 
@@ -20,7 +20,9 @@ def listing(tape: Tape) -> str:
     head = f"tape of {len(nodes)} node{'s' * (len(nodes) != 1)}, {leaves} {'leaf' if leaves == 1 else 'leaves'}"
     rows = [(str(i), *_row(node, names)) for i, node in enumerate(nodes)]
     widths = [max((len(row[k]) for row in rows), default=0) for k in range(4)]
-    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return "\n".join([head, *lines])
 
 
@@ -46,3 +48,6 @@ def _argument(argument: object, names: dict[int, str]) -> str:
         inside = ", ".join(_argument(each, names) for each in argument)
         return f"[{inside}]" if isinstance(argument, list) else f"({inside})"
     return repr(argument).removeprefix("torch.")
+
+
+on_print(listing)

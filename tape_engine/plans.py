@@ -92,8 +92,8 @@ def _functional(overload: OpOverload) -> OpOverload | None:
         if packet is None:
             continue
         found = [getattr(packet, each) for each in packet.overloads()]
-        found = [each for each in found if not each._schema.is_mutable and not each._can_decompose()]
+        found = [each for each in found if [(a.name, str(a.type)) for a in each._schema.arguments] == takes]
         for each in sorted(found, key=lambda o: o._overloadname != overload._overloadname):
-            if [(a.name, str(a.type)) for a in each._schema.arguments] == takes:
+            if not each._schema.is_mutable and not each._can_decompose():
                 return each  # type: ignore[no-any-return]
     return None

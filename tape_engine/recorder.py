@@ -60,6 +60,8 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.quiet = 0  # inside the body of a named operation, a rule, a replay: nothing is heard
         self.paused = 0  # inside te.pause(): heard, and left out
+        self.opening = False  # named operations run their bodies, which are heard
+        self.linking = False  # inside a sweep that is recorded: every binding counts, closed or not
         self.grad_mode = True  # torch's grad mode where the recording began: a change of it is a cut
         self.scope: tuple[str, ...] = ()
 
@@ -80,6 +82,8 @@ def read(tensor: Tensor, tape: Tape) -> Value:
     if entry is None:
         return _leaf(tensor, tape)
     _, value, node, counts = entry
+    if _state.linking:
+        return value
     if value.stale:
         return _reread(tensor, value, tape)
     unchanged = version_of(tensor) in counts
@@ -229,7 +233,7 @@ def rule_to_add(op: Op) -> str:
 
 def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What calling an `Op` does: run its body unheard, then record one node."""
-    if _state.quiet:
+    if _state.quiet or _state.opening:
         return op.forward(*args, **kwargs)
     with quietly():
         args, kwargs = op.bind(args, kwargs)
@@ -498,6 +502,14 @@ class Recorded(Tensor):
         return copied
 
 
+class RecordedParameter(Recorded, torch.nn.Parameter):
+    """A module's parameter, while a tape knows it."""
+
+
+#: What a tensor's class becomes while a tape listens to it.
+_LISTENING: dict[type, type] = {Tensor: Recorded, torch.nn.Parameter: RecordedParameter}
+
+
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(Tensor)
 
@@ -547,9 +559,10 @@ def _mark(tensor: Tensor, tape: Tape) -> None:
     value = bound(tensor)
     if value is None or not value.differentiable:
         return
-    if type(tensor) is Tensor and not (value.leaf and tensor.requires_grad):
-        tensor.__class__ = Recorded
-    if value.leaf and type(tensor) is Recorded:
+    kind = type(tensor)
+    if kind in _LISTENING:
+        tensor.__class__ = _LISTENING[kind]
+    if value.leaf and isinstance(tensor, Recorded):
         value.marks += 1
         tape.marked.append(weakref.ref(value))
         if len(tape.marked) & (len(tape.marked) - 1) == 0:
@@ -559,7 +572,7 @@ def _mark(tensor: Tensor, tape: Tape) -> None:
 def _listen(tape: Tape, node: Node) -> None:
     for value in (*node.inputs, *node.outputs):
         holder = value.holder
-        if holder is not None and type(holder) is Tensor and bound(holder) is value:
+        if holder is not None and bound(holder) is value:
             _mark(holder, tape)
 
 
@@ -576,8 +589,8 @@ def forget_leaves(tape: Tape) -> None:
     for value in (v for ref in marked if (v := ref()) is not None):
         value.marks -= 1
         holder = value.holder
-        if value.marks == 0 and holder is not None and type(holder) is Recorded:
-            holder.__class__ = Tensor  # type: ignore[assignment]
+        if value.marks == 0 and holder is not None and isinstance(holder, Recorded):
+            holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)
 
 
 # -- what a user opens and closes -----------------------------------------------------------------------------------
@@ -587,33 +600,38 @@ class quietly:
     """A context in which nothing is recorded: the body of an operation, a rule, a replay."""
 
     def __enter__(self) -> None:
-        _state.quiet += 1
         self.guard = DisableTorchFunctionSubclass()
         self.guard.__enter__()
         self.mode = None
         depth = torch._C._len_torch_dispatch_stack()
         if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), _Mode):
-            self.mode = torch._C._pop_torch_dispatch_stack()  # else each operation would pay the detour
+            self.mode = torch._C._pop_torch_dispatch_stack(None)  # else each operation would pay the detour
+        _state.quiet += 1
 
     def __exit__(self, *error: object) -> None:
+        _state.quiet -= 1
         if self.mode is not None:
             torch._C._push_on_torch_dispatch_stack(self.mode)
         self.guard.__exit__(*error)
-        _state.quiet -= 1
 
 
 @contextmanager
-def recording(tape: Tape, *, through_no_grad: bool = False) -> Iterator[None]:
-    """A context in which every torch operation is recorded on `tape`, whatever happens around it."""
-    before = _state.quiet, _state.grad_mode
-    _state.quiet = 0
-    if through_no_grad:
-        _state.grad_mode = False
+def recording(tape: Tape, *, sweep: bool = False, opening: bool = False) -> Iterator[None]:
+    """A context in which every torch operation is recorded on `tape`, whatever happens around it.
+
+    With ``sweep=True`` for a sweep that is recorded: it runs under ``no_grad`` without being cut, and what
+    the rules are given is linked to the values that it stands for. With ``opening=True`` a named operation
+    is recorded as the torch operations of its body.
+    """
+    before = _state.quiet, _state.grad_mode, _state.linking, _state.opening
+    _state.quiet, _state.opening = 0, opening
+    if sweep:
+        _state.grad_mode, _state.linking = False, True
     try:
         with _Mode(tape):
             yield
     finally:
-        _state.quiet, _state.grad_mode = before
+        _state.quiet, _state.grad_mode, _state.linking, _state.opening = before
 
 
 class record:
@@ -641,7 +659,9 @@ class record:
         mode.__enter__()
         return tape
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         tape, mode, _state.grad_mode = self._open.pop()
         mode.__exit__(kind, error, trace)
         pop_tape(tape)
@@ -680,7 +700,9 @@ def scope(name: str) -> Iterator[None]:
         DTypeError: if `name` is not a string.
     """
     if not isinstance(name, str) or not name:
-        raise DTypeError(message(f"te.scope takes the name of a group, a string: not {name!r}.", where=call_site(user_frame())))
+        raise DTypeError(
+            message(f"te.scope takes the name of a group, a string: not {name!r}.", where=call_site(user_frame()))
+        )
     before = _state.scope
     _state.scope = (*before, name)
     try:
@@ -704,6 +726,8 @@ def stop_gradient(x: Tensor) -> Tensor:
         DTypeError: if `x` is not a tensor.
     """
     if not isinstance(x, Tensor):
-        raise DTypeError(message(f"te.stop_gradient takes a tensor, not {type(x).__name__}.", where=call_site(user_frame())))
+        raise DTypeError(
+            message(f"te.stop_gradient takes a tensor, not {type(x).__name__}.", where=call_site(user_frame()))
+        )
     result: Tensor = _stop(x)
     return result

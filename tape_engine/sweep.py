@@ -32,7 +32,20 @@ from .errors import (
 )
 from .names import call_site, local_name, located, user_frame
 from .specialise import specialise
-from .tape import Node, Tape, Value, bind, bound, current_tape, describe, global_tape, new_global_tape, next_in_sequence, unwritten, values_by_tensor
+from .tape import (
+    Node,
+    Tape,
+    Value,
+    bind,
+    bound,
+    current_tape,
+    describe,
+    global_tape,
+    new_global_tape,
+    next_in_sequence,
+    unwritten,
+    values_by_tensor,
+)
 
 __all__ = ["backward", "grad"]
 
@@ -76,7 +89,7 @@ def backward(
     with recorder.quietly():
         targets = None if wrt is None else _targets(wrt, "te.backward")
         root, node = _root(C, "te.backward")
-        found = _Sweep(root, node, C, seed, targets, record).run()
+        found = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
         writes = found.by_tensor()
         if accumulate:
             writes = [(tensor, _sum(tensor, g)) for tensor, g in writes]
@@ -114,7 +127,12 @@ def grad(
     with recorder.quietly():
         targets = _targets(wrt, "te.grad")
         root, node = _root(C, "te.grad")
-        found = {id(tensor): g for tensor, g in _Sweep(root, node, C, seed, targets, record).run().by_tensor()}
+        found = {
+            id(tensor): g
+            for tensor, g in Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record)
+            .run()
+            .by_tensor()
+        }
         results = tuple(found.get(id(tensor)) for tensor in targets)
         if record:
             recorder.listen_to([g for g in results if g is not None])
@@ -124,17 +142,29 @@ def grad(
 # -- the sweep -------------------------------------------------------------------------------------------
 
 
-class _Sweep:
+class Sweep:
     """One walk back from `root`.
 
     Attributes:
+        structure: whether only the recording of the sweep matters and no number in it, so that contents
+            overwritten since do not.
         order: the nodes that `root` depends on, in the order of recording.
+        arrivals: for a recorded sweep, each value with its complete gradient, in the order of the walk.
         gradients: the gradients of the values that are asked for, as far as known.
     """
 
     def __init__(
-        self, root: Value, node: Node | None, C: Tensor, seed: Tensor | None, targets: list[Tensor] | None, record: bool
+        self,
+        root: Value,
+        node: Node | None,
+        seed: Tensor,
+        *,
+        given: Tensor | None = None,
+        targets: list[Tensor] | None = None,
+        record: bool = False,
+        structure: bool = False,
     ) -> None:
+        self.structure = structure
         self.root = root
         self.order = _ancestors(node)
         self.record = record
@@ -143,15 +173,16 @@ class _Sweep:
         self.useful = None if self.asked is None else self._useful(self.asked)
         self.pending: dict[Value, Tensor] = {}
         self.gradients: dict[Value, Tensor] = {}
+        self.arrivals: list[tuple[Value, Tensor]] = []
         self._summed: set[Value] = set()  # whose pending gradient is memory of our own: it may be added to
         self.tape = current_tape()
         self._began = next_in_sequence()
-        self._given = seed
-        self.pending[root] = _seed(C, seed)
+        self._given = given
+        self.pending[root] = seed
 
-    def run(self) -> _Sweep:
+    def run(self) -> Sweep:
         """Walks back; afterwards `gradients` is complete."""
-        recording = recorder.recording(self.tape, through_no_grad=True) if self.record else nullcontext()
+        recording = recorder.recording(self.tape, sweep=True) if self.record else nullcontext()
         with torch.no_grad(), recording:
             for node in reversed(self.order):
                 self._step(node)
@@ -182,6 +213,8 @@ class _Sweep:
         g = self.pending.pop(value, None)
         if g is not None and self._is_asked(value):
             self.gradients[value] = g
+        if g is not None and self.record:
+            self.arrivals.append((value, g))
         return g
 
     def _needs(self, value: Value) -> bool:
@@ -195,8 +228,9 @@ class _Sweep:
         return value.holder is not None
 
     def _add(self, value: Value, contribution: Tensor) -> None:
-        if value.closed:
-            raise SweptError(
+        if value.closed and not self.structure:
+            kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
+            raise kind(
                 message(
                     f"the gradient reaches {value.name or 'a value'}, which {value.closed}.",
                     operands=[(value.name or "value", describe(value))],
@@ -242,7 +276,7 @@ class _Sweep:
         kept = node.saved[i] if i < len(node.saved) else None
         if kept is None:
             return value
-        if not kept.intact or _written_unseen(value):
+        if not self.structure and (not kept.intact or _written_unseen(value)):
             raise OverwrittenError(
                 message(
                     f"{value.name or 'a value'} that the rule of {node.op.name} reads "
@@ -254,8 +288,8 @@ class _Sweep:
             )
         if not self.record or bound(kept.tensor) is value:
             return kept.tensor
-        alias = kept.tensor.detach()  # a tensor that stands for the value, so that the recording finds it
         with recorder.quietly():
+            alias = kept.tensor.detach()  # a tensor that stands for the value, so that the recording finds it
             bind(alias, value, node if i >= len(node.inputs) else node.sources[i])
         return alias
 
@@ -377,9 +411,11 @@ def _in_order(returned: Any, node: Node) -> list[Tensor | None]:
     given = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     if len(given) == len(node.inputs):
         return given
-    places = [isinstance(each, Value) for each in (*node.args, *node.kwargs.values()) if _could_be_tensor(each)]
-    if len(given) == len(places):
-        return [g for g, is_value in zip(given, places, strict=True) if is_value]
+    arguments = list(_flat((node.args, list(node.kwargs.values()))))
+    for absent in ((type(None),), (type(None), int, float, complex)):  # left out; a number in a tensor's place
+        places = [isinstance(each, Value) for each in arguments if isinstance(each, (Value, *absent))]
+        if len(given) == len(places):
+            return [g for g, is_value in zip(given, places, strict=True) if is_value]
     raise RuleError(
         message(
             f"the rule {node.rule} of {node.op.name} returned {len(given)} gradients for {len(node.inputs)} tensor arguments.",
@@ -388,10 +424,6 @@ def _in_order(returned: Any, node: Node) -> list[Tensor | None]:
             fix="return one gradient for each tensor argument, in order, None for one that is not differentiable",
         )
     )
-
-
-def _could_be_tensor(argument: Any) -> bool:
-    return argument is None or isinstance(argument, Value)
 
 
 def _fitted(contribution: Tensor, value: Value, node: Node) -> Tensor:
@@ -426,6 +458,8 @@ def _unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
     """The sum of `g` over the dimensions along which a tensor of `shape` was repeated to its shape."""
     extra = g.ndim - len(shape)
     repeated = [i for i in range(g.ndim) if i < extra or (shape[i - extra] == 1 and g.shape[i] != 1)]
+    if len(repeated) == extra:
+        return g.sum(repeated) if extra else g
     return g.sum(repeated, keepdim=True).reshape(shape)
 
 
@@ -459,7 +493,11 @@ def _borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
             return tuple(each for each, gradient in zip(made, gradients, strict=False) if gradient is not None)
 
         gradients = list(g) if isinstance(g, (tuple, list)) else [g]
-        chosen = [tensor.detach() if tensor.grad_fn is not None else tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+        chosen = [
+            tensor.detach() if tensor.grad_fn is not None else tensor
+            for tensor, need in zip(tensors, needs, strict=True)
+            if need
+        ]
         try:
             _, pull = torch.func.vjp(forward, *chosen)
             found = iter(pull(tuple(each for each in gradients if each is not None)))

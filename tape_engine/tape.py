@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -352,13 +352,43 @@ class Tape:
     def __bool__(self) -> bool:
         return True  # an empty tape is a tape
 
-    def __str__(self) -> str:
-        from .listing import listing
+    def program(
+        self,
+        inputs: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor] = (),
+        outputs: Any = None,
+        wrt: Any = None,
+        backend: str = "auto",
+        *,
+        copy: bool = True,
+    ) -> Any:
+        """Freezes the tape into a `Program` that replays it; see `tape_engine.program.freeze`."""
+        return _freeze(self, inputs, outputs, wrt, backend, copy=copy)
 
-        return listing(self)
+    def __str__(self) -> str:
+        return _print(self)
 
     def __repr__(self) -> str:
         return f"<tape of {len(self)} nodes>"
+
+
+def _unset(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("tape_engine is not loaded")  # pragma: no cover - the package loads both rooms
+
+
+_print: Callable[[Tape], str] = _unset
+_freeze: Callable[..., Any] = _unset
+
+
+def on_print(handler: Callable[[Tape], str]) -> None:
+    """The room of listings says here how a tape prints; the tape itself knows no room above it."""
+    global _print
+    _print = handler
+
+
+def on_freeze(handler: Callable[..., Any]) -> None:
+    """The room of programs says here how a tape is frozen."""
+    global _freeze
+    _freeze = handler
 
 
 # -- which value a tensor holds now ------------------------------------------------------------------

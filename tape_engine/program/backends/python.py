@@ -1,0 +1,327 @@
+"""Straight-line Python: one torch call a line, written into kept buffers.
+
+There is no graph to build, nothing to look up and no memory to find when it runs. The text of the
+function is what ``program.code`` shows.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from ...errors import GuardError, message
+from ...names import code_line, located, where
+from ...tape import Node, Value
+from ..buffers import buffer, rotating
+from ..calls import COPIES, SAME, Call, call_of
+from ..data import Frozen
+from ..passes import drop_dead, fold_constants
+
+__all__ = ["Source", "generate"]
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Source:
+    """The text of a replay function, and what it needs to run.
+
+    Attributes:
+        text: the function's source.
+        constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
+        made: names for what each copy has for itself, with how to make it: buffers and results.
+        folded: the nodes that run once for each copy, in order.
+    """
+
+    text: str
+    code: CodeType
+    constants: dict[str, Any]
+    buffers: dict[str, Value]
+    results: dict[str, Value]
+    views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def function(self, *, copy: bool = True) -> Callable[..., Any]:
+        """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
+        space = dict(self.constants)
+        for name, value in self.buffers.items():
+            space[name] = buffer(value)
+        for name, value in self.results.items():
+            space[name] = rotating(value, copy=copy)
+        with torch.no_grad():
+            for name, call, args, kwargs in self.views:
+                space[name] = call(
+                    *[_filled(each, space) for each in args], **{k: _filled(v, space) for k, v in kwargs.items()}
+                )
+        return FunctionType(self.code, space, self.code.co_name)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name in the function's space, in the arguments of what is run when a copy is made."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Like:
+    """Some tensor of a value's description, in the arguments of what is run when a copy is made."""
+
+    value: Value
+
+
+def _filled(argument: Any, space: dict[str, Any]) -> Any:
+    if isinstance(argument, _Name):
+        return space[argument.name]
+    if isinstance(argument, _Like):
+        return buffer(argument.value)
+    if isinstance(argument, (list, tuple)):
+        return type(argument)([_filled(each, space) for each in argument])
+    return argument
+
+
+def generate(frozen: Frozen, *, with_sweep: bool) -> Source:
+    """The function that replays a frozen tape: the forward pass, and with it the sweep if asked for."""
+    return _Writer(frozen, with_sweep).write()
+
+
+class _Writer:
+    def __init__(self, frozen: Frozen, with_sweep: bool) -> None:
+        self.frozen = frozen
+        self.with_sweep = with_sweep
+        self.nodes = drop_dead(frozen, with_sweep=with_sweep)
+        self.folded = fold_constants(frozen, self.nodes)
+        self.names: dict[Value, str] = {}
+        self.used: set[str] = set(keyword.kwlist) | {"torch", "guard", "results"}
+        self.space: dict[str, Any] = {"torch": torch, "guard": _guard, "measured": _measured}
+        self.buffers: dict[str, Value] = {}
+        self.results: dict[str, Value] = {}
+        self.views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.static: set[Value] = set()  # values that lie in the same memory on every replay
+        self.dead_ends: set[Value] = set()
+        self.lines: list[str] = []
+
+    # -- names -------------------------------------------------------------------------------------------
+
+    def name(self, value: Value, fallback: str = "v") -> str:
+        """The name of a value in the code: the user's own, made an identifier."""
+        value = self.frozen.canonical(value)
+        found = self.names.get(value)
+        if found is None:
+            found = self.names[value] = self.unused(self.frozen.names.get(id(value)) or value.name or fallback)
+        return found
+
+    def unused(self, wanted: str) -> str:
+        wanted = re.sub(r"\W", "_", wanted)
+        wanted = wanted if wanted and not wanted[0].isdigit() else f"p_{wanted}"
+        found, count = wanted, 1
+        while found in self.used:
+            count += 1
+            found = f"{wanted}_{count}"
+        self.used.add(found)
+        return found
+
+    def shared(self, wanted: str, thing: Any) -> str:
+        """A name for something that every copy of the function shares."""
+        for name, known in self.space.items():
+            if known is thing and name.startswith(re.sub(r"\W", "_", wanted)):
+                return name
+        name = self.unused(wanted)
+        self.space[name] = thing
+        return name
+
+    # -- the function ------------------------------------------------------------------------------------
+
+    def write(self) -> Source:
+        frozen = self.frozen
+        inputs = [self.name(v) if v is not None else self.unused("unused") for v in frozen.inputs]
+        seed = self.name(frozen.seed) if self.with_sweep else None
+        for value, tensor in frozen.live.items():
+            name = self.name(value, "live")
+            self.space[name] = tensor
+        wanted = [frozen.canonical(v) for v in frozen.outputs]
+        gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
+        self.mine = self._results({*wanted, *gradients})
+        forward = set(frozen.forward)
+        turned = False
+        site: Any = None
+        for node in self.nodes:
+            if not turned and node not in forward:
+                turned = True
+                self.lines += ["", "# the reverse sweep"]
+                site = None
+            if node.site != site and node.site[0] is not None and not turned and node not in self.folded:
+                site = node.site
+                self.lines.append(f"# {code_line(node) or node.op.name}    ({where(node)})")
+            self.node(node)
+        for leaf, after in frozen.writes:
+            self.lines.append(f"{self.name(leaf)}.copy_({self.name(after)})")
+        returned = ", ".join(self.owned(v) for v in wanted)
+        swept = ", ".join(self.owned(g) for g in gradients)
+        self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")
+        parameters = ", ".join([*inputs, *([seed] if seed else [])])
+        title = "step" if self.with_sweep else "forward"
+        text = f"def {title}({parameters}):\n" + "\n".join(f"    {line}" if line else "" for line in self.lines) + "\n"
+        module = compile(text, f"<program.{title}>", "exec")
+        code = next(each for each in module.co_consts if isinstance(each, CodeType))
+        return Source(text, code, self.space, self.buffers, self.results, self.views)
+
+    def _results(self, wanted: set[Value]) -> set[Value]:
+        """Those of the wanted values that can be written straight into memory that the caller gets."""
+        mine: set[Value] = set()
+        for node in self.nodes:
+            if node in self.folded or node.op.is_named:
+                continue
+            for value in node.outputs:
+                value = self.frozen.canonical(value)
+                if value in wanted and (call_of(node).outs or node.op.forward in COPIES):
+                    mine.add(value)
+        return mine
+
+    def owned(self, value: Value) -> str:
+        """An expression for a result: the caller's own memory, or a copy."""
+        if value in self.mine and value not in self.dead_ends:
+            self.dead_ends.add(value)
+            return self.name(value)
+        take = self.unused("result")
+        self.results[take] = value
+        return f"{take}().copy_({self.name(value)})"
+
+    # -- one node ----------------------------------------------------------------------------------------
+
+    def node(self, node: Node) -> None:
+        forward = node.op.forward
+        if node.result is not None:
+            self.guard(node)
+        elif forward in SAME:
+            self.frozen.same[self.frozen.canonical(node.outputs[0])] = self.frozen.canonical(node.inputs[0])
+            return
+        elif node in self.folded:
+            self.once(node)
+        elif forward in COPIES and self.plain_copy(node):
+            target = self.target(node.outputs[0], node.op.name)
+            self.lines.append(f"{target}.copy_({self.argument(node.args[0])})")
+        else:
+            self.call(node, call_of(node))
+
+    def plain_copy(self, node: Node) -> bool:
+        kept = {"dtype", "layout", "device", "memory_format", "non_blocking", "pin_memory"}
+        return set(node.kwargs) <= kept and node.outputs[0].shape == node.inputs[0].shape
+
+    def target(self, value: Value, fallback: str) -> str:
+        """The name of the memory that a value is written to: a kept buffer, or the caller's."""
+        value = self.frozen.canonical(value)
+        name = self.name(value, fallback)
+        if value in self.mine:
+            take = self.unused(f"new_{name}")
+            self.results[take] = value
+            self.lines.append(f"{name} = {take}()")
+        else:
+            self.buffers[name] = value
+            self.static.add(value)
+        return name
+
+    def call(self, node: Node, call: Call) -> None:
+        arguments = [self.argument(each) for each in node.args]
+        arguments += [f"{name}={self.argument(each)}" for name, each in node.kwargs.items()]
+        if call.view and all(self.frozen.canonical(v) in self.static for v in node.inputs):
+            self.once(node)
+            return
+        function = (
+            call.title if call.title.startswith(("torch.", "torch._C._nn.")) and ".ops." not in call.title else ""
+        )
+        function = function or self.shared(
+            call.title.split(".")[-2] if ".ops." in call.title else call.title, call.function
+        )
+        if call.outs:
+            targets = [self.target(v, node.op.name) for v in node.outputs]
+            arguments += [f"{out}={target}" for out, target in zip(call.outs, targets, strict=True)]
+            self.lines.append(f"{function}({', '.join(arguments)})")
+            return
+        names = [self.name(v, node.op.name) for v in node.outputs]
+        made = f"{', '.join(names)}{',' if node.outputs_tuple and len(names) == 1 else ''}"
+        if call.title.startswith("torch.Tensor."):
+            function, arguments = f"{arguments[0]}.{call.title.rpartition('.')[2]}", arguments[1:]
+        self.lines.append(f"{made} = {function}({', '.join(arguments)})")
+        if torch.Tag.dynamic_output_shape in getattr(node.op.forward, "tags", ()):
+            for name, value in zip(names, node.outputs, strict=True):
+                self.lines.append(f"measured({name}, {tuple(value.shape)}, {self.shared('site', located(node))})")
+
+    def once(self, node: Node) -> None:
+        """A node that is run when a copy of the function is made: a constant, or a view of a kept buffer."""
+        names = [self.name(v, node.op.name) for v in node.outputs]
+        args = tuple(self.stored(each) for each in node.args)
+        kwargs = {name: self.stored(each) for name, each in node.kwargs.items()}
+        whole = names[0] if not node.outputs_tuple else self.unused(node.op.name)
+        self.views.append((whole, node.op.forward, args, kwargs))
+        if node.outputs_tuple:
+            for i, name in enumerate(names):
+                self.views.append((name, _item, (_Name(whole), i), {}))
+        self.static.update(self.frozen.canonical(v) for v in node.outputs)
+
+    def stored(self, argument: Any) -> Any:
+        if isinstance(argument, Value):
+            value = self.frozen.canonical(argument)
+            # of a value that is not static, an operation run once reads no more than the description
+            return _Name(self.names[value]) if value in self.static else _Like(value)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)([self.stored(each) for each in argument])
+        return argument
+
+    def guard(self, node: Node) -> None:
+        arguments = ", ".join(self.argument(each) for each in node.args)
+        function = self.shared(node.op.name.strip("_"), node.op.forward)
+        expected = self.shared("recorded", node.result)
+        site = self.shared("site", located(node))
+        self.lines.append(f"guard({function}({arguments}), {expected}, {site})")
+
+    def argument(self, argument: Any) -> str:
+        """The text of an argument."""
+        if isinstance(argument, Value):
+            return self.name(argument)
+        if isinstance(argument, (list, tuple)):
+            inside = ", ".join(self.argument(each) for each in argument)
+            return f"[{inside}]" if isinstance(argument, list) else f"({inside}{',' if len(argument) == 1 else ''})"
+        if isinstance(argument, (int, bool, str)) or argument is None:
+            return repr(argument)
+        if isinstance(argument, float) and argument == argument and abs(argument) != float("inf"):
+            return repr(argument)
+        if isinstance(argument, (torch.dtype, torch.layout, torch.memory_format)):
+            return str(argument) if str(argument).startswith("torch.") else self.shared("param", argument)
+        return self.shared("param", argument)
+
+
+def _item(result: Any, i: int) -> Any:
+    return result[i]
+
+
+# -- what the generated code calls ---------------------------------------------------------------------------
+
+
+def _guard(now: Any, recorded: Any, site: str | None) -> None:
+    if now == recorded or (now != now and recorded != recorded):
+        return
+    raise GuardError(
+        message(
+            f"a decision of the recorded code comes out differently: {recorded!r} when recorded, {now!r} now.",
+            where=site,
+            fix="record the code again on these inputs",
+        )
+    )
+
+
+def _measured(tensor: Tensor, shape: tuple[int, ...], site: str | None) -> None:
+    if tuple(tensor.shape) != shape:
+        raise GuardError(
+            message(
+                f"a shape that depends on the elements comes out differently: {shape} when recorded, "
+                f"{tuple(tensor.shape)} now.",
+                where=site,
+                fix="record the code again on these inputs",
+            )
+        )

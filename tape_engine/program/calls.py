@@ -1,0 +1,136 @@
+"""How the python backend calls an operation of torch: the quickest way that gives what was recorded.
+
+``torch.mm(a, b, out=buffer)`` takes about half as long as the overload ``torch.ops.aten.mm.out``. Not every
+overload has such a function, nor does every function take its overload's arguments. So each way is
+tried once, on zeros of the recorded shapes, and used where it gives what the overload itself gives.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from ..tape import Node, Value
+
+__all__ = ["Call", "call_of"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """A way to run an operation.
+
+    Attributes:
+        function: what is called.
+        title: how the generated code writes it (``torch.mm``), or how it names it.
+        outs: the keywords under which it takes its results' memory; empty if it allocates them.
+        view: whether its result looks into the memory of an argument.
+    """
+
+    function: Callable[..., Any]
+    title: str
+    outs: tuple[str, ...] = ()
+    view: bool = False
+
+
+#: Overloads whose result is their argument: nothing needs to run.
+SAME = {torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.alias.default}
+
+#: Overloads that copy: their result's memory is filled with ``copy_``.
+COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+
+_known: dict[Any, Call] = {}
+
+
+def call_of(node: Node) -> Call:
+    """The quickest way to run `node`, found at the first node of its kind."""
+    forward = node.op.forward
+    if not isinstance(forward, OpOverload):
+        return Call(forward, node.op.name, view=node.op.name == "read_view")
+    key = (forward, tuple(type(each) for each in node.args), tuple(node.kwargs), len(node.outputs))
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = _find(node, forward)
+    return found
+
+
+def _find(node: Node, forward: OpOverload) -> Call:
+    schema = forward._schema
+    name = schema.name.partition("::")[2]
+    shares = any(r.alias_info is not None for r in schema.returns) or name == "_unsafe_view"
+    if not schema.name.startswith("aten::") or node.random:
+        return Call(forward, f"torch.ops.{forward}", view=shares)
+    out = None if shares else _out_variant(forward)
+    ways: list[Call] = []
+    for owner, place in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
+        function = getattr(owner, name, None)
+        if function is not None and out is not None and len(_outs(out)) == 1 == len(node.outputs):
+            ways.append(Call(function, f"{place}.{name}", ("out",)))
+    if out is not None and len(_outs(out)) == len(node.outputs):
+        ways.append(Call(out, f"torch.ops.{out}", _outs(out)))
+    method = getattr(Tensor, name, None)
+    if shares and method is not None:
+        ways.append(Call(method, f"torch.Tensor.{name}", view=True))
+    if not shares and getattr(torch, name, None) is not None:
+        ways.append(Call(getattr(torch, name), f"torch.{name}"))
+    return next(
+        (way for way in ways if _gives_the_same(way, node, forward)), Call(forward, f"torch.ops.{forward}", view=shares)
+    )
+
+
+def _outs(variant: OpOverload) -> tuple[str, ...]:
+    return tuple(a.name for a in variant._schema.arguments if a.is_out)
+
+
+def _out_variant(forward: OpOverload) -> OpOverload | None:
+    """The overload that writes into given memory, if torch has a kernel for it and not only a copy."""
+    takes = [(a.name, str(a.type)) for a in forward._schema.arguments]
+    packet = forward.overloadpacket
+    for name in packet.overloads():
+        each: OpOverload = getattr(packet, name)
+        arguments = each._schema.arguments
+        if torch.Tag.generated in each.tags or not any(a.is_out for a in arguments):
+            continue
+        if [(a.name, str(a.type)) for a in arguments if not a.is_out] == takes:
+            return each
+    return None
+
+
+def _gives_the_same(way: Call, node: Node, forward: OpOverload) -> bool:
+    """Whether `way` gives, on zeros, what the overload gives; a way that raises does not."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            args = [_zeros(each) for each in node.args]
+            kwargs = {name: _zeros(each) for name, each in node.kwargs.items()}
+            expected = _listed(forward(*args, **kwargs))
+            if way.outs:
+                buffers = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in expected]
+                way.function(*args, **kwargs, **dict(zip(way.outs, buffers, strict=True)))
+                got = buffers
+            else:
+                got = _listed(way.function(*args, **kwargs))
+            return len(got) == len(expected) and all(
+                a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+                for a, b in zip(got, expected, strict=True)
+            )
+    except Exception:  # whatever it is, this way is not the one
+        return False
+
+
+def _listed(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _zeros(argument: Any) -> Any:
+    if isinstance(argument, Value):
+        return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+    if isinstance(argument, (list, tuple)):
+        return type(argument)([_zeros(each) for each in argument])
+    return argument

@@ -1,0 +1,30 @@
+"""Dead nodes: what neither a result, nor an effect, nor a guard needs is not computed."""
+
+from __future__ import annotations
+
+from ...tape import Node, Value
+from ..data import Frozen
+
+__all__ = ["drop_dead"]
+
+
+def drop_dead(frozen: Frozen, *, with_sweep: bool) -> list[Node]:
+    """The nodes that a replay has to run, in order; with the sweep or without it.
+
+    Random operations stay even if nothing reads them: running the code would draw from the generator
+    too, and what is drawn after them must be the same. So do guards, and named operations that were
+    not opened up, whose bodies may have effects.
+    """
+    needed: set[Value] = {frozen.canonical(value) for value in frozen.outputs}
+    needed |= {frozen.canonical(after) for _, after in frozen.writes}
+    nodes = list(frozen.forward)
+    if with_sweep:
+        needed |= {frozen.canonical(g) for _, g in frozen.gradients}
+        nodes += frozen.backward
+    kept = []
+    for node in reversed(nodes):
+        effect = node.random or node.result is not None or (node.op.is_named and not node.op.name.endswith("_view"))
+        if effect or any(frozen.canonical(value) in needed for value in node.outputs):
+            kept.append(node)
+            needed.update(frozen.canonical(value) for value in node.inputs)
+    return kept[::-1]

@@ -1,0 +1,235 @@
+"""Normalisation by layer, group and batch.
+
+All of them compute ``x̂ = (x - mean) r`` with ``r = 1 / √(var + eps)`` over some dimensions, then ``x̂ w + b``.
+With ``u = g w`` the gradient of x is ``J u = r (u - mean(u) - x̂ mean(u x̂))``, where J is symmetric: that
+is what their backward kernels give. `_second` differentiates it once more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..registry import Sample, rule, sample, spec
+from .common import Tensor
+
+aten = torch.ops.aten
+
+
+def _second(
+    g: tuple[Any, ...], gy: Tensor, x: Tensor, mean: Tensor, r: Tensor, w: Any, dims: tuple[int, ...], fixed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, by gy, x and the weight (not yet summed), of what the backward kernel computes.
+
+    Of ``φ = <v, J(x) u> + <v_w, Σ gy x̂> + <v_b, Σ gy>`` for g = (v, v_w, v_b), all of x's number of
+    dimensions. By x it goes through x̂ (whose own derivative is J) and through r (by x: -r² x̂ / n).
+    With `fixed` statistics x̂ depends on x by r alone.
+    """
+    v, v_w, v_b = (0 if each is None else each for each in g)
+    v = v + torch.zeros_like(x)
+    normal = (x - mean) * r
+    u = gy if w is None else gy * w
+
+    def over(t: Tensor) -> Tensor:
+        return t.mean(dims, keepdim=True)
+
+    def through(t: Tensor) -> Tensor:
+        return r * t if fixed else r * (t - over(t) - normal * over(t * normal))
+
+    jv = through(v)
+    by_gy = (jv if w is None else jv * w) + v_w * normal + v_b
+    if fixed:
+        by_x = r * (v_w * gy + torch.zeros_like(x))
+    else:
+        by_normal = v_w * gy - r * (v * over(u * normal) + u * over(v * normal))
+        by_x = through(by_normal) - r * normal * over(v * through(u))
+    return by_gy, by_x, gy * jv
+
+
+def _full(t: Any, shape: list[int]) -> Any:
+    return None if t is None else t.reshape(shape)
+
+
+# -- layers ------------------------------------------------------------------------------------------
+
+_values = [-1.0, 1.0, -2.0, 2.0, -3.0, 3.0]  # rows of mean 0 and standard deviation 1, 2, 3
+
+
+def _statistics(dims: int) -> list[Any]:
+    shape = [3] + [1] * dims
+    return [spec(*shape, values=[0.0] * 3), spec(*shape, values=[1.0, 0.5, 1 / 3])]
+
+
+@rule(
+    aten.native_layer_norm.default,
+    formula="layer norm(x)",
+    samples=[
+        sample(spec(3, 4), [4], spec(4), spec(4), 1e-5),
+        sample(spec(2, 3, 4), [3, 4], spec(3, 4), spec(3, 4), 1e-5),
+        sample(spec(3, 4), [4], None, None, 1e-5),
+        sample(spec(3, 4), [4], spec(4), None, 1e-5),
+        sample(spec(0, 4), [4], spec(4), spec(4), 1e-5),
+    ],
+)
+def native_layer_norm_grad(g, out, x, shape, weight, bias, eps):
+    if g[0] is None:
+        return None, None, None
+    wanted = [True, weight is not None, bias is not None]
+    return aten.native_layer_norm_backward(g[0], x, shape, out[1], out[2], weight, bias, wanted)
+
+
+@rule(
+    aten.native_layer_norm_backward.default,
+    samples=[
+        sample(spec(3, 2), spec(3, 2, values=_values), [2], *_statistics(1), spec(2), spec(2), [True] * 3),
+        sample(spec(3, 2), spec(3, 2, values=_values), [2], *_statistics(1), None, None, [True, False, False]),
+    ],
+)
+def native_layer_norm_backward_grad(g, out, gy, x, shape, mean, rstd, weight, bias, wanted):
+    dims = tuple(range(x.ndim - len(shape), x.ndim))
+    by_gy, by_x, by_weight = _second(g, gy, x, mean, rstd, weight, dims)
+    lead = list(range(x.ndim - len(shape)))
+    by_weight = None if weight is None else by_weight.sum(lead) if lead else by_weight
+    return by_gy, by_x, None, None, by_weight, None
+
+
+# -- groups of channels ------------------------------------------------------------------------------
+
+
+@rule(
+    aten.native_group_norm.default,
+    formula="group norm(x)",
+    samples=[
+        sample(spec(2, 4, 3), spec(4), spec(4), 2, 4, 3, 2, 1e-5),
+        sample(spec(2, 4, 2, 2), None, None, 2, 4, 4, 2, 1e-5),
+    ],
+)
+def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups, eps):
+    if g[0] is None:
+        return None, None, None
+    wanted = [True, weight is not None, bias is not None]
+    return aten.native_group_norm_backward(
+        g[0].contiguous(), x.contiguous(), out[1], out[2], weight, n, channels, pixels, groups, wanted
+    )
+
+
+@rule(
+    aten.native_group_norm_backward.default,
+    samples=[
+        sample(
+            spec(1, 3, 2),
+            spec(1, 3, 2, values=_values),
+            spec(1, 3, values=[0.0] * 3),
+            spec(1, 3, values=[1.0, 0.5, 1 / 3]),
+            spec(3),
+            1,
+            3,
+            2,
+            3,
+            [True] * 3,
+        )
+    ],
+)
+def native_group_norm_backward_grad(g, out, gy, x, mean, rstd, weight, n, channels, pixels, groups, wanted):
+    shape, split = x.shape, [n, groups, channels // groups, pixels]
+    by_channel = [1, groups, channels // groups, 1]
+    v = None if g[0] is None else g[0].reshape(split)
+    parts = (v, _full(g[1], by_channel), _full(g[2], by_channel))
+    stats = [t.reshape(n, groups, 1, 1) for t in (mean, rstd)]
+    by_gy, by_x, by_weight = _second(
+        parts, gy.reshape(split), x.reshape(split), *stats, _full(weight, by_channel), (2, 3)
+    )
+    by_weight = None if weight is None else by_weight.sum([0, 3]).reshape(channels)
+    return by_gy.reshape(shape), by_x.reshape(shape), None, None, by_weight
+
+
+# -- batches -----------------------------------------------------------------------------------------
+
+
+def _batches(*stats: Any) -> list[Sample]:
+    """Samples of batch normalisation: with and without weights, in training and not."""
+    x, each = spec(4, 3, 2), spec(3)
+    running = [spec(3, values=[0.1, -0.2, 0.3]), spec(3, values=[1.0, 2.0, 0.5])]
+    return [
+        sample(x, each, each, None, None, True, 0.1, 1e-5),
+        sample(x, None, None, *running, True, 0.1, 1e-5),
+        sample(spec(4, 3), each, each, *running, False, 0.1, 1e-5),
+        sample(x, each, each, *running, False, 0.1, 1e-5),
+    ]
+
+
+@rule(aten.native_batch_norm.default, formula="batch norm(x)", samples=_batches())
+def native_batch_norm_grad(g, out, x, weight, bias, running_mean, running_var, training, momentum, eps):
+    if g[0] is None:
+        return None, None, None, None, None
+    wanted = [True, weight is not None, bias is not None]
+    return *aten.native_batch_norm_backward(
+        g[0], x, weight, running_mean, running_var, out[1], out[2], training, eps, wanted
+    ), None, None
+
+
+@rule(aten._native_batch_norm_legit_functional.default, formula="batch norm(x)", samples=_batches()[1:])
+def batch_norm_legit_grad(g, out, x, weight, bias, running_mean, running_var, training, momentum, eps):
+    if g[0] is None:
+        return None, None, None, None, None
+    wanted = [True, weight is not None, bias is not None]
+    return *aten.native_batch_norm_backward(
+        g[0], x, weight, running_mean, running_var, out[1], out[2], training, eps, wanted
+    ), None, None
+
+
+@rule(
+    aten._native_batch_norm_legit.no_stats,
+    formula="batch norm(x)",
+    samples=[sample(spec(4, 3, 2), spec(3), spec(3), True, 0.1, 1e-5)],
+)
+def batch_norm_no_stats_grad(g, out, x, weight, bias, training, momentum, eps):
+    if g[0] is None:
+        return None, None, None
+    wanted = [True, weight is not None, bias is not None]
+    return aten.native_batch_norm_backward(g[0], x, weight, None, None, out[1], out[2], training, eps, wanted)
+
+
+@rule(
+    aten.native_batch_norm_backward.default,
+    samples=[
+        sample(
+            spec(2, 3),
+            spec(2, 3, values=[-1.0, -2.0, -3.0, 1.0, 2.0, 3.0]),
+            spec(3),
+            None,
+            None,
+            spec(3, values=[0.0] * 3),
+            spec(3, values=[1.0, 0.5, 1 / 3]),
+            True,
+            0.0,
+            [True] * 3,
+        ),
+        sample(
+            spec(2, 3),
+            spec(2, 3),
+            spec(3),
+            spec(3, values=[0.1, -0.2, 0.3]),
+            spec(3, values=[1.0, 2.0, 0.5]),
+            None,
+            None,
+            False,
+            1e-5,
+            [True] * 3,
+        ),
+    ],
+)
+def native_batch_norm_backward_grad(
+    g, out, gy, x, weight, running_mean, running_var, save_mean, save_invstd, train, eps, wanted
+):
+    channels = [1, -1] + [1] * (x.ndim - 2)
+    dims = tuple(d for d in range(x.ndim) if d != 1)
+    mean, r = (save_mean, save_invstd) if train else (running_mean, (running_var + eps).rsqrt())
+    parts = (g[0], _full(g[1], channels), _full(g[2], channels))
+    by_gy, by_x, by_weight = _second(
+        parts, gy, x, mean.reshape(channels), r.reshape(channels), _full(weight, channels), dims, not train
+    )
+    return by_gy, by_x, None if weight is None else by_weight.sum(dims), None, None, None, None
+
+

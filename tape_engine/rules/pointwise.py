@@ -1,0 +1,372 @@
+"""Arithmetic, powers, comparisons and selections, element by element, with broadcasting."""
+
+from __future__ import annotations
+
+import cmath
+import math
+from typing import Any
+
+import torch
+
+from ..registry import declare, find, rule, sample, spec
+from .common import C128, Tensor, binary, conj, is_tensor, keep_where, rule_name, unary
+
+aten = torch.ops.aten
+
+# -- sums, products, quotients -----------------------------------------------------------------------
+
+
+@rule(aten.add.Tensor, broadcasts=True, formula="a + b", samples=[*binary(), *binary(alpha=3)[:2], sample(spec(2, 3), 2.0)])
+def add_grad(g, out, a, b, *, alpha=1):
+    return g, g if alpha == 1 else g * conj(alpha)
+
+
+@rule(aten.add.Scalar, formula="a + b", samples=unary(-2, 2, 3.0))
+def add_scalar_grad(g, out, a, b, alpha=1):
+    return g
+
+
+@rule(aten.sub.Tensor, broadcasts=True, formula="a - b", samples=[*binary(), *binary(alpha=3)[:2], sample(spec(2, 3), 2.0)])
+def sub_grad(g, out, a, b, *, alpha=1):
+    return g, -g if alpha == 1 else g * -conj(alpha)
+
+
+@rule(aten.sub.Scalar, formula="a - b", samples=unary(-2, 2, 3.0))
+def sub_scalar_grad(g, out, a, b, alpha=1):
+    return g
+
+
+@rule(aten.rsub.Tensor, broadcasts=True, formula="b - a", samples=[*binary(), *binary(alpha=3)[:2]])
+def rsub_grad(g, out, a, b, *, alpha=1):
+    return -g if alpha == 1 else g * -conj(alpha), g
+
+
+@rule(aten.rsub.Scalar, formula="b - a", samples=[*unary(-2, 2, 3.0), *unary(-2, 2, 3.0, 2.0)[:1]])
+def rsub_scalar_grad(g, out, a, b, alpha=1):
+    return -g if alpha == 1 else g * -conj(alpha)
+
+
+@rule(aten.mul.Tensor, broadcasts=True, formula="a · b", samples=[*binary(), sample(spec(2, 3), 2.0)])
+def mul_grad(g, out, a, b):
+    return g * conj(b), g * a.conj() if is_tensor(b) else None
+
+
+@rule(aten.mul.Scalar, formula="a · b", samples=[*unary(-2, 2, 3.0), sample(spec(2, dtype=C128), 1 + 2j)])
+def mul_scalar_grad(g, out, a, b):
+    return g * conj(b)
+
+
+@rule(aten.div.Tensor, broadcasts=True, formula="a / b", samples=[*binary(other=(0.5, 2)), sample(spec(2, 3), 2.0)])
+def div_grad(g, out, a, b):
+    return g / conj(b), -g * (out / b).conj() if is_tensor(b) else None
+
+
+@rule(aten.div.Scalar, formula="a / b", samples=unary(-2, 2, 3.0))
+def div_scalar_grad(g, out, a, b):
+    return g / conj(b)
+
+
+@rule(
+    aten.div.Tensor_mode,
+    broadcasts=True,
+    samples=[
+        *binary(other=(0.5, 2), rounding_mode=None),
+        *binary(other=(0.5, 2), rounding_mode="floor", complex=False),
+        *binary(other=(0.5, 2), rounding_mode="trunc", complex=False)[:2],
+    ],
+)
+def div_mode_grad(g, out, a, b, *, rounding_mode):
+    if rounding_mode is not None:
+        return torch.zeros_like(g), torch.zeros_like(g)
+    return g / conj(b), -g * (out / b).conj() if is_tensor(b) else None
+
+
+@rule(aten.div.Scalar_mode, samples=[sample(spec(3), 2.0, rounding_mode=None), sample(spec(3), 2.0, rounding_mode="floor")])
+def div_scalar_mode_grad(g, out, a, b, *, rounding_mode):
+    return g / b if rounding_mode is None else torch.zeros_like(g)
+
+
+@rule(aten.neg.default, formula="-x", samples=unary())
+def neg_grad(g, out, x):
+    return -g
+
+
+@rule(aten.reciprocal.default, formula="1 / x", samples=unary(0.5, 2))
+def reciprocal_grad(g, out, x):
+    return -g * (out * out).conj()
+
+
+@rule(
+    aten.addcmul.default,
+    broadcasts=True,
+    samples=[sample(spec(3, 4), spec(4), spec(3, 1)), sample(spec(3), spec(3), spec(3), value=2.5)],
+)
+def addcmul_grad(g, out, x, a, b, *, value=1):
+    return g, g * (b * value).conj(), g * (a * value).conj()
+
+
+@rule(
+    aten.addcdiv.default,
+    broadcasts=True,
+    samples=[
+        sample(spec(3, 4), spec(4), spec(3, 1, low=0.5)),
+        sample(spec(3), spec(3), spec(3, low=0.5), value=2.5),
+        sample(spec(3, dtype=C128), spec(3, dtype=C128), spec(3, dtype=C128)),
+    ],
+)
+def addcdiv_grad(g, out, x, a, b, *, value=1):
+    return g, g * (value / b).conj(), -g * (a * value / (b * b)).conj()
+
+
+@rule(aten.lerp.Scalar, broadcasts=True, samples=[sample(spec(3, 4), spec(4), 0.3), sample(spec(2), spec(2), 0.7)])
+def lerp_scalar_grad(g, out, a, b, weight):
+    return g * (1 - conj(weight)), g * conj(weight)
+
+
+@rule(aten.lerp.Tensor, broadcasts=True, samples=[sample(spec(3, 4), spec(4), spec(3, 1)), sample(spec(2), spec(2), spec(2))])
+def lerp_grad(g, out, a, b, weight):
+    return g * (1 - weight).conj(), g * weight.conj(), g * (b - a).conj()
+
+
+def remainder_like(target: Any, rounding_mode: str) -> None:
+    """Of ``out = a - n b``, where ``n`` is ``a / b`` rounded: its derivative by `a` is 1, by `b` ``-n``."""
+    kinked = sample(spec(4, values=[4.0, -4.0, 1.0, 0.0]), spec(4, values=[2.0, 2.0, 1.0, 3.0]))
+
+    @rule(target, broadcasts=True, samples=[*binary(other=(0.6, 2), complex=False), kinked])
+    def grad(g: Tensor, out: Tensor, a: Tensor, b: Any) -> Any:
+        return g, -g * torch.div(a, b, rounding_mode=rounding_mode) if is_tensor(b) else None
+
+    grad.__name__ = rule_name(target)
+
+
+remainder_like(aten.remainder.Tensor, "floor")
+remainder_like(aten.fmod.Tensor, "trunc")
+
+
+@rule(aten.remainder.Scalar, samples=unary(-2, 2, 0.7, complex=False))
+@rule(aten.fmod.Scalar, samples=unary(-2, 2, 0.7, complex=False))
+def remainder_scalar_grad(g, out, a, b):
+    return g
+
+
+@rule(aten.remainder.Scalar_Tensor, samples=[sample(2.0, spec(3, low=0.6))])
+def remainder_scalar_tensor_grad(g, out, a, b):
+    return -g * torch.div(a, b, rounding_mode="floor")
+
+
+# -- powers ------------------------------------------------------------------------------------------
+
+
+@rule(
+    aten.pow.Tensor_Scalar,
+    formula="x ** p",
+    samples=[
+        *unary(-2, 2, 2),
+        *unary(-2, 2, 3)[:1],
+        *unary(-2, 2, 0),
+        *unary(-2, 2, 1)[:1],
+        *unary(0.5, 2, -1.5),
+        *unary(0.5, 2, 0.5)[:1],
+        sample(spec(3, values=[0.0, 1.0, 2.0]), 1),
+        sample(spec(3, values=[0.0, 1.0, -2.0]), 0),
+        sample(spec(3, values=[0.0, 1.0, -2.0]), 2),
+        sample(spec(3, values=[0.0, 1.0, 2.0]), 0.5),
+        sample(spec(2, dtype=C128), 1 + 2j),
+    ],
+)
+def pow_scalar_grad(g, out, x, exponent):
+    if exponent == 0:
+        return torch.zeros_like(g)
+    if exponent == 1:
+        return g
+    return g * ((x * exponent) if exponent == 2 else x.pow(exponent - 1) * exponent).conj()
+
+
+@rule(
+    aten.pow.Scalar,
+    formula="b ** x",
+    samples=[sample(2.5, spec(3, 4)), sample(0.0, spec(3, values=[0.0, 1.0, 2.0])), sample(2.5, spec(2, dtype=C128))],
+)
+def pow_exponent_grad(g, out, base, exponent):
+    if base == 0:  # 0 ** x is flat where it is defined at all
+        slope = out * -math.inf
+        return keep_where(exponent.real < 0, g * slope.conj())
+    log = cmath.log(base) if isinstance(base, complex) else math.log(base) if base > 0 else math.nan
+    return g * (out * log).conj()
+
+
+@rule(
+    aten.pow.Tensor_Tensor,
+    broadcasts=True,
+    formula="a ** b",
+    samples=[
+        *binary(0.5, 2, other=(-2, 2)),
+        sample(spec(4, values=[0.0, 0.0, -1.5, 2.0]), spec(4, values=[0.0, 2.0, 2.0, 0.0])),
+    ],
+)
+def pow_grad(g, out, a, b):
+    by_a = g * (b * a.pow(b - 1)).conj()
+    by_b = g * (out * a.log()).conj()
+    flat = (a == 0) & ((b.real if b.is_complex() else b) >= 0)
+    return torch.where(b == 0, 0, by_a), torch.where(flat, 0, by_b)
+
+
+# -- the larger and the smaller of two ---------------------------------------------------------------
+
+_ties = sample(spec(4, values=[1.0, 2.0, 3.0, 0.0]), spec(4, values=[1.0, 3.0, 2.0, 0.0]))
+_nans = sample(spec(3, values=[math.nan, 1.0, math.nan]), spec(3, values=[1.0, math.nan, math.nan]))
+
+
+@rule(aten.maximum.default, broadcasts=True, formula="max(a, b)", samples=[*binary(complex=False), _ties, _nans])
+def maximum_grad(g, out, a, b):
+    shared = torch.where(a == b, g / 2, g)
+    return torch.where(a < b, 0, shared), torch.where(b < a, 0, shared)
+
+
+@rule(aten.minimum.default, broadcasts=True, formula="min(a, b)", samples=[*binary(complex=False), _ties, _nans])
+def minimum_grad(g, out, a, b):
+    shared = torch.where(a == b, g / 2, g)
+    return torch.where(a > b, 0, shared), torch.where(b > a, 0, shared)
+
+
+@rule(aten.fmax.default, broadcasts=True, samples=[*binary(complex=False), _ties, _nans])
+def fmax_grad(g, out, a, b):
+    first = (a >= b) | b.isnan()
+    return torch.where(first, g, 0), torch.where(first, 0, g)
+
+
+@rule(aten.fmin.default, broadcasts=True, samples=[*binary(complex=False), _ties, _nans])
+def fmin_grad(g, out, a, b):
+    first = (a <= b) | b.isnan()
+    return torch.where(first, g, 0), torch.where(first, 0, g)
+
+
+_clamped = [-2.0, -1.0, 0.0, 1.0, 2.0, math.nan]
+
+
+@rule(
+    aten.clamp.default,
+    samples=[
+        *unary(-2, 2, -0.7, 0.9, complex=False),
+        *unary(-2, 2, 0.1, complex=False)[:2],
+        *unary(-2, 2, None, 0.1, complex=False)[:2],
+        sample(spec(6, values=_clamped), -1.0, 1.0),
+        sample(spec(6, values=_clamped), 0.0),
+        sample(spec(6, values=_clamped), None, 0.0),
+        sample(spec(6, values=_clamped), 1.0, -1.0),
+    ],
+)
+def clamp_grad(g, out, x, min=None, max=None):
+    if min is None:
+        return keep_where(x <= max, g)
+    return keep_where(x >= min if max is None else (x >= min) & (x <= max), g)
+
+
+@rule(aten.clamp_min.default, samples=[*unary(-2, 2, 0.1, complex=False), sample(spec(6, values=_clamped), 0.0)])
+def clamp_min_grad(g, out, x, min):
+    return keep_where(x >= min, g)
+
+
+@rule(aten.clamp_max.default, samples=[*unary(-2, 2, 0.1, complex=False), sample(spec(6, values=_clamped), 0.0)])
+def clamp_max_grad(g, out, x, max):
+    return keep_where(x <= max, g)
+
+
+_bound = spec(6, values=[-1.0] * 6), spec(6, values=[1.0] * 6)
+
+
+@rule(
+    aten.clamp.Tensor,
+    broadcasts=True,
+    samples=[
+        sample(spec(3, 4), spec(4, low=-1, high=0), spec(3, 1, low=0, high=1)),
+        sample(spec(3, 4), spec(4)),
+        sample(spec(3, 4), None, spec(4)),
+        sample(spec(6, values=_clamped), *_bound),
+        sample(spec(6, values=_clamped), *_bound[::-1]),
+        sample(spec(6, values=_clamped), _bound[0], _bound[0]),
+    ],
+)
+def clamp_tensor_grad(g, out, x, min=None, max=None):
+    if min is None:
+        return keep_where(x <= max, g), None, keep_where(x > max, g)
+    if max is None:
+        return keep_where(x >= min, g), keep_where(x < min, g), None
+    inside = (x >= min) & (x <= max)
+    return keep_where(inside, g), keep_where((x < min) & (min < max), g), keep_where((x > max) | (max < min), g)
+
+
+@rule(
+    aten.clamp_min.Tensor,
+    broadcasts=True,
+    samples=[*binary(complex=False), sample(spec(6, values=_clamped), _bound[1])],
+)
+def clamp_min_tensor_grad(g, out, x, min):
+    return keep_where(x >= min, g), keep_where(x < min, g)
+
+
+@rule(
+    aten.clamp_max.Tensor,
+    broadcasts=True,
+    samples=[*binary(complex=False), sample(spec(6, values=_clamped), _bound[1])],
+)
+def clamp_max_tensor_grad(g, out, x, max):
+    return keep_where(x <= max, g), keep_where(x > max, g)
+
+
+@rule(
+    aten.where.self,
+    broadcasts=True,
+    samples=[
+        sample(spec(3, 4, dtype=torch.bool), spec(3, 4), spec(3, 4)),
+        sample(spec(3, 1, dtype=torch.bool), spec(4), spec()),
+        sample(spec(0, 3, dtype=torch.bool), spec(0, 3), spec(3)),
+        sample(spec(dtype=torch.bool), spec(), spec()),
+        sample(spec(3, dtype=torch.bool), spec(3, dtype=C128), spec(1, dtype=C128)),
+    ],
+)
+def where_grad(g, out, condition, a, b):
+    return None, torch.where(condition, g, 0), torch.where(condition, 0, g)
+
+
+@rule(aten.nan_to_num.default, samples=[*unary(complex=False), sample(spec(4, values=[math.nan, math.inf, -math.inf, 1.0]))])
+def nan_to_num_grad(g, out, x, nan=None, posinf=None, neginf=None):
+    return keep_where(x.isfinite(), g)
+
+
+# -- steps: flat almost everywhere -------------------------------------------------------------------
+
+
+def step(target: Any) -> None:
+    """Of an operation that is constant between its jumps: zeros, as torch has it."""
+
+    @rule(target, samples=[sample(spec(3, 4)), sample(spec()), sample(spec(0, 3))])
+    def grad(g: Tensor, out: Tensor, x: Tensor, *, decimals: int = 0) -> Tensor:
+        return torch.zeros_like(g)
+
+    grad.__name__ = rule_name(target)
+
+
+for _target in (aten.floor.default, aten.ceil.default, aten.trunc.default, aten.round.default, aten.sign.default):
+    step(_target)
+rule(aten.round.decimals, samples=[sample(spec(3, 4), decimals=1)])(find(aten.round.default).grad)
+
+
+@rule(aten.floor_divide.default, broadcasts=True)
+def floor_divide_grad(g, out, a, b):
+    return torch.zeros_like(g), torch.zeros_like(g)
+
+
+# -- declared: comparisons, logic, integers ----------------------------------------------------------
+
+declare(
+    aten.eq.Scalar, aten.eq.Tensor, aten.ne.Scalar, aten.ne.Tensor, aten.lt.Scalar, aten.lt.Tensor,
+    aten.le.Scalar, aten.le.Tensor, aten.gt.Scalar, aten.gt.Tensor, aten.ge.Scalar, aten.ge.Tensor,
+    aten.isnan.default, aten.isinf.default, aten.isposinf.default, aten.isneginf.default, aten.signbit.default,
+    aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default, aten.logical_not.default,
+    aten.bitwise_not.default, aten.bitwise_and.Tensor, aten.bitwise_and.Scalar, aten.bitwise_or.Tensor,
+    aten.bitwise_or.Scalar, aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar,
+    aten.bitwise_left_shift.Tensor, aten.bitwise_right_shift.Tensor, aten.bitwise_left_shift.Tensor_Scalar,
+    aten.bitwise_right_shift.Tensor_Scalar,
+    aten.equal.default, aten._is_all_true.default, aten._is_any_true.default,
+)  # fmt: skip
