@@ -26,6 +26,7 @@ from .errors import (
     ShapeError,
     SweptError,
     TapeError,
+    TapeWarning,
 )
 from .ops import lin, mse, relu
 from .program import Program
@@ -51,6 +52,7 @@ __all__ = [
     "SweptError",
     "Tape",
     "TapeError",
+    "TapeWarning",
     "Value",
     "backward",
     "current_tape",

@@ -209,7 +209,7 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
             continue
         if overlap(cell.tensor, tensor):
             cell.tensor = cell.tensor.detach().clone(memory_format=torch.preserve_format)
-            cell.version = version_of(cell.tensor)
+            cell.versions = (version_of(cell.tensor),)
         else:
             spared.append((cell, cell.tensor))
     for other in group:
@@ -222,9 +222,10 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
 
 
 def refresh(spared: list[tuple[Kept | None, torch.Tensor]]) -> None:
-    """After the write: what it spared takes the storage's new count of writes."""
+    """After the write: what it spared takes the storage's count of writes, with this one."""
     for cell, tensor in spared:
+        count = version_of(tensor)
         if cell is None:
-            rebind(tensor)
+            rebind(tensor, count + 1)
         else:
-            cell.version = version_of(tensor)
+            cell.versions = (count, count + 1)

@@ -154,7 +154,9 @@ def _console() -> Console:
     """Standard output; plain text where it is no terminal."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 80)  # what the tables need: narrower, they would leave out digits
+    return console
 
 
 def _say(console: Console, label: str, text: str, style: str = "") -> None:
@@ -166,11 +168,11 @@ def _say(console: Console, label: str, text: str, style: str = "") -> None:
 
 
 def _table(*columns: str) -> Any:
-    """An empty table, its first column left-aligned, indented as the text of the report is."""
+    """An empty table of numbers, its first column of names."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     return table
@@ -179,13 +181,13 @@ def _table(*columns: str) -> Any:
 def _indented(table: Any) -> Any:
     from rich.padding import Padding
 
-    return Padding(table, (0, 0, 0, 9), expand=False)
+    return Padding(table, (0, 0, 0, 2), expand=False)
 
 
 def _comparison_table(comparisons: Sequence[demo.Comparison]) -> Any:
     table = _table("gradient", "shape", *demo.WAYS, "")
     for each in comparisons:
-        shown = [f"{each.differences[way]:.1e}" for way in demo.WAYS]
+        shown = [f"{each.differences[way]:.1e}" if each.differences[way] else "0" for way in demo.WAYS]
         verdict = "[green]agrees[/]" if each.agrees else "[bold red]DIFFERS[/]"
         table.add_row(f"{each.name}.g", str(each.shape), *shown, verdict)
     return _indented(table)

@@ -340,7 +340,7 @@ def step_times(program: Any, network: Network, X: Tensor, Y: Tensor, rounds: int
     def recorded() -> None:
         backward(mse(network(X), Y), wrt=network.parameters)
 
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "torch.autograd": lambda: autograd_step(leaves, X, Y),
         "record and sweep": recorded,
         "replay": lambda: program.step(X, Y),

@@ -30,12 +30,17 @@ __all__ = [
     "ShapeError",
     "SweptError",
     "TapeError",
+    "TapeWarning",
     "message",
 ]
 
 
 class TapeError(Exception):
     """Base class of every error that a user of the engine can cause."""
+
+
+class TapeWarning(UserWarning):
+    """Something legal that is probably not meant: a value that leaves the recording's sight."""
 
 
 class ShapeError(TapeError, ValueError):

@@ -42,6 +42,8 @@ class _Operands:
     def remedy(self, fits: Callable[..., bool], remedies: Sequence[tuple[str, str]]) -> str | None:
         """The first remedy ``(operand, expression of it)`` with which `fits` holds: ``w.t()``."""
         for own, expression in remedies:
+            if self.tensors[own] is None:
+                continue
             try:
                 tried = eval(f"t{expression}", {"t": self.tensors[own].detach(), "torch": torch})  # our own expressions
                 if fits(**{**self.tensors, own: tried}):

@@ -71,7 +71,7 @@ def stop_listening() -> None:
 
 def path() -> tuple[str, ...]:
     """The module calls that are running, outermost first."""
-    return tuple(_here.path)
+    return tuple(_here.path) if _here.path else ()
 
 
 def parameter_name(tensor: torch.Tensor) -> str | None:

@@ -44,6 +44,12 @@ def user_frame() -> FrameType | None:
     return None
 
 
+def called_by_user() -> bool:
+    """Whether the function that asks was called straight from the user's code, not by torch or the engine."""
+    frame = sys._getframe(2)
+    return user_frame() is frame
+
+
 def local_name(frame: FrameType | None, tensor: torch.Tensor) -> str | None:
     """The name under which `tensor` stands in `frame`, if it stands there."""
     if frame is None:

@@ -27,7 +27,7 @@ from torch._C import DisableTorchFunctionSubclass
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import aliases, modules, registry
+from . import aliases, exits, modules, registry
 from .errors import DTypeError, MissingRuleError, message
 from .names import call_site, local_name, user_frame
 from .plans import Plan, plan_of
@@ -36,6 +36,7 @@ from .tape import (
     Kept,
     Node,
     Tape,
+    Token,
     Value,
     bind,
     bound,
@@ -94,7 +95,7 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         return _leaf(tensor, tape, name=value.name)  # written to between two recordings
     if not unchanged:
         return _leaf(tensor, tape, closed=UNSEEN)
-    if node.tape != tape.ident and (node.swept or value.constant):
+    if node.tape is not tape.token and (node.swept or value.constant):
         # To go on from a tape that was swept would keep every step of a loop alive, to stop there would cut
         # the gradient in silence: a leaf stands for the value, and the sweep that reaches it says so.
         stand_in = Value(tensor, constant=value.constant)
@@ -120,23 +121,10 @@ def _reread(tensor: Tensor, stale: Value, tape: Tape) -> Value:
         return _leaf(tensor, tape, closed=UNSEEN)
     whole = read(base, tape)
     place = aliases.place_of(tensor, base)
-    node = write(tape, aliases.read_view, (whole, *place), {}, [whole], [base], [tensor])
+    node = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [tensor])
     node.outputs[0].constant = stale.constant
     aliases.share(node.outputs[0], whole)
     return node.outputs[0]
-
-
-def _take(argument: Any, tape: Tape, inputs: list[Value], tensors: list[Tensor]) -> Any:
-    """`argument` with values in the place of tensors, which are noted in order."""
-    if isinstance(argument, Tensor):
-        value = read(argument, tape)
-        inputs.append(value)
-        tensors.append(argument)
-        return value
-    kind = type(argument)
-    if kind is list or kind is tuple:
-        return kind([_take(each, tape, inputs, tensors) for each in argument])
-    return argument
 
 
 def _tensors_in(result: Any) -> list[Tensor]:
@@ -156,20 +144,27 @@ def write(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     inputs: Sequence[Value],
-    tensors: Sequence[Tensor],
+    kept: Sequence[Kept | None],
     made: Sequence[Tensor],
     *,
     cut: bool = False,
 ) -> Node:
     """Records one operation; afterwards the tensors `made` hold its outputs.
 
-    `args` and `kwargs` have values in the place of tensors; `inputs` are those values in order, and
-    `tensors` the tensors that held them.
+    `args` and `kwargs` have values in the place of tensors; `inputs` are those values in order, and `kept`
+    the cells of those whose data the gradient rule reads.
     """
     frame = user_frame()
-    code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
-    node = Node(op, args, kwargs, tuple(inputs), code, lasti, _state.scope + modules.path())
-    node.cut = cut
+    path = modules.path()
+    node = Node(
+        op,
+        args,
+        kwargs,
+        tuple(inputs),
+        None if frame is None else frame.f_code,
+        0 if frame is None else frame.f_lasti,
+        _state.scope + path if path else _state.scope,
+    )
     ref = weakref.ref(node)
     outputs = []
     for index, tensor in enumerate(made):
@@ -179,30 +174,59 @@ def write(
         bind(tensor, value, node)
         outputs.append(value)
     node.outputs = tuple(outputs)
-    if op.differentiable and not cut:
-        node.saved = tuple(_keep(op, args, kwargs, inputs, tensors)) + tuple(_keep_outputs(op, outputs, made))
+    if cut:
+        node.cut = True
+    elif op.reads_output:
+        # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
+        node.saved = (*kept, *[v.keep(t.data) for v, t in zip(outputs, made, strict=True)])
+    else:
+        node.saved = tuple(kept)
     tape.append(node)
     return node
 
 
-def _keep(
-    op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Value], tensors: Sequence[Tensor]
-) -> list[Kept | None]:
-    """For each input its cell, if the rule of `op` reads its data."""
-    wanted: list[bool] = []
-    for key, argument in (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args):
-        if isinstance(argument, Value):
-            wanted.append(op.reads_argument(key))
-        elif isinstance(argument, (list, tuple)):
-            wanted += [op.reads_argument(key)] * sum(isinstance(each, Value) for each in argument)
-    return [v.keep(t) if w else None for v, t, w in zip(inputs, tensors, wanted, strict=True)]
+class _Taken:
+    """The arguments of a call with values in the place of tensors.
 
+    Attributes:
+        args, kwargs: the arguments.
+        inputs: the values, in order.
+        tensors: the tensors that hold them.
+        kept: the cells of those that the rule reads, made before the call: it may write to them.
+    """
 
-def _keep_outputs(op: Op, outputs: Sequence[Value], made: Sequence[Tensor]) -> list[Kept | None]:
-    if not op.reads_output:
-        return [None] * len(outputs)
-    # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep the tensor.
-    return [v.keep(t.data) for v, t in zip(outputs, made, strict=True)]
+    __slots__ = ("args", "inputs", "kept", "kwargs", "op", "tape", "tensors")
+
+    def __init__(self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.op = op
+        self.tape = tape
+        self.inputs: list[Value] = []
+        self.tensors: list[Tensor] = []
+        self.kept: list[Kept | None] = []
+        self.args = tuple([self.take(a, op.reads_argument(i)) for i, a in enumerate(args)])
+        self.kwargs = {k: self.take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
+
+    def take(self, argument: Any, keep: bool) -> Any:
+        if isinstance(argument, Tensor):
+            entry = values_by_tensor.get(id(argument))
+            if (  # what a chain of operations does most: read what the same tape has just made
+                entry is not None
+                and entry[2] is not None
+                and entry[2].tape is self.tape.token
+                and not entry[1].stale
+                and version_of(argument) in entry[3]
+            ):
+                value = entry[1]
+            else:
+                value = read(argument, self.tape)
+            self.inputs.append(value)
+            self.tensors.append(argument)
+            self.kept.append(value.keep(argument) if keep else None)
+            return value
+        kind = type(argument)
+        if kind is list or kind is tuple:
+            return kind([self.take(each, keep) for each in argument])
+        return argument
 
 
 def _is_cut() -> bool:
@@ -240,19 +264,16 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if op.check is not None:
             op.check(*args, **kwargs)
         tape = current_tape()
-        inputs: list[Value] = []
-        tensors: list[Tensor] = []
-        taken = tuple([_take(each, tape, inputs, tensors) for each in args])
-        named = {name: _take(each, tape, inputs, tensors) for name, each in kwargs.items()}
+        taken = _Taken(op, tape, args, kwargs)
         if tape.strict:
-            _refuse_without_rule(op, inputs)
+            _refuse_without_rule(op, taken.inputs)
         try:
             result = op.forward(*args, **kwargs)
         except Exception as error:
             error.add_note(_operands_note(op, args, kwargs))
             raise
-        if any(made is given for made in _tensors_in(result) for given in tensors):
-            result = _apart(result, tensors)
+        if any(made is given for made in _tensors_in(result) for given in taken.tensors):
+            result = _apart(result, taken.tensors)
         made = _tensors_in(result)
         if not made:
             raise DTypeError(
@@ -264,11 +285,11 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _state.paused:
             _as_constants(made)
             return result
-        node = write(tape, op, taken, named, inputs, tensors, made, cut=_is_cut())
+        node = write(tape, op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=_is_cut())
         node.outputs_tuple = not isinstance(result, Tensor)
         if op is _stop:
             node.outputs[0].constant = True
-        _join_views(node.outputs, made, inputs, tensors)
+        _join_views(node.outputs, made, taken)
         if not tape.strong:
             _listen(tape, node)
     return result
@@ -293,15 +314,13 @@ def _operands_note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str
     return message(f"in the operation {op.name}, called", where=call_site(user_frame()), operands=shown)
 
 
-def _join_views(
-    outputs: Sequence[Value], made: Sequence[Tensor], inputs: Sequence[Value], tensors: Sequence[Tensor]
-) -> None:
+def _join_views(outputs: Sequence[Value], made: Sequence[Tensor], taken: _Taken) -> None:
     """Enters outputs that share an input's storage among its aliases."""
     for value, tensor in zip(outputs, made, strict=True):
-        for owner, given in zip(inputs, tensors, strict=True):
+        for owner, given in zip(taken.inputs, taken.tensors, strict=True):
             if aliases.same_storage(tensor, given):
                 aliases.share(value, owner)
-                rebind(tensor, given)
+                rebind(tensor, version_of(given))
                 break
 
 
@@ -320,6 +339,10 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self.tape = tape
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard against torch.compile around each call takes longer than the call
+
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tape = self.tape
@@ -330,24 +353,23 @@ class _Mode(TorchDispatchMode):
             return _unrecorded(func, plan, args, kwargs)
         if plan.writes:
             return _record_write(tape, func, plan, args, kwargs)
-        inputs: list[Value] = []
-        tensors: list[Tensor] = []
-        taken = tuple([_take(each, tape, inputs, tensors) for each in args])
-        named = {name: _take(each, tape, inputs, tensors) for name, each in kwargs.items()} if kwargs else kwargs
+        taken = _Taken(plan.op, tape, args, kwargs)
         if tape.strict:
-            _refuse_without_rule(plan.op, inputs)
+            _refuse_without_rule(plan.op, taken.inputs)
         if func is _LIFT:
             return _lift(tape, func, args[0])
         result = func(*args, **kwargs)
         made = [result] if isinstance(result, Tensor) else _tensors_in(result)
-        if plan.views and any(tensor is given for tensor in made for given in tensors):
+        if plan.views and any(tensor is given for tensor in made for given in taken.tensors):
             return result  # nothing was done: it is the argument itself
         if made or plan.guard:
-            node = write(tape, plan.op, taken, named, inputs, tensors, made, cut=_is_cut())
-            node.random = plan.random
-            node.outputs_tuple = not isinstance(result, Tensor)
+            node = write(tape, plan.op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=_is_cut())
+            if plan.random:
+                node.random = True
+            if not isinstance(result, Tensor):
+                node.outputs_tuple = True
             if plan.views:
-                _join_views(node.outputs, made, inputs, tensors)
+                _join_views(node.outputs, made, taken)
             if plan.guard:
                 node.result = result
         return result
@@ -364,7 +386,7 @@ def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
     tape.hold(original)
     bind(original, value, None)
     result = func(fresh)
-    write(tape, plan_of(func).op, (value,), {}, [value], [original], [result])
+    write(tape, plan_of(func).op, (value,), {}, [value], [None], [result])
     return result
 
 
@@ -396,29 +418,24 @@ def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
 
 def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes to its arguments, recorded as its functional twin."""
-    inputs: list[Value] = []
-    tensors: list[Tensor] = []
     given_args = tuple(a for i, a in enumerate(args) if i not in plan.outs)
     given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
-    taken = tuple([_take(each, tape, inputs, tensors) for each in given_args])
-    named = {name: _take(each, tape, inputs, tensors) for name, each in given_kwargs.items()}
+    # What the rule will read is kept here, so that what is about to be overwritten gets its copy below.
+    taken = _Taken(plan.op, tape, given_args, given_kwargs)
     if tape.strict:
-        _refuse_without_rule(plan.op, inputs)
+        _refuse_without_rule(plan.op, taken.inputs)
     written = _written(plan, args, kwargs)
     before = [read(tensor, tape) for tensor in written]
-    bases = [tensor._base for tensor in written]
-    wholes = [None if base is None else read(base, tape) for base in bases]
-    # What the rule will read is kept first, so that what is about to be overwritten gets its copy.
-    kept = _keep(plan.op, taken, named, inputs, tensors) if plan.op.differentiable else []
+    wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
     spared = [each for tensor, value in zip(written, before, strict=True) for each in aliases.protect(tensor, value)]
     result = func(*args, **kwargs)
     fresh = [t for t in _tensors_in(result) if not any(t is w for w in written)]
-    node = write(tape, plan.op, taken, named, inputs, tensors, [*fresh, *written], cut=_is_cut())
-    del kept  # from here on the node holds the cells
+    made = [*fresh, *written]
+    node = write(tape, plan.op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=_is_cut())
     node.random = plan.random
     node.outputs_tuple = not isinstance(result, Tensor)
     node.mutates = tuple(
-        (next((i for i, v in enumerate(inputs) if v is old), -1), len(fresh) + k) for k, old in enumerate(before)
+        (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k) for k, old in enumerate(before)
     )
     aliases.refresh(spared)
     untouched = {id(tensor) for _, tensor in spared}
@@ -428,6 +445,7 @@ def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...
         new.constant = old.constant if node.cut else False
         new.name = old.name if old.leaf else None
         aliases.share(new, old)
+        rebind(tensor, version_of(tensor) + 1)
         _spread(tape, tensor, new, wholes[k], untouched)
     return result
 
@@ -440,10 +458,11 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
         base = tensor._base
         if aliases.covers(base, tensor):
             place = aliases.place_of(tensor, base)
-            node = write(tape, aliases.write_view, (whole, new, *place), {}, [whole, new], [base, tensor], [base])
+            node = write(tape, aliases.write_view, (whole, new, *place), {}, [whole, new], [None, None], [base])
             of_base = node.outputs[0]
             of_base.constant = whole.constant and new.constant
             aliases.share(of_base, new)
+            rebind(base, version_of(base) + 1)
         else:
             base, of_base = tensor, new
     for other in neighbours:
@@ -455,9 +474,10 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
                 held.stale = True  # read off the base when it is next needed
         elif aliases.covers(base, other):
             place = aliases.place_of(other, base)
-            node = write(tape, aliases.read_view, (of_base, *place), {}, [of_base], [base], [other])
+            node = write(tape, aliases.read_view, (of_base, *place), {}, [of_base], [None], [other])
             node.outputs[0].constant = held is not None and held.constant
             aliases.share(node.outputs[0], of_base)
+            rebind(other, version_of(other) + 1)
         else:
             lost = Value(other)
             lost.closed = UNSEEN
@@ -478,8 +498,10 @@ class Recorded(Tensor):
         with DisableTorchFunctionSubclass():
             if _state.quiet or _state.paused or func in _PLAIN or not current_tape_is_global():
                 return func(*args, **kwargs)
-            name = getattr(func, "__name__", "")
-            if name.endswith("_") and _leaves_only(args, kwargs):
+            if func in _EXITS:
+                exits.warn_of_exit(args[0], func.__name__)
+                return func(*args, **kwargs)
+            if getattr(func, "__name__", "").endswith("_") and _leaves_only(args, kwargs):
                 return _update_leaf(func, args, kwargs)
             tape = current_tape()
             with recording(tape):
@@ -535,6 +557,11 @@ _PLAIN = {
 }
 
 
+#: What hands a tensor's memory to code that nothing can follow.
+_EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
+_PLAIN -= _EXITS
+
+
 def current_tape_is_global() -> bool:
     return not current_tape().strong
 
@@ -563,10 +590,13 @@ def _mark(tensor: Tensor, tape: Tape) -> None:
     if kind in _LISTENING:
         tensor.__class__ = _LISTENING[kind]
     if value.leaf and isinstance(tensor, Recorded):
+        marked = tape.token.marked
+        if not marked:  # whatever happens to the tape and its nodes, the listening ends with them
+            weakref.finalize(tape.token, _forget, marked)
         value.marks += 1
-        tape.marked.append(weakref.ref(value))
-        if len(tape.marked) & (len(tape.marked) - 1) == 0:
-            tape.marked = [ref for ref in tape.marked if ref() is not None]
+        marked.append(weakref.ref(value))
+        if len(marked) & (len(marked) - 1) == 0:
+            marked[:] = [ref for ref in marked if ref() is not None]
 
 
 def _listen(tape: Tape, node: Node) -> None:
@@ -576,21 +606,26 @@ def _listen(tape: Tape, node: Node) -> None:
             _mark(holder, tape)
 
 
-def listen_to(tensors: Sequence[Tensor]) -> None:
+def listen_to(tensors: Sequence[Tensor], tape: Tape) -> None:
     """From now on plain torch operations on `tensors`, outside a block, are recorded on the global tape."""
     if current_tape_is_global():
         for tensor in tensors:
-            _mark(tensor, current_tape())
+            _mark(tensor, tape)
 
 
-def forget_leaves(tape: Tape) -> None:
+def forget_leaves(token: Token | None) -> None:
     """Ends the listening on a tape's leaves: their recording is over (they are inputs and parameters)."""
-    marked, tape.marked = tape.marked, []
+    if token is not None:
+        _forget(token.marked)
+
+
+def _forget(marked: list[weakref.ref[Value]]) -> None:
     for value in (v for ref in marked if (v := ref()) is not None):
         value.marks -= 1
         holder = value.holder
         if value.marks == 0 and holder is not None and isinstance(holder, Recorded):
             holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)
+    marked.clear()
 
 
 # -- what a user opens and closes -----------------------------------------------------------------------------------
@@ -655,6 +690,7 @@ class record:
         self._open.append((tape, mode, _state.grad_mode))
         _state.grad_mode = torch.is_grad_enabled()
         modules.listen()
+        exits.open_exits()
         push_tape(tape)
         mode.__enter__()
         return tape
@@ -665,21 +701,45 @@ class record:
         tape, mode, _state.grad_mode = self._open.pop()
         mode.__exit__(kind, error, trace)
         pop_tape(tape)
+        exits.close_exits()
         modules.stop_listening()
         with quietly():
             tape.drop(_idle(tape))
-            for node in tape.nodes:
-                if not node.swept:
-                    _listen(tape, node)
+            open_still = [node for node in tape.nodes if not node.swept]
+            if open_still:
+                listen_to(tape.held, tape)
+            for node in open_still:
+                for value in node.outputs:
+                    holder = value._tensor()
+                    if holder is not None and bound(holder) is value:
+                        _mark(holder, tape)
 
 
 def _idle(tape: Tape) -> set[Node]:
     """The ``detach`` nodes that nothing reads: torch's autograd makes one for each output that it saves."""
-    read_from = {source for node in tape.nodes for source in node.sources}
-    return {node for node in tape.nodes if node.op.forward is _DETACH and node not in read_from}
+    nodes = tape.nodes
+    idle = {node for node in nodes if node.op.forward is _DETACH}
+    return idle.difference(source for node in nodes for source in node.sources) if idle else idle
 
 
 _DETACH = torch.ops.aten.detach.default
+
+
+def _hears() -> bool:
+    """Whether this thread records in a block now."""
+    return not (_state.quiet or _state.paused or current_tape_is_global())
+
+
+def _record_tolist(tensor: Tensor, result: Any) -> None:
+    with quietly():
+        tape = current_tape()
+        taken = _Taken(_tolist, tape, (tensor,), {})
+        write(tape, _tolist, taken.args, {}, taken.inputs, taken.kept, []).result = result
+
+
+_tolist = Op(Tensor.tolist, name="tolist")
+_tolist.differentiable = False
+exits.on_exit(_hears, _record_tolist)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class Op:
         self.forward = forward
         self.name = name
         self.grad: Rule | None = None
-        self.differentiable = True
+        self._differentiable = True
         self.broadcasts = broadcasts
         self.saves: frozenset[str] | None = None
         self.rule_parameters: tuple[str, ...] = ()
@@ -142,9 +142,19 @@ class Op:
         self.check = check
         self.is_named = not isinstance(forward, torch._ops.OpOverload)
         self.signature = _signature(forward) if self.is_named else None
+        self._note_reads()
         self.__name__ = name
         self.__doc__ = forward.__doc__
         self.__wrapped__ = forward
+
+    @property
+    def differentiable(self) -> bool:
+        return self._differentiable
+
+    @differentiable.setter
+    def differentiable(self, does: bool) -> None:
+        self._differentiable = does
+        self._note_reads()
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"
@@ -178,22 +188,21 @@ class Op:
 
         A borrowed rule reads every argument, a declared non-differentiable operation none.
         """
-        if self.grad is None:
-            return self.differentiable
-        if not self.rule_parameters or self.saves is None:
-            return True
-        if isinstance(key, int):
-            if key + 2 >= len(self.rule_parameters):
-                return False
-            key = self.rule_parameters[key + 2]
-        return key in self.saves
+        if isinstance(key, str):
+            return self._reads_all or key in (self.saves or ())
+        return self._reads_all or (key < len(self._reads) and self._reads[key])
 
     @property
     def reads_output(self) -> bool:
         """Whether its rule reads the data of its output."""
-        if self.grad is None:
-            return False
-        return not self.rule_parameters or self.saves is None or self.rule_parameters[1] in self.saves
+        return self._reads_output
+
+    def _note_reads(self) -> None:
+        """Works out what the rule reads once, as it is asked at every call."""
+        saves, names = self.saves or frozenset(), self.rule_parameters
+        self._reads_all = self.differentiable and (self.grad is None or not names)
+        self._reads = tuple(name in saves for name in names[2:]) if self.differentiable else ()
+        self._reads_output = self.differentiable and self.grad is not None and (not names or names[1] in saves)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ from .names import call_site, local_name, located, user_frame
 from .specialise import specialise
 from .tape import (
     Node,
-    Tape,
     Value,
     bind,
     bound,
@@ -101,7 +100,7 @@ def backward(
                 if id(tensor) not in written and hasattr(tensor, "g"):
                     del tensor.g
         if record:
-            recorder.listen_to([g for _, g in writes])
+            recorder.listen_to([g for _, g in writes], current_tape())
         elif not keep:
             _close(found.order)
 
@@ -135,7 +134,7 @@ def grad(
         }
         results = tuple(found.get(id(tensor)) for tensor in targets)
         if record:
-            recorder.listen_to([g for g in results if g is not None])
+            recorder.listen_to([g for g in results if g is not None], current_tape())
         return results
 
 
@@ -377,12 +376,10 @@ def _close(order: list[Node]) -> None:
     """Marks the nodes swept, ends the listening on their leaves, and starts a new global tape."""
     for node in order:
         node.swept = True
-    for ident in {node.tape for node in order}:
-        tape = Tape.by_ident.get(ident)
-        if tape is not None:
-            recorder.forget_leaves(tape)
-            if tape is global_tape():
-                new_global_tape()
+    for token in {node.tape for node in order}:
+        recorder.forget_leaves(token)
+        if token is global_tape().token:
+            new_global_tape()
 
 
 def _written_unseen(value: Value) -> bool:

@@ -43,19 +43,20 @@ def next_in_sequence() -> int:
 class Kept:
     """A tensor that some rule will read: the contents a value had when it was recorded.
 
-    ``version`` is torch's count of the writes to it, by which a write unseen is found out.
+    ``versions`` are torch's counts of the writes to it, by which a write unseen is found out. They are two
+    just after a write, which torch counts once the recorder has seen it.
     """
 
-    __slots__ = ("__weakref__", "tensor", "version")
+    __slots__ = ("__weakref__", "tensor", "versions")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.version = version_of(tensor)
+        self.versions: tuple[int, ...] = (version_of(tensor),)
 
     @property
     def intact(self) -> bool:
         """Whether the contents are still those that were recorded."""
-        return version_of(self.tensor) == self.version
+        return version_of(self.tensor) in self.versions
 
 
 class Value:
@@ -90,7 +91,7 @@ class Value:
         self.aliases: Any = None
         self.marks = 0
         self.stale = False
-        self._tensor: weakref.ref[torch.Tensor] | None = weakref.ref(tensor)
+        self._tensor: weakref.ref[torch.Tensor] = weakref.ref(tensor)
         self._node: weakref.ref[Node] | None = None
         self._kept: weakref.ref[Kept] | None = None
 
@@ -106,13 +107,13 @@ class Value:
     @property
     def tensor(self) -> torch.Tensor | None:
         """The tensor, if it is alive and still holds this value (no later write made it another)."""
-        found = None if self._tensor is None else self._tensor()
+        found = self._tensor()
         return found if found is not None and not self.stale and bound(found) is self else None
 
     @property
     def holder(self) -> torch.Tensor | None:
         """The tensor object that held the value when it was recorded, whatever it holds now."""
-        return None if self._tensor is None else self._tensor()
+        return self._tensor()
 
     @property
     def kept(self) -> Kept | None:
@@ -173,7 +174,10 @@ class Value:
 
 def version_of(tensor: torch.Tensor) -> int:
     """Torch's count of writes to the tensor's storage; 0 where it keeps none (inference tensors)."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def describe(value: Value | torch.Tensor) -> str:
@@ -233,7 +237,7 @@ class Node:
         self.cut = False
         self.random = False
         self.swept = False
-        self.tape: int = 0
+        self.tape: Token | None = None
         self._code = code
         self._lasti = lasti
 
@@ -271,6 +275,18 @@ def _holds_value(argument: Any) -> bool:
     return isinstance(argument, (tuple, list)) and any(isinstance(each, Value) for each in argument)
 
 
+class Token:
+    """What a node knows its tape by; it lives as long as the tape or a node of it.
+
+    ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape.
+    """
+
+    __slots__ = ("__weakref__", "marked")
+
+    def __init__(self) -> None:
+        self.marked: list[weakref.ref[Value]] = []
+
+
 class Tape:
     """The ordered nodes of a recording.
 
@@ -278,21 +294,16 @@ class Tape:
         strong: whether it keeps its nodes (a ``te.record()`` block) or follows what the user's
             tensors still reach (the global tape).
         strict: whether an operation without a registered rule raises as it is recorded.
-        ident: a number that no other tape has.
+        token: what its nodes know it by.
     """
-
-    _idents = itertools.count(1)
-    by_ident: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
 
     def __init__(self, *, strong: bool = True, strict: bool = False) -> None:
         self.strong = strong
         self.strict = strict
-        self.ident = next(self._idents)
+        self.token = Token()
         self._nodes: list[Any] = []
         self._leaves: dict[int, torch.Tensor] = {}  # keeps the leaves' tensors: a replay reads them
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches
-        self.marked: list[weakref.ref[Value]] = []  # leaves whose tensors listen for plain operations
-        Tape.by_ident[self.ident] = self
 
     @property
     def nodes(self) -> list[Node]:
@@ -319,7 +330,7 @@ class Tape:
 
     def append(self, node: Node) -> None:
         """Records `node`."""
-        node.tape = self.ident
+        node.tape = self.token
         if self.strong:
             self._nodes.append(node)
             return
@@ -332,6 +343,11 @@ class Tape:
         """Keeps a leaf's tensor as long as the tape lives."""
         if self.strong:
             self._leaves[id(tensor)] = tensor
+
+    @property
+    def held(self) -> list[torch.Tensor]:
+        """The tensors of the leaves, which the tape keeps."""
+        return list(self._leaves.values())
 
     def drop(self, nodes: set[Node]) -> None:
         """Forgets some nodes, from which no other node reads."""
@@ -400,14 +416,15 @@ class _Ref(weakref.ref[torch.Tensor]):
 
 
 #: By ``id`` of a tensor: the value it holds, the node that made it, and torch's counts of writes with which
-#: it holds it. They are two for a view, which shares the count of its base only once torch hands it out.
+#: it holds it. They are two for a view, which shares the count of its base only once torch hands it out, and
+#: just after a write, which torch counts only then.
 values_by_tensor: dict[int, tuple[_Ref, Value, Node | None, tuple[int, ...]]] = {}
 
 
-def _forget(ref: _Ref) -> None:
-    entry = values_by_tensor.get(ref.key)
+def _forget(ref: _Ref, table: dict[int, Any] = values_by_tensor) -> None:
+    entry = table.get(ref.key)  # the default outlives the module when the interpreter ends
     if entry is not None and entry[0] is ref:
-        del values_by_tensor[ref.key]
+        del table[ref.key]
 
 
 def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
@@ -417,12 +434,11 @@ def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     values_by_tensor[ref.key] = (ref, value, node, (version_of(tensor),))
 
 
-def rebind(tensor: torch.Tensor, base: torch.Tensor | None = None) -> None:
-    """The writes counted so far, on `tensor` or on its `base`, are known not to have changed what it holds."""
+def rebind(tensor: torch.Tensor, *also: int) -> None:
+    """The writes counted so far on `tensor`, or to be counted as `also`, have not changed what it holds."""
     entry = values_by_tensor.get(id(tensor))
     if entry is not None:
-        counts = (version_of(tensor),) if base is None else (version_of(tensor), version_of(base))
-        values_by_tensor[id(tensor)] = (*entry[:3], counts)
+        values_by_tensor[id(tensor)] = (*entry[:3], (version_of(tensor), *also))
 
 
 def unwritten(tensor: torch.Tensor) -> bool:

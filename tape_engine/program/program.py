@@ -310,7 +310,7 @@ def freeze(
     given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     with quietly():
         frozen = freeze_nodes(tape, given, wanted, wrt, single=single)
-        forget_leaves(tape)
+        forget_leaves(tape.token)
     for i, (value, tensor) in enumerate(zip(frozen.inputs, frozen.given, strict=True)):
         if value is not None:
             frozen.names.setdefault(id(value), local_name(user_frame(), tensor) or f"input{i}")

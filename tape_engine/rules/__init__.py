@@ -49,6 +49,8 @@ from . import (
     pointwise,
     random,
     reductions,
+    resizing,
+    sequences,
     shapes,
 )
 
@@ -64,5 +66,7 @@ __all__ = [
     "pointwise",
     "random",
     "reductions",
+    "resizing",
+    "sequences",
     "shapes",
 ]

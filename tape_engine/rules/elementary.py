@@ -277,7 +277,7 @@ def view_as_complex_grad(g, out, x):
     return torch.view_as_real(g.resolve_conj())
 
 
-@rule(aten._conj.default, samples=unary())
+@rule(aten._conj.default, samples=[sample(spec(2, 3, dtype=C128)), sample(spec(dtype=C128))])
 @rule(aten._conj_physical.default, samples=unary())
 def conj_grad(g, out, x):
     return g.conj()

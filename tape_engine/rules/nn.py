@@ -48,8 +48,9 @@ def convolution_grad(g, out, x, w, b, stride, padding, dilation, transposed, out
 def convolution_backward_grad(
     g, out, gy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, wanted
 ):
+    by_x, by_w, by_b = (*g, None)[:3]  # without a bias there are two
     return aten._convolution_double_backward(
-        *g, gy, w, x, stride, padding, dilation, transposed, output_padding, groups, [True, True, True]
+        by_x, by_w, by_b, gy, w, x, stride, padding, dilation, transposed, output_padding, groups, [True, True, True]
     )
 
 

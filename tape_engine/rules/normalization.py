@@ -47,6 +47,18 @@ def _second(
     return by_gy, by_x, gy * jv
 
 
+def _wanted(weight: Any, bias: Any) -> list[bool]:
+    """Which gradients to ask of a kernel: never that of a bias without a weight, see `_with_bias`."""
+    return [True, weight is not None, weight is not None and bias is not None]
+
+
+def _with_bias(gradients: tuple[Any, ...], g: Tensor, weight: Any, bias: Any, dims: list[int]) -> tuple[Any, ...]:
+    """A kernel's gradients, with that of a bias that came without a weight."""
+    if weight is not None or bias is None:
+        return gradients
+    return gradients[0], None, g.sum(dims).reshape(bias.shape) if dims else g
+
+
 def _full(t: Any, shape: list[int]) -> Any:
     return None if t is None else t.reshape(shape)
 
@@ -69,14 +81,16 @@ def _statistics(dims: int) -> list[Any]:
         sample(spec(2, 3, 4), [3, 4], spec(3, 4), spec(3, 4), 1e-5),
         sample(spec(3, 4), [4], None, None, 1e-5),
         sample(spec(3, 4), [4], spec(4), None, 1e-5),
+        sample(spec(3, 4), [4], None, spec(4), 1e-5),
         sample(spec(0, 4), [4], spec(4), spec(4), 1e-5),
     ],
 )
 def native_layer_norm_grad(g, out, x, shape, weight, bias, eps):
     if g[0] is None:
         return None, None, None
-    wanted = [True, weight is not None, bias is not None]
-    return aten.native_layer_norm_backward(g[0], x, shape, out[1], out[2], weight, bias, wanted)
+    wanted = _wanted(weight, bias)
+    gradients = aten.native_layer_norm_backward(g[0], x, shape, out[1], out[2], weight, bias, wanted)
+    return _with_bias(gradients, g[0], weight, bias, list(range(g[0].ndim - len(shape))))
 
 
 @rule(
@@ -88,7 +102,7 @@ def native_layer_norm_grad(g, out, x, shape, weight, bias, eps):
 )
 def native_layer_norm_backward_grad(g, out, gy, x, shape, mean, rstd, weight, bias, wanted):
     dims = tuple(range(x.ndim - len(shape), x.ndim))
-    by_gy, by_x, by_weight = _second(g, gy, x, mean, rstd, weight, dims)
+    by_gy, by_x, by_weight = _second((*g, None, None)[:3], gy, x, mean, rstd, weight, dims)
     lead = list(range(x.ndim - len(shape)))
     by_weight = None if weight is None else by_weight.sum(lead) if lead else by_weight
     return by_gy, by_x, None, None, by_weight, None
@@ -106,12 +120,22 @@ def native_layer_norm_backward_grad(g, out, gy, x, shape, mean, rstd, weight, bi
     ],
 )
 def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups, eps):
-    if g[0] is None:
-        return None, None, None
-    wanted = [True, weight is not None, bias is not None]
-    return aten.native_group_norm_backward(
-        g[0].contiguous(), x.contiguous(), out[1], out[2], weight, n, channels, pixels, groups, wanted
-    )
+    by_x, by_weight, by_bias = None, None, None
+    if g[0] is not None:
+        wanted = _wanted(weight, bias)
+        gradients = aten.native_group_norm_backward(
+            g[0].contiguous(), x.contiguous(), out[1], out[2], weight, n, channels, pixels, groups, wanted
+        )
+        dims = [d for d in range(g[0].ndim) if d != 1]
+        by_x, by_weight, by_bias = _with_bias(gradients, g[0], weight, bias, dims)
+    if g[1] is not None or g[2] is not None:  # by the mean 1 / number, by r -r² x̂ / number
+        rows = [n, groups, -1]
+        mean, r = (t.reshape(n, groups, 1) for t in out[1:])
+        through_r = 0 if g[2] is None else g[2].reshape(rows) * r * r * r * (x.reshape(rows) - mean)
+        part = (0 if g[1] is None else g[1].reshape(rows)) - through_r
+        part = (part + x.new_zeros(n, groups, channels // groups * pixels)).reshape(x.shape) * (groups / channels / pixels)
+        by_x = part if by_x is None else by_x + part
+    return by_x, by_weight, by_bias
 
 
 @rule(
@@ -134,8 +158,8 @@ def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups,
 def native_group_norm_backward_grad(g, out, gy, x, mean, rstd, weight, n, channels, pixels, groups, wanted):
     shape, split = x.shape, [n, groups, channels // groups, pixels]
     by_channel = [1, groups, channels // groups, 1]
-    v = None if g[0] is None else g[0].reshape(split)
-    parts = (v, _full(g[1], by_channel), _full(g[2], by_channel))
+    by_x, by_weight, by_bias = (*g, None, None)[:3]
+    parts = (_full(by_x, split), _full(by_weight, by_channel), _full(by_bias, by_channel))
     stats = [t.reshape(n, groups, 1, 1) for t in (mean, rstd)]
     by_gy, by_x, by_weight = _second(
         parts, gy.reshape(split), x.reshape(split), *stats, _full(weight, by_channel), (2, 3)
@@ -147,7 +171,7 @@ def native_group_norm_backward_grad(g, out, gy, x, mean, rstd, weight, n, channe
 # -- batches -----------------------------------------------------------------------------------------
 
 
-def _batches(*stats: Any) -> list[Sample]:
+def _batches() -> list[Sample]:
     """Samples of batch normalisation: with and without weights, in training and not."""
     x, each = spec(4, 3, 2), spec(3)
     running = [spec(3, values=[0.1, -0.2, 0.3]), spec(3, values=[1.0, 2.0, 0.5])]
@@ -156,27 +180,38 @@ def _batches(*stats: Any) -> list[Sample]:
         sample(x, None, None, *running, True, 0.1, 1e-5),
         sample(spec(4, 3), each, each, *running, False, 0.1, 1e-5),
         sample(x, each, each, *running, False, 0.1, 1e-5),
+        sample(x, each, None, None, None, True, 0.1, 1e-5),
+        sample(x, None, each, None, None, True, 0.1, 1e-5),
     ]
 
 
+def _updated() -> Sample:
+    x, *rest = _batches()[3].args[:5]
+    return sample(x, *rest, 0.1, 1e-5)
+
+
+def _batch_norm(
+    g: Tensor, out: Any, x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, eps: float
+) -> tuple[Any, ...]:
+    gradients = aten.native_batch_norm_backward(
+        g, x, weight, running_mean, running_var, out[1], out[2], training, eps, _wanted(weight, bias)
+    )
+    return _with_bias(gradients, g, weight, bias, [d for d in range(x.ndim) if d != 1])
+
+
 @rule(aten.native_batch_norm.default, formula="batch norm(x)", samples=_batches())
+@rule(aten._native_batch_norm_legit_functional.default, formula="batch norm(x)", samples=_batches()[1:4])
 def native_batch_norm_grad(g, out, x, weight, bias, running_mean, running_var, training, momentum, eps):
     if g[0] is None:
         return None, None, None, None, None
-    wanted = [True, weight is not None, bias is not None]
-    return *aten.native_batch_norm_backward(
-        g[0], x, weight, running_mean, running_var, out[1], out[2], training, eps, wanted
-    ), None, None
+    return *_batch_norm(g[0], out, x, weight, bias, running_mean, running_var, training, eps), None, None
 
 
-@rule(aten._native_batch_norm_legit_functional.default, formula="batch norm(x)", samples=_batches()[1:])
-def batch_norm_legit_grad(g, out, x, weight, bias, running_mean, running_var, training, momentum, eps):
+@rule(aten._batch_norm_with_update_functional.default, formula="batch norm(x)", samples=[_updated()])
+def batch_norm_with_update_grad(g, out, x, weight, bias, running_mean, running_var, momentum, eps):
     if g[0] is None:
         return None, None, None, None, None
-    wanted = [True, weight is not None, bias is not None]
-    return *aten.native_batch_norm_backward(
-        g[0], x, weight, running_mean, running_var, out[1], out[2], training, eps, wanted
-    ), None, None
+    return *_batch_norm(g[0], out, x, weight, bias, running_mean, running_var, True, eps), None, None
 
 
 @rule(
@@ -187,8 +222,7 @@ def batch_norm_legit_grad(g, out, x, weight, bias, running_mean, running_var, tr
 def batch_norm_no_stats_grad(g, out, x, weight, bias, training, momentum, eps):
     if g[0] is None:
         return None, None, None
-    wanted = [True, weight is not None, bias is not None]
-    return aten.native_batch_norm_backward(g[0], x, weight, None, None, out[1], out[2], training, eps, wanted)
+    return _batch_norm(g[0], out, x, weight, bias, None, None, training, eps)
 
 
 @rule(
@@ -226,7 +260,8 @@ def native_batch_norm_backward_grad(
     channels = [1, -1] + [1] * (x.ndim - 2)
     dims = tuple(d for d in range(x.ndim) if d != 1)
     mean, r = (save_mean, save_invstd) if train else (running_mean, (running_var + eps).rsqrt())
-    parts = (g[0], _full(g[1], channels), _full(g[2], channels))
+    by_x, by_weight, by_bias = (*g, None, None)[:3]
+    parts = (by_x, _full(by_weight, channels), _full(by_bias, channels))
     by_gy, by_x, by_weight = _second(
         parts, gy, x, mean.reshape(channels), r.reshape(channels), _full(weight, channels), dims, not train
     )

@@ -368,5 +368,5 @@ declare(
     aten.bitwise_or.Scalar, aten.bitwise_xor.Tensor, aten.bitwise_xor.Scalar,
     aten.bitwise_left_shift.Tensor, aten.bitwise_right_shift.Tensor, aten.bitwise_left_shift.Tensor_Scalar,
     aten.bitwise_right_shift.Tensor_Scalar,
-    aten.equal.default, aten._is_all_true.default, aten._is_any_true.default,
+    aten.equal.default, aten.allclose.default, aten._is_all_true.default, aten._is_any_true.default,
 )  # fmt: skip

@@ -1,0 +1,169 @@
+"""What torch does behind the dispatcher's back, heard while a recording is open.
+
+A dispatch mode does not hear when values leave the tensors for Python or NumPy, and of a custom
+``torch.autograd.Function`` it hears the body without the function's own backward. So while a block is open,
+the few methods by which that happens are wrapped; the wrappers are taken off with the last block.
+
+- ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``.
+- ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
+- ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
+  on a value through which a gradient could pass they warn.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .errors import TapeWarning, message
+from .names import call_site, called_by_user, user_frame
+from .registry import Op
+from .tape import bound, describe
+
+__all__ = ["close_exits", "open_exits", "warn_of_exit"]
+
+Tensor = torch.Tensor
+
+#: Methods that hand a tensor's memory, or its elements, to code that is not torch's.
+LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
+
+_lock = threading.Lock()
+_open = 0
+_original: dict[tuple[type, str], Any] = {}
+_heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
+_guard: Callable[[Tensor, Any], None] = print
+
+
+def on_exit(heard: Callable[[], bool], guard: Callable[[Tensor, Any], None]) -> None:
+    """The recorder says here whether it listens, and how a guard is recorded."""
+    global _heard, _guard
+    _heard, _guard = heard, guard
+
+
+def open_exits() -> None:
+    """Wraps the methods; the wrappers do nothing on threads that do not record."""
+    global _open
+    with _lock:
+        _open += 1
+        if _open == 1:
+            for name in LEAVING:
+                _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
+            _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
+            _wrap(torch.autograd.Function, "apply", classmethod(_apply))
+
+
+def close_exits() -> None:
+    """Takes the wrappers off with the last recording."""
+    global _open
+    with _lock:
+        _open -= 1
+        if _open == 0:
+            for (owner, name), original in _original.items():
+                if original is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
+            _original.clear()
+
+
+def _wrap(owner: type, name: str, wrapper: Any) -> None:
+    _original[owner, name] = owner.__dict__.get(name)
+    setattr(owner, name, wrapper)
+
+
+def warn_of_exit(tensor: Tensor, name: str) -> None:
+    """Warns that a recorded value leaves for code through which no gradient can be followed."""
+    value = bound(tensor)
+    node = None if value is None else value.node
+    if value is None or node is None or node.swept or not value.differentiable or node.cut:
+        return
+    warnings.warn(
+        message(
+            f".{name}() hands {value.name or 'a recorded value'} to code that the recorder cannot follow: what is "
+            "computed from it there is a constant to the sweep.",
+            where=call_site(user_frame()),
+            operands=[(value.name or "value", describe(value))],
+            fix=f"te.stop_gradient(...).{name}(), or .detach() before it, says that this is meant",
+        ),
+        TapeWarning,
+        stacklevel=3,
+    )
+
+
+def _leaving(name: str, original: Any) -> Any:
+    def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _heard() and called_by_user():
+            warn_of_exit(self, name)
+        return original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _tolist(original: Any) -> Any:
+    def tolist(self: Tensor) -> Any:
+        result = original(self)
+        if _heard() and called_by_user():
+            _guard(self, result)
+        return result
+
+    return tolist
+
+
+# -- a function's own backward ---------------------------------------------------------------------------
+
+_ops: weakref.WeakKeyDictionary[type, Op] = weakref.WeakKeyDictionary()
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    original = _original[torch.autograd.Function, "apply"].__get__(None, cls)
+    if not _heard():
+        return original(*args, **kwargs)
+    found = _ops.get(cls)
+    if found is None:
+        found = _ops[cls] = _op_of(cls)
+    return found(*args, **kwargs)
+
+
+def _op_of(cls: Any) -> Op:
+    """The operation that a custom function is on a tape."""
+    plain = torch.autograd.Function.__dict__["apply"] if not _original else _original[torch.autograd.Function, "apply"]
+    reference = weakref.ref(cls)  # the table of operations must not keep the class alive
+
+    def forward(*args: Any) -> Any:
+        return plain.__get__(None, reference())(*args)
+
+    def backward(count: int, *rest: Any) -> Any:
+        """The function's own backward: of `count` gradients, `None` for an output that the loss does not reach."""
+        g, args = rest[:count], rest[count:]
+        floating = [isinstance(a, Tensor) and (a.dtype.is_floating_point or a.dtype.is_complex) for a in args]
+        with torch.enable_grad():
+            fresh = [a.detach().requires_grad_() if f else a for a, f in zip(args, floating, strict=True)]
+            made = forward(*fresh)
+            pairs = zip(made if isinstance(made, tuple) else (made,), g, strict=True)
+            reached = [(out, each) for out, each in pairs if each is not None and out.requires_grad]
+            wanted = [a for a, f in zip(fresh, floating, strict=True) if f]
+            found = iter(
+                torch.autograd.grad(
+                    [out for out, _ in reached], wanted, [each for _, each in reached], allow_unused=True
+                )
+                if reached and wanted
+                else [None] * len(wanted)
+            )
+        tensors = [(a, f) for a, f in zip(args, floating, strict=True) if isinstance(a, Tensor)]
+        return tuple((next(found) if f else None) for a, f in tensors)
+
+    op = Op(forward, name=cls.__name__)
+    backward_op = Op(backward, name=f"{cls.__name__}_backward")
+
+    def function_grad(g: Any, out: Any, *args: Any) -> Any:
+        gradients = g if isinstance(g, tuple) else (g,)
+        return backward_op(len(gradients), *gradients, *args)
+
+    function_grad.__name__ = f"{cls.__name__}_grad"
+    op.rule(function_grad)
+    return op

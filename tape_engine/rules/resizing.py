@@ -1,0 +1,148 @@
+"""Images made larger, smaller, padded, sampled at points, or cut into columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..registry import Sample, rule, sample, spec
+from .common import Tensor, rule_name, stand_in
+
+aten = torch.ops.aten
+
+# -- interpolation -----------------------------------------------------------------------------------
+
+
+def interpolation(name: str, size: Sequence[int], larger: Sequence[int], *, aligns: bool) -> None:
+    """Of ``upsample_…``: linear, so the rule of its backward is itself."""
+    forward, backward = (getattr(aten, each).default for each in (name, f"{name}_backward"))
+    x, n = spec(1, 2, *size), len(size)
+    scales = [None] * n
+    made = [sample(x, list(larger), *([each] if aligns else [])) for each in ((True, False) if aligns else (True,))]
+    back = [
+        sample(spec(1, 2, *larger), list(larger), [1, 2, *size], *([False] if aligns else []), *scales),
+    ]
+    if aligns:
+
+        @rule(forward, samples=made, formula="resize(x)")
+        def grad(
+            g: Tensor, out: Tensor, x: Tensor, size: Any, align: bool, a: Any = None, b: Any = None, c: Any = None
+        ) -> Any:
+            return backward(g, size, x.shape, align, *(a, b, c)[:n])
+
+        @rule(backward, samples=back)
+        def again(
+            g: Tensor, out: Tensor, gy: Tensor, size: Any, shape: Any, align: bool, a: Any = None, b: Any = None, c: Any = None
+        ) -> Any:
+            return forward(g, size, align, *(a, b, c)[:n])
+
+    else:
+
+        @rule(forward, samples=made, formula="resize(x)")
+        def grad(g: Tensor, out: Tensor, x: Tensor, size: Any, a: Any = None, b: Any = None, c: Any = None) -> Any:
+            return backward(g, size, x.shape, *(a, b, c)[:n])
+
+        @rule(backward, samples=back)
+        def again(
+            g: Tensor, out: Tensor, gy: Tensor, size: Any, shape: Any, a: Any = None, b: Any = None, c: Any = None
+        ) -> Any:
+            return forward(g, size, *(a, b, c)[:n])
+
+    grad.__name__, again.__name__ = rule_name(forward), rule_name(backward)
+
+
+for _name, _size, _larger, _aligns in (
+    ("upsample_nearest1d", [3], [5], False),
+    ("upsample_nearest2d", [2, 3], [4, 4], False),
+    ("upsample_nearest3d", [1, 2, 2], [2, 3, 3], False),
+    ("_upsample_nearest_exact1d", [3], [5], False),
+    ("_upsample_nearest_exact2d", [2, 3], [4, 4], False),
+    ("_upsample_nearest_exact3d", [1, 2, 2], [2, 3, 3], False),
+    ("upsample_linear1d", [3], [5], True),
+    ("upsample_bilinear2d", [2, 3], [4, 4], True),
+    ("upsample_trilinear3d", [1, 2, 2], [2, 3, 3], True),
+    ("upsample_bicubic2d", [2, 3], [4, 4], True),
+    ("_upsample_bilinear2d_aa", [3, 3], [2, 4], True),
+    ("_upsample_bicubic2d_aa", [3, 3], [2, 4], True),
+):
+    interpolation(_name, _size, _larger, aligns=_aligns)
+
+
+# -- sampling at points ------------------------------------------------------------------------------
+
+
+@rule(
+    aten.grid_sampler_2d.default,
+    samples=[
+        sample(spec(1, 2, 3, 3), spec(1, 2, 2, 2, low=-0.9, high=0.9), mode, padding, align)
+        for mode, padding, align in ((0, 0, False), (0, 1, True), (2, 0, False), (0, 2, False))
+    ],
+)
+def grid_sampler_2d_grad(g, out, x, grid, mode, padding, align_corners):
+    return aten.grid_sampler_2d_backward(g, x, grid, mode, padding, align_corners, [True, True])
+
+
+@rule(
+    aten.grid_sampler_3d.default,
+    samples=[sample(spec(1, 1, 2, 3, 3), spec(1, 1, 2, 2, 3, low=-0.9, high=0.9), 0, 0, False)],
+)
+def grid_sampler_3d_grad(g, out, x, grid, mode, padding, align_corners):
+    return aten.grid_sampler_3d_backward(g, x, grid, mode, padding, align_corners, [True, True])
+
+
+@rule(
+    aten.affine_grid_generator.default,
+    samples=[sample(spec(2, 2, 3), [2, 1, 3, 4], False), sample(spec(1, 3, 4), [1, 1, 2, 3, 2], True)],
+)
+def affine_grid_generator_grad(g, out, theta, size, align_corners):
+    """``out = base @ thetaᵀ`` for a grid of homogeneous points, which the identity's grid tells."""
+    n = len(size) - 2
+    identity = torch.eye(n, n + 1, dtype=g.dtype, device=g.device).unsqueeze(0)
+    points = aten.affine_grid_generator(identity, [1, 1, *size[2:]], align_corners).reshape(-1, n)
+    points = torch.cat([points, torch.ones_like(points.narrow(1, 0, 1))], 1)
+    return g.reshape(g.shape[0], -1, n).mT @ points
+
+
+# -- padding -----------------------------------------------------------------------------------------
+
+
+def padding(name: str, size: Sequence[int], pad: Sequence[int]) -> None:
+    """Of padding by what stands at the edges: linear, so the rule of its backward is itself."""
+    forward, backward = (getattr(aten, each).default for each in (name, f"{name}_backward"))
+    x, n = spec(1, 2, *size), len(size)
+    padded = [each + pad[2 * (n - 1 - d)] + pad[2 * (n - 1 - d) + 1] for d, each in enumerate(size)]
+
+    @rule(forward, samples=[sample(x, list(pad)), sample(spec(2, *size), list(pad))])
+    def grad(g: Tensor, out: Tensor, x: Tensor, pad: Any) -> Any:
+        return backward(g, stand_in(g, x.shape), pad)
+
+    @rule(backward, samples=[sample(spec(1, 2, *padded), x, list(pad))])
+    def again(g: Tensor, out: Tensor, gy: Tensor, x: Tensor, pad: Any) -> Any:
+        return forward(g, pad), None
+
+    grad.__name__, again.__name__ = rule_name(forward), rule_name(backward)
+
+
+for _kind in ("reflection", "replication"):
+    padding(f"{_kind}_pad1d", [4], [1, 2])
+    padding(f"{_kind}_pad2d", [3, 4], [1, 2, 2, 0])
+    padding(f"{_kind}_pad3d", [2, 3, 3], [1, 0, 2, 1, 1, 1])
+
+
+# -- windows as columns ------------------------------------------------------------------------------
+
+
+def _windows(x: Any) -> Sample:
+    return sample(x, [2, 2], [1, 1], [0, 1], [2, 1])
+
+
+@rule(aten.im2col.default, samples=[_windows(spec(1, 2, 4, 3)), _windows(spec(2, 4, 3))])
+def im2col_grad(g, out, x, kernel, dilation, padding, stride):
+    return aten.col2im(g, x.shape[-2:], kernel, dilation, padding, stride)
+
+
+@rule(aten.col2im.default, samples=[sample(spec(1, 8, 8), [4, 3], [2, 2], [1, 1], [0, 1], [2, 1])])
+def col2im_grad(g, out, x, size, kernel, dilation, padding, stride):
+    return aten.im2col(g, kernel, dilation, padding, stride)

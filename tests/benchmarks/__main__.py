@@ -1,0 +1,132 @@
+"""``python -m tests.benchmarks``: every benchmark in one run, as tables beside eager torch.autograd."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+import tape_engine as te
+from tape_engine import data
+
+from . import article, steps
+from .timing import Table, Timing
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line understands."""
+    made = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__, allow_abbrev=False)
+    made.add_argument("--quick", action="store_true", help="small sizes and few rounds: seconds, and rough figures")
+    made.add_argument("--json", type=Path, metavar="PATH", help="writes every figure to a file as well")
+    made.add_argument("--data", metavar="mnist|FOLDER", help="real MNIST for the first tables, not random numbers")
+    made.add_argument("--rows", type=int, metavar="N", help="rows of X in the first tables (default: 50,000)")
+    made.add_argument("--rounds", type=int, metavar="N", help="measurements of each of the quick ways (default: 15)")
+    made.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: as torch has it)")
+    return made
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tape_engine": te.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or "unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs them all; the exit status."""
+    options = parser().parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = options.rows or (2_000 if options.quick else article.ROWS)
+    rounds = options.rounds or (5 if options.quick else 15)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)
+    about = machine()
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()))
+    if options.data:
+        digits = data.load(options.data)
+        X, Y = digits.images[:rows], digits.labels[:rows].float()
+    else:
+        X, Y = article.random_data(rows)
+
+    small = rounds if options.quick else 5 * rounds
+    jobs: list[Callable[[Callable[[str], None]], Table]] = [
+        lambda tell: article.all_gradients(X, Y, rounds, on_run=tell),
+        lambda tell: article.parameters_only(X, Y, rounds, on_run=tell),
+        lambda tell: steps.chain(30 if options.quick else 300, rounds, on_run=tell),
+        *((lambda tell, batch=batch: steps.perceptron(batch, small, on_run=tell)) for batch in (1, 64, 512)),
+    ]
+    tables = []
+    for job in jobs:
+        with status(console) as tell:
+            tables.append(job(tell))
+        console.print()
+        console.print(shown(tables[-1]))
+    if options.json:
+        report = {"machine": about, "tables": [table.as_data() for table in tables]}
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        console.print(f"\n{options.json}")
+    return 0
+
+
+@contextmanager
+def status(console: Console) -> Iterator[Callable[[str], None]]:
+    """On a terminal, a line that tells what is being measured."""
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with console.status("") as line:
+        yield lambda name: line.update(f"measuring {name}")
+
+
+def shown(table: Table) -> RichTable:
+    """The table as it is printed."""
+    largest = max(timing.median for timing in table.timings)
+    scale, unit = next((s, u) for s, u in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")) if largest * s >= 1 or u == "µs")
+    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=table.title, title_justify="left", title_style="bold")
+    made.add_column("", no_wrap=True)
+    for column in (f"median, {unit}", "min to max", "runs", "of eager torch"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for timing in table.timings:
+        made.add_row(timing.name, *_figures(timing, scale), f"{table.ratio(timing):.2f} x")
+    return made
+
+
+def _figures(timing: Timing, scale: float) -> tuple[str, str, str]:
+    low, high = (_short(scale * each) for each in (timing.low, timing.high))
+    return _short(scale * timing.median), f"{low} to {high}", str(timing.measurements)
+
+
+def _short(figure: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
