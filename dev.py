@@ -470,17 +470,23 @@ def demo(environment: Environment, args: Sequence[str]) -> int:
 
 
 def test(environment: Environment, args: Sequence[str]) -> int:
-    """Runs the whole test suite; arguments go to pytest (-x, -k WORD, a path from the root).
+    """Runs the whole test suite; arguments go to pytest (-x, -k WORD, a path from the root), and then it is not split.
 
     [PYTEST ARGUMENTS]
     """
     environment.ensure(["test"])
-    return pytest(environment, args)
+    return pytest(environment, args or side_by_side())
 
 
 def pytest(environment: Environment, args: Sequence[str]) -> int:
     """Runs pytest at the root."""
     return call(environment, [environment.script("python"), "-m", "pytest", *args], environment.root)
+
+
+def side_by_side() -> list[str]:
+    """The arguments by which pytest uses every core, up to eight; none where there is one alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ["-n", str(min(cores, 8))] if cores > 1 else []
 
 
 def check(environment: Environment, args: Sequence[str]) -> int:
@@ -491,7 +497,7 @@ def check(environment: Environment, args: Sequence[str]) -> int:
         "ruff check": lambda: call(environment, [python, "-m", "ruff", "check"], environment.root),
         "ruff format": lambda: call(environment, [python, "-m", "ruff", "format", "--check"], environment.root),
         "mypy": lambda: call(environment, [python, "-m", "mypy"], environment.root),
-        "quick tests": lambda: pytest(environment, ["-q", "-m", "not slow"]),
+        "quick tests": lambda: pytest(environment, [*side_by_side(), "-q", "-m", "not slow"]),
     }
     results = []
     for name, step in steps.items():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import __version__, data, demo
-from .errors import TapeError
+from .errors import TapeError, message
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,9 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("tape-engine: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (TapeError, OSError) as error:
-        print(f"tape-engine: {error}", file=sys.stderr)
-        return FAILED
+    except TapeError as error:
+        text = str(error)
+    except ImportError as error:
+        text = message(f"a package that this needs is not here: {error}.", fix="pip install tape-engine")
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print(f"tape-engine: {text}", file=sys.stderr)
+    return FAILED
 
 
 # -- tape-engine demo ----------------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     comparisons = demo.compare(job)
     _say(console, "Compare", "each .g with the same gradient by other ways; largest relative difference")
-    console.print(_comparison_table(comparisons))
+    console.print(_comparison_table(comparisons), "")
 
     pictures = demo.draw(job, out)
     _say(console, "Draw", "\n".join(str(path) for path in pictures))
@@ -137,7 +142,7 @@ def _demo(options: argparse.Namespace) -> int:
         "Train",
         f"a network of {sizes}, by {trained.steps:,} replays of one recording, in {trained.seconds:.1f} s",
     )
-    console.print(_score_table(trained))
+    console.print(_score_table(trained), "")
     differs = f"differ by {trained.replay:.1e} at most"
     _say(console, "", f"The gradients of a replay and of torch.autograd, in float32, {differs}.")
     _say(console, "", f"A step on {trained.batch} rows: {_times(trained)}.")
@@ -154,7 +159,11 @@ def _console() -> Console:
     """Standard output; plain text where it is no terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    class Report(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process, with the status of a failed comparison
+
+    console = Report(highlight=False, soft_wrap=True)
     console.width = max(console.width, 80)  # what the tables need: narrower, they would leave out digits
     return console
 

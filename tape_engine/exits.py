@@ -5,6 +5,7 @@ A dispatch mode does not hear when values leave the tensors for Python or NumPy,
 the few methods by which that happens are wrapped; the wrappers are taken off with the last block.
 
 - ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``.
+- ``detach_()`` cuts a gradient, which torch does without telling the dispatcher.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
   on a value through which a gradient could pass they warn.
@@ -37,12 +38,13 @@ _open = 0
 _original: dict[tuple[type, str], Any] = {}
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
 _guard: Callable[[Tensor, Any], None] = print
+_cut: Callable[[Tensor], None] = print
 
 
-def on_exit(heard: Callable[[], bool], guard: Callable[[Tensor, Any], None]) -> None:
-    """The recorder says here whether it listens, and how a guard is recorded."""
-    global _heard, _guard
-    _heard, _guard = heard, guard
+def on_exit(heard: Callable[[], bool], guard: Callable[[Tensor, Any], None], cut: Callable[[Tensor], None]) -> None:
+    """The recorder says here whether it listens, and how a guard and a cut in place are recorded."""
+    global _heard, _guard, _cut
+    _heard, _guard, _cut = heard, guard, cut
 
 
 def open_exits() -> None:
@@ -54,6 +56,7 @@ def open_exits() -> None:
             for name in LEAVING:
                 _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
             _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
+            _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
             _wrap(torch.autograd.Function, "apply", classmethod(_apply))
 
 
@@ -112,6 +115,16 @@ def _tolist(original: Any) -> Any:
         return result
 
     return tolist
+
+
+def _detach_(original: Any) -> Any:
+    def detach_(self: Tensor) -> Tensor:
+        result: Tensor = original(self)
+        if _heard():
+            _cut(self)
+        return result
+
+    return detach_
 
 
 # -- a function's own backward ---------------------------------------------------------------------------

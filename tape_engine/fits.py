@@ -138,10 +138,11 @@ def lin(X: Any, w: Any, b: Any = None) -> None:
             ("X", ".flatten(1)"), ("b", ".reshape(-1)"), ("b", ".squeeze(0)"),
         ],
     )  # fmt: skip
-    if fix is None and X.ndim >= 2 and (w.ndim != 2 or X.shape[-1] != w.shape[0]):
-        columns = w.shape[-1] if w.ndim else 1
-        fix = f"make {w_name} of shape ({X.shape[-1]}, {columns})"
-    elif fix is None and b is not None and w.ndim == 2:
+    if fix is None and X.ndim < 2:
+        fix = f"make {x_name} of shape (N, {w.shape[0] if w.ndim else 'D'})"
+    elif fix is None and (w.ndim != 2 or X.shape[-1] != w.shape[0]):
+        fix = f"make {w_name} of shape ({X.shape[-1]}, {w.shape[-1] if w.ndim else 1})"
+    elif fix is None:
         fix = f"make {b_name} of shape ({w.shape[1]},)"
     given.refuse(ShapeError, what, fix)
 

@@ -7,6 +7,7 @@ file, line, source text and variable names are worked out from them when somebod
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import linecache
 import os
@@ -54,10 +55,17 @@ def local_name(frame: FrameType | None, tensor: torch.Tensor) -> str | None:
     """The name under which `tensor` stands in `frame`, if it stands there."""
     if frame is None:
         return None
-    for scope in (frame.f_locals, frame.f_globals) if frame.f_locals is not frame.f_globals else (frame.f_locals,):
-        for name, held in scope.items():
-            if held is tensor and not name.startswith("_"):
-                return name
+    names = frame.f_locals
+    found = _name_in(names, tensor)
+    if frame.f_code.co_flags & inspect.CO_OPTIMIZED and sys.version_info < (3, 13) and sys.getrefcount(names) == 3:
+        names.clear()  # the frame's copy of a function's variables, which would keep its tensors alive
+    return found or _name_in(frame.f_globals, tensor)
+
+
+def _name_in(names: dict[str, Any], tensor: torch.Tensor) -> str | None:
+    for name, held in names.items():
+        if held is tensor and not name.startswith("_"):
+            return name
     return None
 
 

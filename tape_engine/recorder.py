@@ -95,10 +95,13 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         return _leaf(tensor, tape, name=value.name)  # written to between two recordings
     if not unchanged:
         return _leaf(tensor, tape, closed=UNSEEN)
+    if value.constant and tensor.requires_grad and tensor.is_leaf:
+        return _leaf(tensor, tape)  # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
     if node.tape is not tape.token and (node.swept or value.constant):
         # To go on from a tape that was swept would keep every step of a loop alive, to stop there would cut
         # the gradient in silence: a leaf stands for the value, and the sweep that reaches it says so.
         stand_in = Value(tensor, constant=value.constant)
+        stand_in.name = value.name or local_name(user_frame(), tensor)
         stand_in.closed = "" if value.constant else SWEPT
         return stand_in
     return value
@@ -133,6 +136,11 @@ def _tensors_in(result: Any) -> list[Tensor]:
     if isinstance(result, (tuple, list)):
         return [tensor for each in result for tensor in _tensors_in(each)]
     return []
+
+
+def _gaps(result: Any) -> tuple[int, ...]:
+    """The places in a returned tuple where None stands."""
+    return tuple(i for i, each in enumerate(result) if each is None) if isinstance(result, (tuple, list)) else ()
 
 
 # -- writing a node ----------------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ def write(
         node.cut = True
     elif op.reads_output:
         # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-        node.saved = (*kept, *[v.keep(t.data) for v, t in zip(outputs, made, strict=True)])
+        node.saved = (*kept, *[v.keep(t.detach()) for v, t in zip(outputs, made, strict=True)])
     else:
         node.saved = tuple(kept)
     tape.append(node)
@@ -287,6 +295,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return result
         node = write(tape, op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=_is_cut())
         node.outputs_tuple = not isinstance(result, Tensor)
+        node.gaps = _gaps(result)
         if op is _stop:
             node.outputs[0].constant = True
         _join_views(node.outputs, made, taken)
@@ -368,8 +377,11 @@ class _Mode(TorchDispatchMode):
                 node.random = True
             if not isinstance(result, Tensor):
                 node.outputs_tuple = True
+                node.gaps = _gaps(result)
             if plan.views:
                 _join_views(node.outputs, made, taken)
+                if func is _DETACH:
+                    node.outputs[0].constant = True
             if plan.guard:
                 node.result = result
         return result
@@ -446,11 +458,11 @@ def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...
         new.name = old.name if old.leaf else None
         aliases.share(new, old)
         rebind(tensor, version_of(tensor) + 1)
-        _spread(tape, tensor, new, wholes[k], untouched)
+        _spread(tape, tensor, new, wholes[k], untouched, node.cut)
     return result
 
 
-def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouched: set[int]) -> None:
+def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouched: set[int], cut: bool) -> None:
     """What a write to `tensor` means to the other tensors that look into its storage."""
     neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
     base, of_base = tensor, new
@@ -458,9 +470,13 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
         base = tensor._base
         if aliases.covers(base, tensor):
             place = aliases.place_of(tensor, base)
-            node = write(tape, aliases.write_view, (whole, new, *place), {}, [whole, new], [None, None], [base])
+            node = write(
+                tape, aliases.write_view, (whole, new, *place), {}, [whole, new], [None, None], [base], cut=cut
+            )
             of_base = node.outputs[0]
-            of_base.constant = whole.constant and new.constant
+            of_base.constant = whole.constant and (cut or new.constant)
+            if cut:
+                node.mutates = ((0, 0),)
             aliases.share(of_base, new)
             rebind(base, version_of(base) + 1)
         else:
@@ -725,23 +741,6 @@ def _idle(tape: Tape) -> set[Node]:
 _DETACH = torch.ops.aten.detach.default
 
 
-def _hears() -> bool:
-    """Whether this thread records in a block now."""
-    return not (_state.quiet or _state.paused or current_tape_is_global())
-
-
-def _record_tolist(tensor: Tensor, result: Any) -> None:
-    with quietly():
-        tape = current_tape()
-        taken = _Taken(_tolist, tape, (tensor,), {})
-        write(tape, _tolist, taken.args, {}, taken.inputs, taken.kept, []).result = result
-
-
-_tolist = Op(Tensor.tolist, name="tolist")
-_tolist.differentiable = False
-exits.on_exit(_hears, _record_tolist)
-
-
 @contextmanager
 def pause() -> Iterator[None]:
     """A context in which nothing is recorded: its results are constants to the sweep."""
@@ -791,3 +790,32 @@ def stop_gradient(x: Tensor) -> Tensor:
         )
     result: Tensor = _stop(x)
     return result
+
+
+# -- what the dispatcher does not hear ----------------------------------------------------------------------------------
+
+
+def _hears() -> bool:
+    """Whether this thread records in a block now."""
+    return not (_state.quiet or _state.paused or current_tape_is_global())
+
+
+def _record_tolist(tensor: Tensor, result: Any) -> None:
+    with quietly():
+        tape = current_tape()
+        taken = _Taken(_tolist, tape, (tensor,), {})
+        write(tape, _tolist, taken.args, {}, taken.inputs, taken.kept, []).result = result
+
+
+_tolist = Op(Tensor.tolist, name="tolist")
+_tolist.differentiable = False
+
+
+def _record_cut(tensor: Tensor) -> None:
+    with quietly():
+        tape = current_tape()
+        taken = _Taken(_stop, tape, (tensor,), {})
+        write(tape, _stop, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
+
+
+exits.on_exit(_hears, _record_tolist, _record_cut)

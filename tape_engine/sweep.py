@@ -91,7 +91,8 @@ def backward(
         found = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
         writes = found.by_tensor()
         if accumulate:
-            writes = [(tensor, _sum(tensor, g)) for tensor, g in writes]
+            with recorder.recording(current_tape(), sweep=True) if record else nullcontext():
+                writes = [(tensor, _sum(tensor, g)) for tensor, g in writes]
         for tensor, g in writes:
             tensor.g = g  # type: ignore[attr-defined]
         if targets is not None and not accumulate:
@@ -182,12 +183,18 @@ class Sweep:
     def run(self) -> Sweep:
         """Walks back; afterwards `gradients` is complete."""
         recording = recorder.recording(self.tape, sweep=True) if self.record else nullcontext()
-        with torch.no_grad(), recording:
-            for node in reversed(self.order):
-                self._step(node)
-            for value in list(self.pending):  # what is left are the leaves
-                self._arrive(value)
-            self._separate()
+        length = len(self.tape) if self.record else 0
+        try:
+            with torch.no_grad(), recording:
+                for node in reversed(self.order):
+                    self._step(node)
+                for value in list(self.pending):  # what is left are the leaves
+                    self._arrive(value)
+                self._separate()
+        except BaseException:
+            if self.record:
+                self.tape.rewind(length)
+            raise
         return self
 
     def _step(self, node: Node) -> None:
@@ -198,14 +205,14 @@ class Sweep:
         if node.cut:
             for i, j in node.mutates:  # as in torch: under no_grad a gradient passes over a write
                 if i >= 0 and g[j] is not None:
-                    self._add(node.inputs[i], g[j])  # type: ignore[arg-type]
+                    self._add(node.inputs[i], g[j], node)  # type: ignore[arg-type]
             return
         needs = tuple([self._needs(value) for value in node.inputs])
         if not node.op.differentiable or not any(needs):
             return
         for value, contribution in zip(node.inputs, self._apply(node, g, needs), strict=True):
             if contribution is not None and self._needs(value):
-                self._add(value, _fitted(contribution, value, node))
+                self._add(value, _fitted(contribution, value, node), node)
 
     def _arrive(self, value: Value) -> Tensor | None:
         """The complete gradient of a value: all that used it have been passed."""
@@ -226,12 +233,13 @@ class Sweep:
             return value in self.asked
         return value.holder is not None
 
-    def _add(self, value: Value, contribution: Tensor) -> None:
+    def _add(self, value: Value, contribution: Tensor, reader: Node) -> None:
         if value.closed and not self.structure:
             kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
             raise kind(
                 message(
                     f"the gradient reaches {value.name or 'a value'}, which {value.closed}.",
+                    where=located(reader),
                     operands=[(value.name or "value", describe(value))],
                     fix=_way_around(value),
                 )
@@ -252,8 +260,7 @@ class Sweep:
         inputs = iter([self._contents(node, i, value) for i, value in enumerate(node.inputs)])
         args = [_refill(each, inputs) for each in node.args]
         kwargs = {name: _refill(each, inputs) for name, each in node.kwargs.items()}
-        out: Any = tuple(outputs) if node.outputs_tuple else outputs[0]
-        g_out: Any = tuple(g) if node.outputs_tuple else g[0]
+        out, g_out = node.returned(outputs), node.returned(g)
         rule = _borrowed(node, needs) if op.grad is None else specialise(op.grad, needs)
         try:
             returned = rule(g_out, out, *args, **kwargs)
@@ -301,7 +308,9 @@ class Sweep:
         for node in self.order:
             for value in (*node.inputs, *node.outputs):
                 holder = value.holder
-                if holder is not None and id(holder) in self.targets and (value.leaf or bound(holder) is value):
+                if holder is None or id(holder) not in self.targets or not value.differentiable:
+                    continue
+                if value.leaf or bound(holder) is value:
                     asked.add(value)
         return asked
 
@@ -408,11 +417,9 @@ def _in_order(returned: Any, node: Node) -> list[Tensor | None]:
     given = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     if len(given) == len(node.inputs):
         return given
-    arguments = list(_flat((node.args, list(node.kwargs.values()))))
-    for absent in ((type(None),), (type(None), int, float, complex)):  # left out; a number in a tensor's place
-        places = [isinstance(each, Value) for each in arguments if isinstance(each, (Value, *absent))]
-        if len(given) == len(places):
-            return [g for g, is_value in zip(given, places, strict=True) if is_value]
+    places = [isinstance(each, Value) for each in _tensor_arguments(node)]
+    if len(given) == len(places):
+        return [g for g, is_value in zip(given, places, strict=True) if is_value]
     raise RuleError(
         message(
             f"the rule {node.rule} of {node.op.name} returned {len(given)} gradients for {len(node.inputs)} tensor arguments.",
@@ -421,6 +428,20 @@ def _in_order(returned: Any, node: Node) -> list[Tensor | None]:
             fix="return one gradient for each tensor argument, in order, None for one that is not differentiable",
         )
     )
+
+
+def _tensor_arguments(node: Node) -> Iterable[Any]:
+    """What was given for each argument that may be a tensor: a value, None, or a number in its place."""
+    if node.op.is_named:
+        return (
+            each for each in _flat((node.args, list(node.kwargs.values()))) if each is None or isinstance(each, Value)
+        )
+    found: list[Any] = []
+    for i, argument in enumerate(node.op.forward._schema.arguments):
+        if "Tensor" in str(argument.type):
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            found += _flat(given)
+    return found
 
 
 def _fitted(contribution: Tensor, value: Value, node: Node) -> Tensor:
@@ -609,6 +630,15 @@ def _seed(C: Tensor, seed: Tensor | None) -> Tensor:
                 fix=f"give a seed of shape {tuple(C.shape)}",
             )
         )
+    if seed.is_complex() and not C.is_complex():
+        raise DTypeError(
+            message(
+                f"the seed is complex, and {name} is real.",
+                where=call_site(frame),
+                operands=[(name, describe(C)), ("seed", describe(seed))],
+                fix="give a real seed, such as seed.real",
+            )
+        )
     return seed if seed.dtype == C.dtype and seed.device == C.device else seed.to(C.device, C.dtype)
 
 
@@ -616,17 +646,19 @@ def _sum(tensor: Tensor, g: Tensor) -> Tensor:
     before = getattr(tensor, "g", None)
     if before is None:
         return g
-    if before.shape != g.shape:
-        raise ShapeError(
+    if not isinstance(before, Tensor) or before.shape != g.shape:
+        kind = ShapeError if isinstance(before, Tensor) else DTypeError
+        there = describe(before) if isinstance(before, Tensor) else f"{type(before).__name__}, not a tensor"
+        raise kind(
             message(
-                "accumulate=True: the .g that is there has another shape.",
+                "accumulate=True: the .g that is there cannot be added to.",
                 where=call_site(user_frame()),
-                operands=[(".g", describe(before)), ("new .g", describe(g))],
+                operands=[(".g", there), ("new .g", describe(g))],
                 fix="del it before the sweep",
             )
         )
     with torch.no_grad():
-        return before + g  # type: ignore[no-any-return]
+        return before.to(g.device, g.dtype) + g
 
 
 def _described(node: Node, g: list[Tensor | None]) -> list[tuple[str, str]]:

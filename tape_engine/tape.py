@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -194,6 +194,7 @@ class Node:
         args, kwargs: the arguments, values standing where tensors stood.
         inputs: the values among them, flattened, in order; a value given twice stands twice.
         outputs: the values it made.
+        gaps: the places in what it returned where None stood instead of a tensor.
         outputs_tuple: whether the operation returned a tuple or list (of one tensor, perhaps).
         result: what it returned, where that is not tensors (a guard: ``item()``, ``bool()``).
         saved: for each input, then each output, the `Kept` cell its rule reads, or ``None``.
@@ -207,7 +208,7 @@ class Node:
     """
 
     __slots__ = (
-        "__weakref__", "_code", "_lasti", "args", "cut", "inputs", "kwargs", "mutates", "op", "outputs",
+        "__weakref__", "_code", "_lasti", "args", "cut", "gaps", "inputs", "kwargs", "mutates", "op", "outputs",
         "outputs_tuple", "random", "result", "saved", "scope", "seq", "sources", "swept", "tape",
     )  # fmt: skip
 
@@ -229,6 +230,7 @@ class Node:
         self.sources: tuple[Node | None, ...] = tuple([v._node and v._node() for v in inputs])
         self.outputs: tuple[Value, ...] = ()
         self.outputs_tuple = False
+        self.gaps: tuple[int, ...] = ()
         self.result: Any = None
         self.saved: tuple[Kept | None, ...] = ()
         self.scope = scope
@@ -262,6 +264,15 @@ class Node:
     def site(self) -> tuple[CodeType | None, int]:
         """The user's code object and the index of the instruction that called the operation."""
         return self._code, self._lasti
+
+    def returned(self, each: Sequence[Any]) -> Any:
+        """Things that stand for the outputs, one each, in the form in which the operation returned those."""
+        if not self.outputs_tuple:
+            return each[0]
+        found = list(each)
+        for place in self.gaps:
+            found.insert(place, None)
+        return tuple(found)
 
     def __repr__(self) -> str:
         inputs = ", ".join(str(tuple(v.shape)) for v in self.inputs)
@@ -343,6 +354,11 @@ class Tape:
         """Keeps a leaf's tensor as long as the tape lives."""
         if self.strong:
             self._leaves[id(tensor)] = tensor
+
+    def rewind(self, length: int) -> None:
+        """Forgets what was recorded after the first `length` nodes (of a tape that keeps its nodes)."""
+        if self.strong:
+            del self._nodes[length:]
 
     @property
     def held(self) -> list[torch.Tensor]:

@@ -593,8 +593,16 @@ def test_arguments_are_passed_on(calls: Calls) -> None:
     demo, bench, test = calls.commands
     assert demo == ["tape-engine", "demo", "--data", "x y", "--out", "z"]
     assert bench == ["python", "-m", "tests.benchmarks", "--quick"]
-    assert test[:3] == ["python", "-m", "pytest"]
-    assert test[-6:] == ["-x", "-k", "a and b", "tests/viz", "--", "-h"]
+    assert test == ["python", "-m", "pytest", "-x", "-k", "a and b", "tests/viz", "--", "-h"]
+
+
+@pytest.mark.parametrize(("cores", "more"), [(1, []), (2, ["-n", "2"]), (64, ["-n", "8"])])
+def test_the_whole_suite_uses_every_core(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, cores: int, more: list[str]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {*range(cores)}, raising=False)
+    assert dev.main(["test"]) == 0
+    assert calls.commands[-1] == ["python", "-m", "pytest", *more]
 
 
 def test_exit_status_is_the_commands(calls: Calls) -> None:

@@ -7,8 +7,8 @@ beside them, where gradients go out again; ``v0``… and ``g0``… at its values
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from .markup import counted, font, html, row, shape_text, shorten, stack, table, wrapped
@@ -20,6 +20,7 @@ Facts = Mapping[str, Any]
 #: The anchor of the outputs that are not shown one by one.
 MORE = "more"
 _MOST_PORTS, _MOST_OUTPUTS = 8, 3
+_NOTHING: Mapping[int, Facts] = MappingProxyType({})
 
 
 def first_hidden_port(facts: Facts) -> int:
@@ -72,35 +73,38 @@ class Cards:
             cells.append(f"<td {ports[1]}{divided if cells else ''}>{self._words(facts, gradient=True)}</td>")
         return table(self._line(cells), padding=4)
 
-    def operation(self, facts: Facts, docked: AbstractSet[int] = frozenset()) -> str:
-        """An operation's card; `docked` are the places of the leaves that stand inside their ports."""
+    def operation(self, facts: Facts, docked: Mapping[int, Facts] = _NOTHING, inside: str = "") -> str:
+        """An operation's card; `docked` tells what stands inside its ports, by their place.
+
+        `inside` names its scope, where no frame around it does.
+        """
         if self.small:
             return self._card(facts, [f"<b>{html(shorten(facts['op']))}</b>", *self._badges(facts)], docked)
-        head = " · ".join(part for part in (facts["op"], facts["source"]) if part)
+        head = " · ".join(part for part in (inside, facts["op"], facts["source"]) if part)
         lines = [font(html(shorten(head, 40)), size=9, color=QUIET)]
         lines += [font(html(each)) for each in wrapped(facts["formula"] if self.forward else _reverse(facts))]
         if self.forward and facts["params"]:
             lines += [font(html(each), size=9, color=QUIET) for each in wrapped(facts["params"], 44, 2)]
         return self._card(facts, [*lines, *self._badges(facts)], docked)
 
-    def group(self, facts: Facts, docked: AbstractSet[int] = frozenset()) -> str:
+    def group(self, facts: Facts, docked: Mapping[int, Facts] = _NOTHING) -> str:
         """The card of several operations: how many, which, and what leaves went inside."""
         count = counted(facts["count"], "operation")
         named = facts["formula"] != count
         lines = [f"<b>{html(shorten(facts['formula'], 36))}</b>"] if named else []
         lines.append(font(html(count), size=9 if named else 12, color=QUIET if named else INK))
         lines += [font(html(each), size=9, color=QUIET) for each in wrapped(facts["pattern"], 44)]
-        for role, paint in ROLE.items():
+        for role in ROLE:
             inside = [each for each in facts["folded"] if each["role"] == role]
             if inside:
                 text = f"{counted(len(inside), role)}, {counted(sum(e['elements'] for e in inside), 'element')}"
-                lines.append(font(html(text), size=9, color=paint.line))
+                lines.append(font(html(text), size=9, color=QUIET))
         return self._card(facts, [*lines, *self._badges(facts)], docked, line=GROUP.line, fill=GROUP.fill)
 
     # -- parts of a card
 
     def _card(
-        self, facts: Facts, middle: Sequence[str], docked: AbstractSet[int], *, line: str = LINE, fill: str = PAPER
+        self, facts: Facts, middle: Sequence[str], docked: Mapping[int, Facts], *, line: str = LINE, fill: str = PAPER
     ) -> str:
         """Ports, what stands in the middle, values with their gradients."""
         parts = []
@@ -117,33 +121,29 @@ class Cards:
         """Cells side by side across the way that values run."""
         return "".join(row([cell]) for cell in cells) if self.across else row(cells)
 
-    def _ports(self, facts: Facts, docked: AbstractSet[int]) -> list[str]:
+    def _ports(self, facts: Facts, docked: Mapping[int, Facts]) -> list[str]:
         inputs, most = facts["inputs"], first_hidden_port(facts)
-        ports = [self._port(i, each, docked=i in docked) for i, each in enumerate(inputs[:most])]
+        ports = [self._dock(docked[i]) if i in docked else self._port(i, each) for i, each in enumerate(inputs[:most])]
         if len(inputs) > most:
             sends = self.backward and any(each["g_shape"] is not None for each in inputs[most:])
             rest = chip(font(f"+{len(inputs) - most} more", size=9, color=QUIET), VALUE)
             ports.append(self._anchored(most, rest, both=self.forward and sends))
         return ports
 
-    def _port(self, place: int, facts: Facts, *, docked: bool) -> str:
-        """An input port: a chip, and at its edge an anchor for each line that ends or begins there.
-
-        A leaf docked there is filled as it would be on its own, stands in square corners, and needs no line.
-        """
+    def _port(self, place: int, facts: Facts) -> str:
+        """An input port: a chip, and at its edge an anchor for each line that ends or begins there."""
         facts = {**facts, "name": facts["label"]}
         sends = self.backward and facts["g_shape"] is not None
         paint = ROLE.get(facts["role"], VALUE) if self.forward else Paint(FAINT, PAPER)
         value = chip(self._words(facts), paint)
         gradient = chip(self._words(facts, gradient=True), GRADIENT, dashed=True)
-        if docked:
-            inside = (
-                self.leaf(facts, anchors=False)
-                if self.forward or sends
-                else table(row([f"<td>{self._words(facts)}</td>"]))
-            )
-            return chip(inside, paint, square=True)
         return self._anchored(place, gradient if sends and not self.forward else value, both=self.forward and sends)
+
+    def _dock(self, facts: Facts) -> str:
+        """A port in which a leaf stands: filled as it would be on its own, in square corners, without lines."""
+        if self.forward or (self.backward and facts["g_shape"] is not None):
+            return chip(self.leaf(facts, anchors=False), ROLE[facts["role"]], square=True)
+        return chip(table(row([f"<td>{self._words(facts)}</td>"]), padding=4), Paint(FAINT, PAPER), square=True)
 
     def _anchored(self, place: int, cell: str, *, both: bool) -> str:
         names = [f"i{place}", f"b{place}"] if both else [f"i{place}"]
@@ -176,12 +176,12 @@ class Cards:
         ink, quiet = (GRADIENT.line, GRADIENT.line) if gradient else (INK, QUIET)
         if self.small:
             return font(html(shape), size=10, color=quiet)
-        name = html(shorten(facts["name"], 22) + (".g" if gradient else ""))
+        name = html(shorten(facts.get("g_name", facts["name"]), 22) + ".g" if gradient else shorten(facts["name"], 22))
         return stack([font(f"<b>{name}</b>", color=ink), font(html(shape), size=9, color=quiet)])
 
     def _badges(self, facts: Facts) -> list[str]:
         text = html(" · ".join(facts["marks"]))
-        return [font(f"<i>{text}</i>", size=9, color=ROLE["parameter"].line)] if text else []
+        return [font(f"<i>{text}</i>", size=9, color=QUIET)] if text else []
 
 
 def _reverse(facts: Facts) -> str:

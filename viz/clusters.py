@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -31,8 +32,8 @@ class Cluster:
         return sum(inside)
 
 
-def clusters(graph: nx.MultiDiGraph[str]) -> Cluster:
-    """The outermost frame, which is not drawn, with everything in it.
+def clusters(graph: nx.MultiDiGraph[str], hidden: Container[str] = ()) -> Cluster:
+    """The outermost frame, which is not drawn, with every node in it but those that are `hidden`.
 
     A scope that is left and entered again has a frame for each stay. A frame around one single card would say
     no more than the card: there is none. A leaf goes with the first operation that reads it, as deep as it belongs.
@@ -40,6 +41,8 @@ def clusters(graph: nx.MultiDiGraph[str]) -> Cluster:
     whole = Cluster(())
     open_frames, waiting = [whole], list[str]()
     for key, facts in graph.nodes(data=True):
+        if key in hidden:
+            continue
         if facts["kind"] == "leaf":
             waiting.append(key)
             continue

@@ -8,6 +8,7 @@ from typing import Any
 import networkx as nx
 
 from .markup import counted, shape_text
+from .roles import ROLES
 
 __all__ = ["describe"]
 
@@ -24,7 +25,7 @@ def describe(graph: nx.MultiDiGraph[str], *, view: str = "both") -> str:
     dtype = f", in {graph.graph['dtype']} unless said otherwise" if graph.graph["dtype"] else ""
     lines = [f"A computation of {counted(count, 'operation')} on {counted(read, 'leaf', 'leaves')}{dtype}."]
     if forward:
-        told = [f"{_a(leaf['role'])} {_value(leaf, graph.graph['dtype'])}" for leaf in leaves]
+        told = [told for role in ROLES for told in _leaves(role, leaves, graph.graph["dtype"])]
         lines += [f"Leaves: {_listed(told)}."] if told else []
         lines += [f"{i}. {_forward(facts, graph.graph['dtype'])}" for i, facts in enumerate(steps, 1)]
     if backward:
@@ -34,6 +35,14 @@ def describe(graph: nx.MultiDiGraph[str], *, view: str = "both") -> str:
     elif view != "forward":
         lines.append("No sweep has passed over it yet: it shows no gradients.")
     return "\n".join(lines)
+
+
+def _leaves(role: str, leaves: Sequence[Facts], dtype: str | None, most: int = 8) -> list[str]:
+    """The leaves of one role, each by itself where they are few."""
+    chosen = [leaf for leaf in leaves if leaf["role"] == role]
+    if len(chosen) <= most:
+        return [f"{_a(role)} {_value(leaf, dtype)}" for leaf in chosen]
+    return [f"{counted(len(chosen), role)} of {counted(sum(leaf['elements'] for leaf in chosen), 'element')} in all"]
 
 
 def _a(role: str) -> str:
@@ -73,7 +82,8 @@ def _backward(facts: Facts) -> str:
     )
     sends = "send" if facts["rule"] is None else "sends"
     told = [f"{name}.g {shape}" for name, shape in sent.items()]
-    return f"- {rule} {sends} {_listed(list(_few(told)))}, from {_listed(list(_few(given)))}."
+    source = _listed(_few(given)) if given else "a gradient that was not kept"  # of a sweep with `wrt`
+    return f"- {rule} {sends} {_listed(_few(told))}, from {source}."
 
 
 def _few(parts: Iterable[Any], most: int = 12) -> list[Any]:

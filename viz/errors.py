@@ -27,12 +27,17 @@ class NotSweptError(TapeError, ValueError):
     """The reverse sweep is to be drawn of a recording over which none has passed."""
 
 
-def caller() -> str | None:
-    """The user's own line, as messages show it."""
+def user_line() -> FrameType | None:
+    """The innermost frame of the user's own code."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and os.path.abspath(frame.f_code.co_filename).startswith(_HERE):
         frame = frame.f_back
-    return call_site(frame if frame is not None else user_frame())
+    return frame if frame is not None else user_frame()
+
+
+def caller() -> str | None:
+    """The user's own line, as messages show it."""
+    return call_site(user_line())
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> str:

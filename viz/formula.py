@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -26,17 +26,21 @@ _WORD = re.compile(r"(?<![\w.])[A-Za-z_][A-Za-z0-9_]*")  # `x` of `xᵀ` as well
 _LONGEST = 96
 
 
-def formula(node: Node, names: Mapping[int, str]) -> str:
-    """The right and left side of an operation, as the user would have written it.
+def formula(node: Node, names: Mapping[int, str], read: Container[int] = ()) -> str:
+    """What an operation makes and how, as the user would have written it.
 
     Args:
         node: the operation.
         names: of its inputs and outputs, by ``id`` of the value.
+        read: the ``id`` of every value that something reads; of several outputs the others are not named.
     """
     right = _given(node, names) if node.op.formula else _spelled(node, names)
-    left = ", ".join(names.get(id(v), "?") for v in node.outputs[:3]) + (", …" if len(node.outputs) > 3 else "")
+    made = [v for v in node.outputs if id(v) in read][:3] or list(node.outputs[:1])
+    left = ", ".join(names.get(id(v), "?") for v in made) + (", …" if len(node.outputs) > len(made) else "")
     assigns = re.match(r"[^=<>!]*[^=<>!]=[^=]", right.split("(")[0])  # `x += y` says itself what it makes
     text = f"{left} = {right}" if left and not assigns else right
+    if not node.outputs and node.result is not None:  # a guard: what came out
+        text += f" → {_argument(node.result, names)}"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
@@ -44,25 +48,37 @@ def params_text(node: Node) -> str:
     """The params that an operation's formula does not tell: ``dim=[0], keepdim=True``."""
     if not node.op.formula:  # the call itself is shown, and tells them all
         return ""
-    words = set(_WORD.findall(node.op.formula))
-    formal = dict(zip(node.op.parameters, node.op.rule_parameters[2:], strict=False))
-    told = {name for name in node.op.parameters if name in words or formal.get(name) in words}
+    told = set(_meanings(node).values())
     shown = {name: each for name, each in node.params.items() if name not in told and each is not False and each != []}
     text = ", ".join(f"{name}={_argument(each, {})}" for name, each in shown.items())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
-def _given(node: Node, names: Mapping[int, str]) -> str:
-    """The formula that the operation's record carries, its parameters replaced by what was given."""
+def _meanings(node: Node) -> dict[str, str]:
+    """Which parameter of the operation each word of its formula means.
+
+    A word is the parameter's own name, or the one that the rule gives it; single letters that are neither stand
+    for the parameters that are left, in order.
+    """
+    own = node.op.parameters
+    by_rule = dict(zip(node.op.rule_parameters[2:], own, strict=False))
     text = node.op.formula or ""
+    words = [found[0] for found in _WORD.finditer(text) if not text[found.end() :].startswith("(")]
+    meanings = {word: word if word in own else by_rule[word] for word in words if word in own or word in by_rule}
+    letters = [word for word in dict.fromkeys(words) if len(word) == 1 and word not in meanings]
+    left = [name for name in own if name not in meanings.values()]
+    return meanings | dict(zip(letters, left, strict=False))
+
+
+def _given(node: Node, names: Mapping[int, str]) -> str:
+    """The formula that the operation's record carries, its words replaced by what was given."""
     arguments = dict(zip(node.op.parameters, node.args, strict=False)) | node.kwargs
-    # A rule may call the arguments by other names than the operation does: g, the output, then all of them.
-    formal = dict(zip(node.op.rule_parameters[2:], node.op.parameters, strict=False))
-    arguments |= {name: arguments.get(own) for name, own in formal.items()}
-    for name in arguments | dict.fromkeys(node.op.parameters):
-        if arguments.get(name, None) is None:  # `+ b` of a layer without a bias
-            text = re.sub(rf"\s*[+]\s*{re.escape(name)}(?!\w)", "", text)
-    replaced = {name: _argument(given, names) for name, given in arguments.items() if given is not None}
+    text, replaced = node.op.formula or "", dict[str, str]()
+    for word, name in _meanings(node).items():
+        if (given := arguments.get(name)) is None:  # `+ b` of a layer without a bias
+            text = re.sub(rf"\s*[+]\s*{re.escape(word)}(?!\w)", "", text)
+        else:
+            replaced[word] = _argument(given, names)
     made = node.op.rule_parameters[1:2]
     if made and len(node.outputs) == 1:
         replaced.setdefault(made[0], names.get(id(node.outputs[0]), made[0]))
@@ -91,7 +107,10 @@ def _spelled(node: Node, names: Mapping[int, str]) -> str:
 
 
 def _call(name: str, given: list[str], keywords: Mapping[str, Any], names: Mapping[int, str]) -> str:
-    spelled = [f"{key}={_argument(each, names)}" for key, each in keywords.items() if each is not None]
+    told = {key: each for key, each in keywords.items() if each is not None and each is not False}
+    if str(told.get("device")) == "cpu":
+        del told["device"]
+    spelled = [f"{key}={_argument(each, names)}" for key, each in told.items()]
     return f"{name}({', '.join([*given, *spelled])})"
 
 

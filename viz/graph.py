@@ -40,7 +40,7 @@ from tape_engine.names import code_line, names_of, where
 from tape_engine.tape import Node, Value
 
 from .formula import formula, params_text
-from .recording import Recording, passes, recording
+from .recording import Recording, recording
 
 __all__ = ["Group", "build", "graph"]
 
@@ -107,7 +107,7 @@ class _Builder:
     def _names(self) -> dict[int, str]:
         nodes = self.source.nodes
         if len(nodes) <= _MANY:
-            return names_of(nodes)
+            return names_of(nodes) if nodes else {}
         shown = [n for n, key in zip(nodes, self.owner, strict=True) if key not in self.groups]
         edges = [nodes[i] for g in self.groups.values() for i in (g.start, g.stop - 1)]
         return names_of(sorted({id(n): n for n in (*shown, *edges)}.values(), key=lambda n: n.seq))
@@ -196,19 +196,20 @@ class _Builder:
         outputs = tuple(self._value(v) for v in node.outputs)
         first = outputs[0] if outputs else {"name": node.op.name, "shape": None, "dtype": None, "g_shape": None}
         read = any(id(v) in self.readers for v in node.outputs)
-        local = {id(v): self._label(v, node.scope) for v in (*node.inputs, *node.outputs)}
+        local = {id(v): self._label(v, node.scope) for v in node.inputs}
+        local |= {id(v): self.names.get(id(v), "?") for v in node.outputs}
         self.result.add_node(
             key, kind="op", op=node.op.name, role="intermediate" if read or not outputs else "result", **first,
             device=str(node.outputs[0].device) if outputs else None, scope=node.scope, source=where(node),
-            code=code_line(node), formula=formula(node, local), params=params_text(node), rule=node.rule,
-            marks=_marks(node), inputs=tuple(self._port(v, self._sends(node, v), node.scope) for v in node.inputs),
-            outputs=outputs,
+            code=code_line(node), formula=formula(node, local, self.readers), params=params_text(node), rule=node.rule,
+            marks=_marks(node), outputs=outputs,
+            inputs=tuple(self._port(v, self.source.sends(node, v), node.scope) for v in node.inputs),
             **self._sizes(node.outputs), index=index,
         )  # fmt: skip
         for place, value in enumerate(node.outputs):
             self.outputs[id(value)] = (key, place)
         for port, value in enumerate(node.inputs):
-            self._join(value, key, port, sends=self._sends(node, value))
+            self._join(value, key, port, sends=self.source.sends(node, value))
 
     def _add_group(self, key: str, inside: Sequence[Node], index: int) -> None:
         group, folded = self.groups[key], self.folded.get(key, [])
@@ -217,7 +218,7 @@ class _Builder:
             for value in node.inputs:
                 if self.maker.get(id(value)) != key and id(value) not in hidden:
                     entering[id(value)] = value
-                    if self._sends(node, value):
+                    if self.source.sends(node, value):
                         sends.add(id(value))
         leaving = [v for node in inside for v in node.outputs if set(self.readers.get(id(v), ("",))) != {key}]
         last = [v for node in inside for v in node.outputs][-1:]
@@ -251,15 +252,13 @@ class _Builder:
         }
 
     def _label(self, value: Value, scope: tuple[str, ...]) -> str:
-        """A value's name; of a module's own parameter, inside the module, ``weight`` for ``block.1.weight``."""
+        """A value's name: ``weight`` for ``block.1.weight`` inside that module, ``weightᵀ`` for it transposed."""
+        node = value.node
+        if node is not None and node.op.name == "t" and node.inputs[0].leaf and id(value) in self.maker:
+            return f"{self._label(node.inputs[0], scope)}ᵀ"
         name = self.names.get(id(value), "?")
         inner = next((each for each in reversed(scope) if name.startswith(f"{each}.")), None)
         return name if inner is None or id(value) in self.maker else name[len(inner) + 1 :]
-
-    def _sends(self, node: Node, value: Value) -> bool:
-        """Whether the rule of `node` sends a gradient back to `value`."""
-        known = self.source.gradients
-        return id(value) in known and passes(node) and any(id(v) in known for v in node.outputs)
 
     def _join(self, value: Value, reader: str, port: int, *, sends: bool) -> None:
         maker, output = self.outputs[id(value)]

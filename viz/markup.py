@@ -41,9 +41,9 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def wrapped(text: str, width: int = 36, most: int = 4) -> list[str]:
+def wrapped(text: str, width: int = 40, most: int = 4) -> list[str]:
     """`text` in lines of at most `width` characters, broken at spaces where there are any; `most` lines of it."""
-    breaks = [0, *(m.end() for m in re.finditer(r" +|(?<=[.,_(\[])(?=\w)", text)), len(text)]
+    breaks = [0, *(m.end() for m in re.finditer(r" +|(?<=[,(\[])(?=\w)", text)), len(text)]
     lines = [""]
     for start, stop in pairwise(breaks):
         piece = text[start:stop]
@@ -95,7 +95,7 @@ def stack(lines: Iterable[str]) -> str:
     table of lines would do as well, but is pulled apart where its cell is higher than it.)
     """
     small, large = font(" ", size=13), font(" ", size=15)
-    spaced = []
+    spaced: list[str] = []
     for line in lines:
         air = small if "point-size" in line else large if spaced else ""
         spaced.append(f"{air}{line}{air}")

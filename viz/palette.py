@@ -1,8 +1,9 @@
 """The colours of a picture, chosen so that roles stay apart for colour-blind readers and in grey.
 
-The line colours are those that Okabe and Ito proposed for figures ("Color Universal Design", 2008), darkened
-where they carry text, so that every text has a contrast of at least 4.5 to its ground. Colour never stands
-alone: a role has a shape of its own, and gradients are dashed.
+The line colours began as those that Okabe and Ito proposed for figures ("Color Universal Design", 2008) and were
+moved apart in lightness, until any two differ clearly (by 20 or more in CIE Lab) also for protanopes,
+deuteranopes and tritanopes as Machado, Oliveira and Fernandes model them (2009). Text has a contrast of at least
+4.5 to its ground. Colour never stands alone: a role has a shape of its own, and gradients are dashed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ LINE = "#33383F"
 QUIET = "#4A4F57"  # shapes, places in the source
 FAINT = "#8A8F98"
 ROLE = {
-    "input": Paint("#0072B2", "#E1EFF8", "tab"),
-    "parameter": Paint("#A86400", "#FFF0D0", "cylinder"),
-    "target": Paint("#00775A", "#DCF2EA", "octagon"),
-    "constant": Paint("#6F6F6F", "#EEEEEE", "note"),
+    "input": Paint("#0B57A8", "#D9E8F6", "tab"),
+    "parameter": Paint("#D08400", "#FFEDBF", "cylinder"),
+    "target": Paint("#009E73", "#D2F1E4", "octagon"),
+    "constant": Paint("#484848", "#E4E4E4", "note"),
 }
 VALUE = Paint("#8A8F98", "#F0F2F4")
-GRADIENT = Paint("#C24A00", "#FDEBE0")
-GROUP = Paint("#8A5A86", "#F7EFF5")
+GRADIENT = Paint("#B03A10", "#FCE4D8")
+GROUP = Paint("#A05A92", "#F8F0F6")
 SCOPE = Paint("#C3C8CF", "#F8F9FA")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from tape_engine.errors import DTypeError, NotRecordedError, message
-from tape_engine.tape import Node, Tape, Value, values_by_tensor
+from tape_engine.names import local_name
+from tape_engine.tape import Node, Tape, Value, describe, values_by_tensor
 
-from .errors import caller
+from .errors import caller, user_line
 from .roles import roles_of
 
 __all__ = ["Recording", "passes", "recording"]
@@ -23,14 +24,23 @@ Shape = tuple[int, ...]
 class Recording:
     """What there is to draw: the nodes in order, which values have a gradient, what leaves are for.
 
-    `gradients` maps ``id(value)`` to the shape of its ``.g``, `roles` ``id(leaf)`` to its role;
-    `planned` is true where the gradients are those that a program computes when it steps.
+    Attributes:
+        nodes: the operations, in the order of recording.
+        gradients: of each value that has one, by ``id``, the shape of its ``.g``.
+        passed: the ``id`` of every value that a gradient came to, whether it was kept as ``.g`` or not.
+        roles: of each leaf, by ``id``, its role.
+        planned: whether the gradients are those that a program computes when it steps.
     """
 
     nodes: list[Node]
     gradients: dict[int, Shape]
+    passed: set[int]
     roles: dict[int, str]
     planned: bool = False
+
+    def sends(self, node: Node, value: Value) -> bool:
+        """Whether the rule of `node` sends a gradient back to `value`, which keeps it."""
+        return id(value) in self.gradients and passes(node) and any(id(v) in self.passed for v in node.outputs)
 
 
 def recording(root: Any) -> Recording:
@@ -40,8 +50,9 @@ def recording(root: Any) -> Recording:
         if entry is None or entry[0]() is not root or entry[2] is None:
             raise NotRecordedError(
                 message(
-                    f"no recorded operation made this tensor of shape {tuple(root.shape)}: there is nothing to draw.",
+                    "no recorded operation made this tensor: there is nothing to draw.",
                     where=caller(),
+                    operands=[(local_name(user_line(), root) or "root", describe(root))],
                     fix="compute it inside `with te.record() as tape:`, or draw the tape itself: viz.draw(tape)",
                 )
             )
@@ -57,8 +68,8 @@ def recording(root: Any) -> Recording:
                 )
             )
         nodes, planned = tape.nodes, tape is not root
-    gradients = _planned_gradients(nodes) if planned else _gradients(nodes)
-    return Recording(nodes, gradients, roles_of(nodes), planned and bool(gradients))
+    gradients, passed = _planned(nodes, getattr(root, "outputs", None)) if planned else _written(nodes)
+    return Recording(nodes, gradients, passed, roles_of(nodes), planned and bool(gradients))
 
 
 def _ancestors(node: Node) -> list[Node]:
@@ -80,42 +91,51 @@ def passes(node: Node) -> bool:
     return node.rule not in ("cut", "none")
 
 
-def _gradients(nodes: Sequence[Node]) -> dict[int, Shape]:
-    """The shape of every ``.g`` that a sweep over `nodes` wrote.
+def _written(nodes: Sequence[Node]) -> tuple[dict[int, Shape], set[int]]:
+    """The shape of every ``.g`` that a sweep over `nodes` wrote, and all the values that it came to.
 
-    A leaf may still have a ``.g`` of an earlier sweep: it counts where a gradient reaches one of its readers.
+    A sweep begins at values with a ``.g`` of their own, or (of ``wrt=``, which writes few) at what it passed over
+    and nothing passed over reads. A leaf may still have a ``.g`` of an earlier sweep: it counts where this one
+    comes to it. Of a tensor that is gone, or was written to since, it cannot be said; a sweep that writes all wrote
+    it, too.
     """
-    found: dict[int, Shape] = {}
-    made = set()
-    for node in nodes:
+    passed, read, wrote_all = set[int](), set[int](), True
+    for node in reversed(nodes):
         for value in node.outputs:
-            made.add(id(value))
-            if (shape := _g_shape(value, node.swept)) is not None:
-                found[id(value)] = shape
+            if value.differentiable and id(value) not in passed:
+                begins = node.swept and id(value) not in read and value.index == 0
+                wrote_all = wrote_all and not (begins and value.tensor is not None and _g_shape(value) is None)
+                if begins or _g_shape(value) is not None:
+                    passed.add(id(value))
+        if node.swept:
+            read.update(map(id, node.inputs))
+        if passes(node) and any(id(v) in passed for v in node.outputs):
+            passed.update(id(v) for v in node.inputs if v.differentiable)
+    gradients: dict[int, Shape] = {}
     for node in nodes:
-        if not passes(node) or not any(id(v) in found for v in node.outputs):
-            continue
-        for value in node.inputs:
-            if id(value) not in made and (shape := _g_shape(value, node.swept)) is not None:
-                found[id(value)] = shape
-    return found
+        for value in (*node.inputs, *node.outputs):
+            if id(value) in passed and id(value) not in gradients:
+                shape = _g_shape(value)
+                if shape is None and value.tensor is None and node.swept and wrote_all:
+                    shape = tuple(value.shape)
+                if shape is not None:
+                    gradients[id(value)] = shape
+    return gradients, passed
 
 
-def _g_shape(value: Value, swept: bool) -> Shape | None:
-    if not value.differentiable:
-        return None
-    if value.tensor is None:  # the tensor is gone or was written to since; its gradient was there all the same
-        return tuple(value.shape) if swept else None
+def _g_shape(value: Value) -> Shape | None:
     g = getattr(value.tensor, "g", None)
     return tuple(g.shape) if isinstance(g, torch.Tensor) else None
 
 
-def _planned_gradients(nodes: Sequence[Node]) -> dict[int, Shape]:
-    """The shape of every gradient that a sweep from the last floating value would compute."""
-    read = {id(v) for node in nodes for v in node.inputs}
-    ends = [v for node in nodes if passes(node) for v in node.outputs if v.differentiable and id(v) not in read]
-    found = {id(v): tuple(v.shape) for v in ends[-1:]}
+def _planned(nodes: Sequence[Node], outputs: Any) -> tuple[dict[int, Shape], set[int]]:
+    """The shape of every gradient that a sweep from `outputs` would compute, by default from the last value made."""
+    if not outputs:
+        read = {id(v) for node in nodes for v in node.inputs}
+        outputs = [v for node in nodes if passes(node) for v in node.outputs if id(v) not in read][-1:]
+    given = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+    found = {id(v): tuple(v.shape) for v in given if isinstance(v, Value) and v.differentiable}
     for node in reversed(nodes):
         if passes(node) and any(id(v) in found for v in node.outputs):
             found.update({id(v): tuple(v.shape) for v in node.inputs if v.differentiable})
-    return found
+    return found, set(found)

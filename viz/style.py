@@ -16,6 +16,7 @@ import networkx as nx
 
 from .cards import MORE, Cards, chip, first_hidden_port, shown_outputs
 from .clusters import Cluster, clusters
+from .collapse import scope_title
 from .markup import attributes, counted, font, html, quoted, row, shape_text, shorten, table
 from .palette import FONT, GRADIENT, INK, LINE, PAPER, QUIET, ROLE, SCOPE, VALUE, Paint
 
@@ -24,6 +25,9 @@ __all__ = ["dot"]
 Facts = Mapping[str, Any]
 #: Parameters and constants up to which each is drawn as a node of its own.
 MOST_DRAWN = 6
+#: Lines up to which a leaf stands by itself: with more, they would fill the picture and take dot minutes.
+MOST_LINES = 4
+_QUIET = frozenset(["parameter", "constant"])
 
 
 def dot(
@@ -42,28 +46,48 @@ def dot(
         detail: ``"shapes"`` makes small cards of the operation's name and the shapes; anything else full ones.
         rankdir: ``"TB"`` or ``"LR"``, the direction in which values run.
         docked: whether parameters and constants that one card alone reads are drawn in its port instead of as
-            nodes of their own; by default where there are more than six.
+            nodes of their own; by default where there are more than six. Unless `detail` is ``"full"``, a
+            parameter's transpose, which every ``nn.Linear`` takes, is drawn there as well: ``weightᵀ``. A leaf that
+            more than four ports read is always drawn in those.
     """
-    docks = _docks(graph)
-    if docked is None:
-        docked = len(docks) > MOST_DRAWN
-    return _Writer(graph, view, detail, rankdir, docks if docked else {}).text()
+    docks = _docks(graph, transposes=detail != "full")
+    alone = [key for key, ports in docks.items() if len(ports) == 1]
+    if not (len(alone) > MOST_DRAWN if docked is None else docked):
+        docks = {key: ports for key, ports in docks.items() if len(ports) > 1}
+    return _Writer(graph, view, detail, rankdir, docks).text()
 
 
-def _docks(graph: nx.MultiDiGraph[str]) -> dict[str, tuple[str, int]]:
-    """The parameters and constants that have one reader, each with that and the place of its port."""
-    found = {}
+Port = tuple[str, int]  # of a card, by its place
+
+
+def _docks(graph: nx.MultiDiGraph[str], *, transposes: bool) -> dict[str, list[Port]]:
+    """The nodes that can stand in the ports that read them, each with those ports."""
+    found: dict[str, list[Port]] = {}
+    taken = set[Port]()
     for key, facts in graph.nodes(data=True):
-        if facts["kind"] == "leaf" and facts["role"] in ("parameter", "constant"):
-            reads = [(to, edge["port"]) for _, to, edge in graph.out_edges(key, data=True)]
-            if len(reads) == 1 and reads[0][1] < first_hidden_port(graph.nodes[reads[0][0]]):
-                found[key] = reads[0]
+        ports = [
+            (to, edge["port"]) for _, to, edge in graph.out_edges(key, data=True) if edge["direction"] == "forward"
+        ]
+        if not ports or any(port >= first_hidden_port(graph.nodes[reader]) for reader, port in ports):
+            continue
+        alone = len(ports) == 1
+        leaf = facts["kind"] == "leaf" and (len(ports) > MOST_LINES or (alone and facts["role"] in _QUIET))
+        # In the order of the graph a leaf comes before its transpose: by then it is known whether it was docked.
+        if leaf or (transposes and alone and facts["op"] == "t" and (key, 0) in taken):
+            found[key] = ports
+            taken.update(ports if alone else ())
     return found
+
+
+def _docked_facts(leaf: Facts, port: Facts) -> Facts:
+    """What is shown of a docked leaf; of one that was transposed, the gradient is that of the leaf itself."""
+    own = port["label"].removesuffix("ᵀ")
+    return {**port, "name": port["label"], "role": leaf["role"], "g_name": own, "g_shape": leaf["g_shape"]}
 
 
 class _Writer:
     def __init__(
-        self, graph: nx.MultiDiGraph[str], view: str, detail: str, rankdir: str, docks: Mapping[str, tuple[str, int]]
+        self, graph: nx.MultiDiGraph[str], view: str, detail: str, rankdir: str, docks: Mapping[str, list[Port]]
     ) -> None:
         self.graph, self.view = graph, view
         self.forward = view != "backward"
@@ -71,9 +95,11 @@ class _Writer:
         self.across = rankdir == "LR"
         self.leave, self.enter = ("e", "w") if self.across else ("s", "n")
         self.docks = docks
-        self.docked: dict[str, set[int]] = {}
-        for reader, port in docks.values():
-            self.docked.setdefault(reader, set()).add(port)
+        self.docked: dict[str, dict[int, Facts]] = {}
+        sources = {port: key for key, ports in docks.items() for port in ports}
+        for (reader, place), key in sources.items():
+            leaf = graph.nodes[sources.get((key, 0), key)]
+            self.docked.setdefault(reader, {})[place] = _docked_facts(leaf, graph.nodes[reader]["inputs"][place])
         self.cards = Cards(self.forward, self.backward, detail == "shapes", self.across, graph.graph.get("dtype"))
 
     def text(self) -> str:
@@ -87,7 +113,7 @@ class _Writer:
             f"  graph [{attributes(self.settings())}]",
             f"  node [{attributes(node)}]",
             f"  edge [{attributes(edge)}]",
-            *self.clustered(clusters(self.graph), 1),
+            *self.clustered(clusters(self.graph, self.docks), 1),
             *self.edges(),
             "}",
         ]
@@ -118,7 +144,7 @@ class _Writer:
             return chip(font(html(text), size=9, color=INK), paint, dashed=dashed, square=square)
 
         roles = {each["role"] for _, each in self.graph.nodes(data=True) if each["kind"] == "leaf"}
-        inside = {self.graph.nodes[key]["role"] for key in self.docks}
+        inside = {each["role"] for docked in self.docked.values() for each in docked.values()}
         cells = [
             key(f"{role} ({'square' if role in inside else ROLE[role].shape})", ROLE[role], square=role in inside)
             for role in ROLE
@@ -148,7 +174,7 @@ class _Writer:
                     lines += [f"{margin}subgraph cluster_{member.number} {{", f"{margin}  graph [{attributes(frame)}]"]
                     lines += [*inside, f"{margin}}}"]
             elif self.shown(member):
-                lines.append(f"{margin}{member} [{attributes(self.node(member))}]")
+                lines.append(f"{margin}{member} [{attributes(self.node(member, cluster.scope))}]")
         return lines
 
     def shown(self, key: str) -> bool:
@@ -157,7 +183,7 @@ class _Writer:
             return False
         return self.forward or any(each["g_shape"] is not None for each in self.graph.nodes[key]["outputs"])
 
-    def node(self, key: str) -> dict[str, str]:
+    def node(self, key: str, framed: tuple[str, ...]) -> dict[str, str]:
         facts = self.graph.nodes[key]
         if facts["kind"] == "leaf":
             paint = ROLE[facts["role"]]
@@ -168,11 +194,12 @@ class _Writer:
                 "label": f"<{self.cards.leaf(facts)}>", "class": quoted(f"leaf {facts['role']}"),
                 "tooltip": quoted(told),
             }  # fmt: skip
-        docked = self.docked.get(key, set())
+        docked = self.docked.get(key, {})
+        inside = scope_title(facts["scope"]) if len(facts["scope"]) > len(framed) else ""  # of a frame left out
         if facts["kind"] == "group":
             label, text = self.cards.group(facts, docked), facts["pattern"]
         else:
-            label, text = self.cards.operation(facts, docked), facts["code"]
+            label, text = self.cards.operation(facts, docked, inside), facts["code"]
         told = "\n".join(part for part in (facts["source"], text, facts["rule"] and f"rule: {facts['rule']}") if part)
         return {"label": f"<{label}>", "class": quoted(facts["kind"]), "tooltip": quoted(told or facts["op"])}
 

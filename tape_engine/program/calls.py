@@ -2,7 +2,7 @@
 
 ``torch.mm(a, b, out=buffer)`` takes about half as long as the overload ``torch.ops.aten.mm.out``. Not every
 overload has such a function, nor does every function take its overload's arguments. So each way is
-tried once, on zeros of the recorded shapes, and used where it gives what the overload itself gives.
+tried once, on tensors of the recorded shapes, and used where it gives what the overload itself gives.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ class Call:
     view: bool = False
 
 
-#: Overloads whose result is their argument: nothing needs to run.
-SAME = {torch.ops.aten.detach.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.alias.default}
-
 #: Overloads that copy: their result's memory is filled with ``copy_``.
 COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 
@@ -53,11 +50,22 @@ def call_of(node: Node) -> Call:
     forward = node.op.forward
     if not isinstance(forward, OpOverload):
         return Call(forward, node.op.name, view=node.op.name == "read_view")
-    key = (forward, tuple(type(each) for each in node.args), tuple(node.kwargs), len(node.outputs))
+    key = (forward, _kind(node.args), _kind(node.kwargs), len(node.outputs), node.gaps)
     found = _known.get(key)
     if found is None:
         found = _known[key] = _find(node, forward)
     return found
+
+
+def _kind(argument: Any) -> Any:
+    """What two calls must have in common for one to be run the way that was tried for the other."""
+    if isinstance(argument, Value):
+        return argument.dtype, argument.ndim, argument.device.type
+    if isinstance(argument, (list, tuple)):
+        return tuple(_kind(each) for each in argument)
+    if isinstance(argument, dict):
+        return tuple((name, _kind(each)) for name, each in argument.items())
+    return repr(argument)
 
 
 def _find(node: Node, forward: OpOverload) -> Call:
@@ -66,7 +74,7 @@ def _find(node: Node, forward: OpOverload) -> Call:
     shares = any(r.alias_info is not None for r in schema.returns) or name == "_unsafe_view"
     if not schema.name.startswith("aten::") or node.random:
         return Call(forward, f"torch.ops.{forward}", view=shares)
-    out = None if shares else _out_variant(forward)
+    out = None if shares or node.gaps else _out_variant(forward)
     ways: list[Call] = []
     for owner, place in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
         function = getattr(owner, name, None)
@@ -103,12 +111,12 @@ def _out_variant(forward: OpOverload) -> OpOverload | None:
 
 
 def _gives_the_same(way: Call, node: Node, forward: OpOverload) -> bool:
-    """Whether `way` gives, on zeros, what the overload gives; a way that raises does not."""
+    """Whether `way` gives what the overload gives; a way that raises does not."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
-            args = [_zeros(each) for each in node.args]
-            kwargs = {name: _zeros(each) for name, each in node.kwargs.items()}
+            args = [_trial(each) for each in node.args]
+            kwargs = {name: _trial(each) for name, each in node.kwargs.items()}
             expected = _listed(forward(*args, **kwargs))
             if way.outs:
                 buffers = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in expected]
@@ -125,12 +133,16 @@ def _gives_the_same(way: Call, node: Node, forward: OpOverload) -> bool:
 
 
 def _listed(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
+    return [result] if isinstance(result, Tensor) else [each for each in result if each is not None]
 
 
-def _zeros(argument: Any) -> Any:
+def _trial(argument: Any) -> Any:
+    """Something of an argument's description that tells one computation from another: no two elements alike."""
     if isinstance(argument, Value):
-        return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+        if not (argument.dtype.is_floating_point or argument.dtype.is_complex):
+            return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
+        spread = torch.linspace(0.1, 0.9, argument.numel(), device=argument.device)
+        return spread.reshape(argument.shape).to(argument.dtype)
     if isinstance(argument, (list, tuple)):
-        return type(argument)([_zeros(each) for each in argument])
+        return type(argument)([_trial(each) for each in argument])
     return argument

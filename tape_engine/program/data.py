@@ -8,7 +8,7 @@ import torch
 
 from ..tape import Node, Value
 
-__all__ = ["DESCRIBED", "Frozen"]
+__all__ = ["DESCRIBED", "SAME", "Frozen"]
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -20,6 +20,10 @@ DESCRIBED = {
         "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split()
     )
 }
+
+
+#: Overloads whose result is their argument: nothing needs to run.
+SAME = {aten.detach.default, aten.lift_fresh.default, aten.alias.default}
 
 
 @dataclass
@@ -55,6 +59,6 @@ class Frozen:
 
     def canonical(self, value: Value) -> Value:
         """The value that stands for `value`."""
-        while value in self.same:
-            value = self.same[value]
+        while (other := self.same.get(value, value)) is not value:
+            value = other
         return value

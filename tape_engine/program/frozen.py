@@ -19,7 +19,7 @@ from ..names import call_site, local_name, names_of, user_frame
 from ..recorder import quietly, recording
 from ..sweep import Sweep
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
-from .data import DESCRIBED, Frozen
+from .data import DESCRIBED, SAME, Frozen
 from .passes.dead import drop_dead
 
 __all__ = ["freeze_nodes"]
@@ -59,6 +59,7 @@ def freeze_nodes(tape: Tape, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
         bind(seed_tensor, seed, None)
         _record_sweep(frozen, root, source, seed_tensor, wrt)
         unbind(seed_tensor)
+    _merge_same(frozen)
     _find_live(frozen)
     return frozen
 
@@ -151,6 +152,15 @@ def _writes(nodes: list[Node], leaves: dict[Value, Tensor | None]) -> list[tuple
                 first[after] = origin
                 last[origin] = after
     return list(last.items())
+
+
+def _merge_same(frozen: Frozen) -> None:
+    """Operations whose result is their argument are left out: both values are one."""
+    for nodes in (frozen.forward, frozen.backward):
+        for node in nodes:
+            if node.op.forward in SAME:
+                frozen.same[frozen.canonical(node.outputs[0])] = frozen.canonical(node.inputs[0])
+        nodes[:] = [node for node in nodes if node.op.forward not in SAME]
 
 
 def _find_live(frozen: Frozen) -> None:

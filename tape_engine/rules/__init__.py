@@ -40,7 +40,10 @@ from __future__ import annotations
 from . import (
     activations,
     creation,
+    decompositions,
+    distances,
     elementary,
+    fft,
     indexing,
     linear_algebra,
     losses,
@@ -57,7 +60,10 @@ from . import (
 __all__ = [
     "activations",
     "creation",
+    "decompositions",
+    "distances",
     "elementary",
+    "fft",
     "indexing",
     "linear_algebra",
     "losses",

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """The activations of networks, and the softmaxes."""
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ _kink = spec(5, values=[-1.0, -0.5, 0.0, 0.5, 1.0])
 _pair = [sample(spec(3, 4), spec(3, 4)), sample(spec(), spec())]
 
 
-@rule(aten.relu.default, formula="relu(x)", samples=[*unary(complex=False), sample(_kink), sample(spec(2, values=[math.nan, 1.0]))])
+@rule(
+    aten.relu.default,
+    formula="relu(x)",
+    samples=[*unary(complex=False), sample(_kink), sample(spec(2, values=[math.nan, 1.0]))],
+)
 def relu_grad(g, out, x):
     return aten.threshold_backward(g, out, 0)
 
@@ -57,11 +62,16 @@ def prelu_grad(g, out, x, weight):
     return torch.where(positive, g, g * weight), torch.where(positive, 0, g * x)
 
 
-@rule(aten.rrelu_with_noise.default)
+@rule(
+    aten.rrelu_with_noise_functional.default,
+    samples=[sample(spec(3, 4), spec(3, 4), 0.1, 0.3, training) for training in (True, False)],
+)
 def rrelu_with_noise_grad(g, out, x, noise, lower=0.125, upper=1 / 3, training=False, generator=None):
-    if training:  # the noise holds each element's slope, 1 where it was positive
-        return g * noise, None
-    return aten.leaky_relu_backward(g, x, (lower + upper) / 2, False), None
+    if g[0] is None:
+        return None, None
+    if training:  # the noise that was drawn is each element's slope, 1 where it was positive
+        return g[0] * out[1], None
+    return aten.leaky_relu_backward(g[0], x, (lower + upper) / 2, False), None
 
 
 @rule(aten.gelu.default, formula="gelu(x)", samples=[*unary(complex=False), *unary(approximate="tanh", complex=False)])
@@ -116,7 +126,11 @@ def celu_grad(g, out, x, alpha=1.0):
     return aten.elu_backward(g, alpha, 1, 1 / alpha, False, x)
 
 
-@rule(aten.softplus.default, formula="softplus(x)", samples=[*unary(complex=False), sample(spec(3, 4, low=-8, high=8), 2.0, 5.0)])
+@rule(
+    aten.softplus.default,
+    formula="softplus(x)",
+    samples=[*unary(complex=False), sample(spec(3, 4, low=-8, high=8), 2.0, 5.0)],
+)
 def softplus_grad(g, out, x, beta=1, threshold=20):
     return aten.softplus_backward(g, x, beta, threshold)
 
@@ -214,5 +228,3 @@ def log_softmax_grad(g, out, x, dim, half_to_float):
 def log_softmax_backward_grad(g, out, gy, y, dim, dtype):
     weighted = g * y.exp()
     return g - weighted.sum(dim, keepdim=True), -weighted * gy.sum(dim, keepdim=True)
-
-

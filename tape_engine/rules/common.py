@@ -91,7 +91,12 @@ def unary(low: float = -2.0, high: float = 2.0, *more: Any, complex: bool = True
 
 
 def binary(
-    low: float = -2.0, high: float = 2.0, *, other: tuple[float, float] | None = None, complex: bool = True, **kwargs: Any
+    low: float = -2.0,
+    high: float = 2.0,
+    *,
+    other: tuple[float, float] | None = None,
+    complex: bool = True,
+    **kwargs: Any,
 ) -> list[Sample]:
     """Samples of a pointwise operation of two tensors, whose shapes broadcast."""
     low_b, high_b = other or (low, high)

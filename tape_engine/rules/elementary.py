@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Exponentials, logarithms, trigonometric and other functions of one element, real or complex."""
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ aten = torch.ops.aten
 # -- the two families: a derivative told by the output, or by the input ------------------------------
 
 
-def by_output(target: Any, derivative: Callable[[Tensor], Tensor], samples: Iterable[Sample], formula: str = "") -> None:
+def by_output(
+    target: Any, derivative: Callable[[Tensor], Tensor], samples: Iterable[Sample], formula: str = ""
+) -> None:
     """The rule of a holomorphic ``out = f(x)`` whose derivative is `derivative` of the output."""
 
     @rule(target, samples=samples, formula=formula or None)
@@ -56,7 +59,11 @@ by_output(aten.sqrt.default, lambda out: 0.5 / out, [*unary(0.2, 2), sample(spec
 by_output(aten.rsqrt.default, lambda out: -0.5 * out.pow(3), unary(0.2, 2), "1 / √x")
 by_output(aten.tan.default, lambda out: 1 + out * out, unary(-1, 1), "tan(x)")
 by_output(aten.erfinv.default, lambda out: 0.5 * SQRT_PI * (out * out).exp(), unary(-0.9, 0.9, complex=False))
-by_output(aten.special_ndtri.default, lambda out: math.sqrt(2 * math.pi) * (out * out / 2).exp(), unary(0.1, 0.9, complex=False))
+by_output(
+    aten.special_ndtri.default,
+    lambda out: math.sqrt(2 * math.pi) * (out * out / 2).exp(),
+    unary(0.1, 0.9, complex=False),
+)
 
 by_ratio(aten.log.default, lambda x: x, unary(0.1, 2), "log(x)")
 by_ratio(aten.log2.default, lambda x: x * math.log(2), unary(0.1, 2), "log2(x)")
@@ -91,7 +98,10 @@ def tanh_grad(g, out, x):
     return aten.tanh_backward(g, out)
 
 
-@rule(aten.tanh_backward.default, samples=[sample(spec(3, 4), spec(3, 4)), sample(spec(2, dtype=C128), spec(2, dtype=C128))])
+@rule(
+    aten.tanh_backward.default,
+    samples=[sample(spec(3, 4), spec(3, 4)), sample(spec(2, dtype=C128), spec(2, dtype=C128))],
+)
 def tanh_backward_grad(g, out, gy, y):
     return g * (1 - y * y), g.conj() * gy * (-2 * y).conj()
 
@@ -101,7 +111,10 @@ def sigmoid_grad(g, out, x):
     return aten.sigmoid_backward(g, out)
 
 
-@rule(aten.sigmoid_backward.default, samples=[sample(spec(3, 4), spec(3, 4)), sample(spec(2, dtype=C128), spec(2, dtype=C128))])
+@rule(
+    aten.sigmoid_backward.default,
+    samples=[sample(spec(3, 4), spec(3, 4)), sample(spec(2, dtype=C128), spec(2, dtype=C128))],
+)
 def sigmoid_backward_grad(g, out, gy, y):
     return g * (y * (1 - y)), g.conj() * gy * (1 - 2 * y).conj()
 
@@ -146,7 +159,10 @@ def sinc_grad(g, out, x):
     return g * torch.where(x == 0, 0, slope).conj()
 
 
-@rule(aten.polygamma.default, samples=[sample(1, spec(3, 4, low=0.5)), sample(0, spec(3, low=0.5)), sample(2, spec(low=0.5))])
+@rule(
+    aten.polygamma.default,
+    samples=[sample(1, spec(3, 4, low=0.5)), sample(0, spec(3, low=0.5)), sample(2, spec(low=0.5))],
+)
 def polygamma_grad(g, out, n, x):
     return g * torch.polygamma(n + 1, x)
 
@@ -234,7 +250,11 @@ def special_xlog1py_grad(g, out, a, b):
     return torch.where((a == 0) & (b <= -1), 0, g * b.log1p()), g * a / (b + 1)
 
 
-@rule(aten.copysign.Tensor, broadcasts=True, samples=[*binary(complex=False), sample(spec(2, values=[0.0, -1.0]), spec(2, values=[1.0, -1.0]))])
+@rule(
+    aten.copysign.Tensor,
+    broadcasts=True,
+    samples=[*binary(complex=False), sample(spec(2, values=[0.0, -1.0]), spec(2, values=[1.0, -1.0]))],
+)
 def copysign_grad(g, out, a, b):
     return g * torch.where(a == 0, 0, out / a), torch.zeros_like(g)
 
@@ -267,7 +287,10 @@ def polar_grad(g, out, radius, angle):
     return g.real * angle.cos() + g.imag * angle.sin(), (g * (1j * out).conj()).real
 
 
-@rule(aten.view_as_real.default, samples=[sample(spec(2, 3, dtype=C128)), sample(spec(dtype=C128)), sample(spec(0, dtype=C128))])
+@rule(
+    aten.view_as_real.default,
+    samples=[sample(spec(2, 3, dtype=C128)), sample(spec(dtype=C128)), sample(spec(0, dtype=C128))],
+)
 def view_as_real_grad(g, out, x):
     return torch.view_as_complex(g.contiguous())
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Elements picked by index or mask, and put in their places."""
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor
+from .common import C128, Tensor, stand_in
 from .reductions import at_index
 
 aten = torch.ops.aten
@@ -80,7 +81,10 @@ def _to_shape(g: Tensor, shape: Sequence[int]) -> Tensor:
 # -- one index tensor, along one dimension -----------------------------------------------------------
 
 
-@rule(aten.index_select.default, samples=[sample(spec(3, 4), 0, _rows), sample(spec(3, 4), -1, indices(1)), sample(spec(), 0, indices(0))])
+@rule(
+    aten.index_select.default,
+    samples=[sample(spec(3, 4), 0, _rows), sample(spec(3, 4), -1, indices(1)), sample(spec(), 0, indices(0))],
+)
 def index_select_grad(g, out, x, dim, index):
     if len(x.shape) == 0:
         return g.sum(), None
@@ -96,17 +100,26 @@ def index_add_grad(g, out, x, dim, index, source, *, alpha=1):
     return g, None, part * alpha if alpha != 1 else part
 
 
-@rule(aten.index_copy.default, samples=[sample(spec(3, 4), 0, indices(2, 0), spec(2, 4)), sample(spec(3, 4), -1, indices(1), spec(3, 1))])
+@rule(
+    aten.index_copy.default,
+    samples=[sample(spec(3, 4), 0, indices(2, 0), spec(2, 4)), sample(spec(3, 4), -1, indices(1), spec(3, 1))],
+)
 def index_copy_grad(g, out, x, dim, index, source):
     return g.index_fill(dim, index, 0), None, g.index_select(dim, index).reshape(source.shape)
 
 
-@rule(aten.index_fill.int_Scalar, samples=[sample(spec(3, 4), 0, indices(2, 0), 1.5), sample(spec(3, 4), -1, indices(1), 0)])
+@rule(
+    aten.index_fill.int_Scalar,
+    samples=[sample(spec(3, 4), 0, indices(2, 0), 1.5), sample(spec(3, 4), -1, indices(1), 0)],
+)
 def index_fill_grad(g, out, x, dim, index, value):
     return g.index_fill(dim, index, 0), None
 
 
-@rule(aten.index_fill.int_Tensor, samples=[sample(spec(3, 4), 0, indices(2, 0), spec()), sample(spec(3), 0, indices(1), spec())])
+@rule(
+    aten.index_fill.int_Tensor,
+    samples=[sample(spec(3, 4), 0, indices(2, 0), spec()), sample(spec(3), 0, indices(1), spec())],
+)
 def index_fill_tensor_grad(g, out, x, dim, index, value):
     return g.index_fill(dim, index, 0), None, g.index_select(dim, index).sum()
 
@@ -117,7 +130,10 @@ _at = indices(0, 1, 2, 0, 0, 1, shape=(2, 3))
 _each = indices(0, 1, 2, 1, 2, 0, shape=(2, 3))
 
 
-@rule(aten.gather.default, samples=[sample(spec(2, 3), 1, _at), sample(spec(3, 3), 0, _at), sample(spec(), 0, indices(0, shape=()))])
+@rule(
+    aten.gather.default,
+    samples=[sample(spec(2, 3), 1, _at), sample(spec(3, 3), 0, _at), sample(spec(), 0, indices(0, shape=()))],
+)
 def gather_grad(g, out, x, dim, index, *, sparse_grad=False):
     return g.new_zeros(x.shape).scatter_add(dim, index, g), None
 
@@ -132,7 +148,9 @@ def scatter_value_grad(g, out, x, dim, index, value):
     return g.scatter(dim, index, 0), None
 
 
-@rule(aten.scatter_add.default, samples=[sample(spec(2, 3), 1, _at, spec(2, 3)), sample(spec(3, 3), 0, _at, spec(2, 3))])
+@rule(
+    aten.scatter_add.default, samples=[sample(spec(2, 3), 1, _at, spec(2, 3)), sample(spec(3, 3), 0, _at, spec(2, 3))]
+)
 def scatter_add_grad(g, out, x, dim, index, src):
     return g, None, g.gather(dim, index)
 
@@ -183,7 +201,11 @@ def scatter_reduce_grad(g, out, x, dim, index, src, reduce, *, include_self=True
 
 @rule(
     aten.index_reduce.default,
-    samples=[sample(spec(4, 2), 0, _rows, spec(3, 2), r, include_self=s) for r in ("mean", "prod", "amax", "amin") for s in (True, False)],
+    samples=[
+        sample(spec(4, 2), 0, _rows, spec(3, 2), r, include_self=s)
+        for r in ("mean", "prod", "amax", "amin")
+        for s in (True, False)
+    ],
 )
 def index_reduce_grad(g, out, x, dim, index, source, reduce, *, include_self=True):
     shape = [1] * source.ndim
@@ -198,7 +220,10 @@ def take_grad(g, out, x, index):
     return g.new_zeros(shape).put(index, g, accumulate=True), None
 
 
-@rule(aten.put.default, samples=[sample(spec(2, 3), indices(5, 0), spec(2)), sample(spec(2, 3), indices(5, 0, 5), spec(3), True)])
+@rule(
+    aten.put.default,
+    samples=[sample(spec(2, 3), indices(5, 0), spec(2)), sample(spec(2, 3), indices(5, 0, 5), spec(3), True)],
+)
 def put_grad(g, out, x, index, source, accumulate=False):
     kept = g if accumulate else g.put(index, g.new_zeros(source.shape))
     return kept, None, g.take(index).reshape(source.shape)
@@ -207,23 +232,35 @@ def put_grad(g, out, x, index, source, accumulate=False):
 # -- masks -------------------------------------------------------------------------------------------
 
 
-@rule(aten.masked_fill.Scalar, broadcasts=True, samples=[sample(spec(2, 3), mask(1, 0, 1), 0.5), sample(spec(2, 1), mask(1, 0, 1), 0.5)])
+@rule(
+    aten.masked_fill.Scalar,
+    broadcasts=True,
+    samples=[sample(spec(2, 3), mask(1, 0, 1), 0.5), sample(spec(2, 1), mask(1, 0, 1), 0.5)],
+)
 def masked_fill_grad(g, out, x, mask, value):
     return g.masked_fill(mask, 0), None
 
 
-@rule(aten.masked_fill.Tensor, samples=[sample(spec(2, 3), mask(1, 0, 1), spec()), sample(spec(3), mask(0, 0, 0), spec())])
+@rule(
+    aten.masked_fill.Tensor, samples=[sample(spec(2, 3), mask(1, 0, 1), spec()), sample(spec(3), mask(0, 0, 0), spec())]
+)
 def masked_fill_tensor_grad(g, out, x, mask, value):
     return _to_shape(g.masked_fill(mask, 0), x.shape), None, torch.where(mask, g, 0).sum()
 
 
-@rule(aten.masked_select.default, samples=[sample(spec(2, 3), mask(1, 0, 1)), sample(spec(2, 1), mask(1, 0, 1)), sample(spec(), mask(1, shape=()))])
+@rule(
+    aten.masked_select.default,
+    samples=[sample(spec(2, 3), mask(1, 0, 1)), sample(spec(2, 1), mask(1, 0, 1)), sample(spec(), mask(1, shape=()))],
+)
 def masked_select_grad(g, out, x, mask):
-    whole = g.new_zeros(torch.broadcast_shapes(x.shape, mask.shape))
+    whole = torch.zeros_like(torch.broadcast_tensors(stand_in(g, x.shape), mask)[0], dtype=g.dtype)
     return _to_shape(whole.masked_scatter(mask, g), x.shape), None
 
 
-@rule(aten.masked_scatter.default, samples=[sample(spec(2, 3), mask(1, 0, 1), spec(4)), sample(spec(2, 3), mask(1, 0, 1), spec(2, 3))])
+@rule(
+    aten.masked_scatter.default,
+    samples=[sample(spec(2, 3), mask(1, 0, 1), spec(4)), sample(spec(2, 3), mask(1, 0, 1), spec(2, 3))],
+)
 def masked_scatter_grad(g, out, x, mask, source):
     size = source.numel()
     whole = mask.expand(g.shape).reshape(-1)
@@ -238,7 +275,10 @@ def unsafe_masked_index_grad(g, out, x, mask, where, fill):
     return back, None, *[None for _ in where]
 
 
-@rule(aten._unsafe_masked_index_put_accumulate.default, samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], spec(3))])
+@rule(
+    aten._unsafe_masked_index_put_accumulate.default,
+    samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], spec(3))],
+)
 def unsafe_masked_index_put_accumulate_grad(g, out, x, mask, where, values):
     return g, None, *[None for _ in where], aten._unsafe_masked_index(g, mask, where, 0)
 
@@ -256,7 +296,10 @@ def sort_grad(g, out, x, dim=-1, descending=False):
     return at_index(g[0], out[1], x.shape, dim, True)
 
 
-@rule(aten.sort.stable, samples=[sample(spec(2, 4), stable=True), sample(spec(4, values=[1.0, 2.0, 1.0, 2.0]), stable=True)])
+@rule(
+    aten.sort.stable,
+    samples=[sample(spec(2, 4), stable=True), sample(spec(4, values=[1.0, 2.0, 1.0, 2.0]), stable=True)],
+)
 def sort_stable_grad(g, out, x, *, stable=None, dim=-1, descending=False):
     return at_index(g[0], out[1], x.shape, dim, True)
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Products of vectors and matrices."""
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ def scaled(g: Any, factor: Any) -> Any:
 @rule(
     aten.mm.default,
     formula="a @ b",
-    samples=[*products((3, 4), (4, 2)), *products((3, 3), (3, 3)), *products((0, 2), (2, 3))[:1], *products((2, 0), (0, 3))],
+    samples=[
+        *products((3, 4), (4, 2)),
+        *products((3, 3), (3, 3)),
+        *products((0, 2), (2, 3))[:1],
+        *products((2, 0), (0, 3)),
+    ],
 )
 def mm_grad(g, out, a, b):
     return g @ b.mH, a.mH @ g
@@ -78,7 +84,10 @@ def addmm_grad(g, out, c, a, b, *, beta=1, alpha=1):
     aten.baddbmm.default,
     broadcasts=True,
     formula="c + a @ b",
-    samples=[*products((3, 1), (2, 3, 4), (2, 4, 2)), sample(spec(2, 2, 2), spec(2, 2, 2), spec(2, 2, 2), beta=0.5, alpha=2.0)],
+    samples=[
+        *products((3, 1), (2, 3, 4), (2, 4, 2)),
+        sample(spec(2, 2, 2), spec(2, 2, 2), spec(2, 2, 2), beta=0.5, alpha=2.0),
+    ],
 )
 def baddbmm_grad(g, out, c, a, b, *, beta=1, alpha=1):
     scaled_g = scaled(g, alpha)
@@ -88,7 +97,10 @@ def baddbmm_grad(g, out, c, a, b, *, beta=1, alpha=1):
 @rule(
     aten.addbmm.default,
     broadcasts=True,
-    samples=[*products((3, 1), (2, 3, 4), (2, 4, 2)), sample(spec(2), spec(2, 2, 2), spec(2, 2, 2), beta=0.5, alpha=2.0)],
+    samples=[
+        *products((3, 1), (2, 3, 4), (2, 4, 2)),
+        sample(spec(2), spec(2, 2, 2), spec(2, 2, 2), beta=0.5, alpha=2.0),
+    ],
 )
 def addbmm_grad(g, out, c, a, b, *, beta=1, alpha=1):
     each = scaled(g, alpha).expand(a.shape[0], -1, -1)
@@ -115,7 +127,11 @@ def addr_grad(g, out, c, a, b, *, beta=1, alpha=1):
     return scaled(g, beta), scaled_g.mv(b.conj()), scaled_g.mT.mv(a.conj())
 
 
-@rule(aten.linalg_cross.default, broadcasts=True, samples=[*products((2, 3), (2, 3)), sample(spec(3, 2), spec(3, 1), dim=0)])
+@rule(
+    aten.linalg_cross.default,
+    broadcasts=True,
+    samples=[*products((2, 3), (2, 3)), sample(spec(3, 2), spec(3, 1), dim=0)],
+)
 def linalg_cross_grad(g, out, a, b, *, dim=-1):
     return torch.linalg.cross(b.conj(), g, dim=dim), torch.linalg.cross(g, a.conj(), dim=dim)
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Losses. ``reduction`` is 0 for each element alone, 1 for the mean, 2 for the sum."""
 
 from __future__ import annotations
@@ -105,7 +106,13 @@ def nll_loss_grad(g, out, x, target, weight, reduction, ignore_index):
     return aten.nll_loss_backward(g[0], whole, target, weight, reduction, ignore_index, out[1]), None, None
 
 
-@rule(aten.nll_loss_backward.default)
+@rule(
+    aten.nll_loss_backward.default,
+    samples=[
+        sample(spec(), spec(4, 3), _classes, None, 1, -100, spec(values=[4.0])),
+        sample(spec(4), spec(4, 3), _classes, spec(3, values=[0.5, 1.0, 2.0]), 0, 0, spec(values=[0.0])),
+    ],
+)
 def nll_loss_backward_grad(g, out, gy, x, target, weight, reduction, ignore_index, total_weight):
     each = aten.nll_loss_forward(g, target, weight, reduction, ignore_index)[0]
     return each, None, None, None, None
@@ -126,10 +133,31 @@ def nll_loss2d_grad(g, out, x, target, weight, reduction, ignore_index):
     return aten.nll_loss2d_backward(g[0], whole, target, weight, reduction, ignore_index, out[1]), None, None
 
 
-@rule(aten.nll_loss2d_backward.default)
+@rule(
+    aten.nll_loss2d_backward.default,
+    samples=[sample(spec(), spec(2, 3, 2, 2), _pixels, None, 1, -100, spec(values=[8.0]))],
+)
 def nll_loss2d_backward_grad(g, out, gy, x, target, weight, reduction, ignore_index, total_weight):
     each = aten.nll_loss2d_forward(g, target, weight, reduction, ignore_index)[0]
     return each, None, None, None, None
+
+
+@rule(
+    aten.multi_margin_loss.default,
+    samples=[sample(spec(4, 3), _classes), sample(spec(4, 3), _classes, 2, 0.5, None, 0)],
+)
+def multi_margin_loss_grad(g, out, x, target, p=1, margin=1, weight=None, reduction=1):
+    return aten.multi_margin_loss_backward(g, x, target, p, margin, weight, reduction), None, None
+
+
+@rule(
+    aten.multilabel_margin_loss_forward.default,
+    samples=[sample(spec(2, 3), spec(2, 3, dtype=torch.int64, values=[2, 0, -1, 1, -1, 0]), r) for r in (0, 1, 2)],
+)
+def multilabel_margin_loss_grad(g, out, x, target, reduction):
+    if g[0] is None:
+        return None, None
+    return aten.multilabel_margin_loss_backward(g[0], x, target, reduction, out[1]), None
 
 
 def _weighted(g: Tensor, weight: Any) -> Tensor:
@@ -185,5 +213,3 @@ def binary_cross_entropy_with_logits_grad(g, out, x, y, weight=None, pos_weight=
     by_x = each * ((1 - y + positive) * x.sigmoid() - positive)
     log_sigmoid = torch.nn.functional.logsigmoid
     return by_x, each * (log_sigmoid(-x) - pos_weight * log_sigmoid(x)), None, None
-
-

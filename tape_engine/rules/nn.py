@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Convolution and pooling."""
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ aten = torch.ops.aten
 # -- convolution -------------------------------------------------------------------------------------
 
 
-def convolved(x: Any, w: Any, b: Any, stride: int, padding: int, dilation: int, groups: int, transposed: bool = False) -> Sample:
+def convolved(
+    x: Any, w: Any, b: Any, stride: int, padding: int, dilation: int, groups: int, transposed: bool = False
+) -> Sample:
     """A call of ``convolution``."""
     n = len(x.shape) - 2
     return sample(x, w, b, [stride] * n, [padding] * n, [dilation] * n, transposed, [0] * n, groups)
@@ -23,7 +26,7 @@ def convolved(x: Any, w: Any, b: Any, stride: int, padding: int, dilation: int, 
 
 @rule(
     aten.convolution.default,
-    formula="x ∗ w + b",
+    formula="conv(x, w) + b",
     samples=[
         convolved(spec(2, 2, 4, 5), spec(3, 2, 3, 2), spec(3), 1, 0, 1, 1),
         convolved(spec(1, 4, 5, 5), spec(2, 2, 2, 2), None, 2, 1, 2, 2),
@@ -42,7 +45,19 @@ def convolution_grad(g, out, x, w, b, stride, padding, dilation, transposed, out
 @rule(
     aten.convolution_backward.default,
     samples=[
-        sample(spec(2, 3, 2, 4), spec(2, 2, 4, 5), spec(3, 2, 3, 2), [3], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True] * 3)
+        sample(
+            spec(2, 3, 2, 4),
+            spec(2, 2, 4, 5),
+            spec(3, 2, 3, 2),
+            [3],
+            [1, 1],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [True] * 3,
+        )
     ],
 )
 def convolution_backward_grad(
@@ -135,7 +150,8 @@ def averaging(forward: Any, backward: Any, samples: Sequence[Sample]) -> None:
 
 def _backward_sample(each: Sample) -> Sample:
     """The call of a pooling's backward that belongs to a call of its forward."""
-    size, stride, padding, ceil_mode, with_pad = [*each.args[1:], *([], 0, False, True)[len(each.args) - 2 :]]
+    defaults: tuple[Any, ...] = ([], 0, False, True)
+    size, stride, padding, ceil_mode, with_pad = (*each.args[1:], *defaults[len(each.args) - 2 :])
     x = each.args[0]
     steps, pads = stride or size, [padding] * len(size) if isinstance(padding, int) else padding
     n = len(size)
@@ -223,3 +239,33 @@ adaptive_max(
 )
 def max_unpool_grad(g, out, x, index, size, stride=None, padding=None):
     return _at(g, index, len(size)), None
+
+
+def fractional(forward: Any, backward: Any, given: Sample) -> None:
+    """Of the maxima of windows placed at random."""
+    n = len(given.args[1])
+
+    @rule(forward, samples=[given])
+    def grad(g: Any, out: Any, x: Tensor, kernel: Any, size: Any, points: Tensor) -> Any:
+        return None if g[0] is None else backward(g[0], x, kernel, size, out[1]), None
+
+    picked = spec(1, 1, *[2] * n, dtype=torch.int64, values=range(0, 3 * 2**n, 3))
+
+    @rule(backward, samples=[sample(spec(1, 1, *[2] * n), spec(1, 1, *[4] * n), [2] * n, [2] * n, picked)])
+    def again(g: Tensor, out: Tensor, gy: Tensor, x: Tensor, kernel: Any, size: Any, index: Tensor) -> Any:
+        return _at(g, index, n), None, None
+
+    grad.__name__, again.__name__ = rule_name(forward), rule_name(backward)
+
+
+_points = spec(1, 2, 2, low=0.1, high=0.9)
+fractional(
+    aten.fractional_max_pool2d.default,
+    aten.fractional_max_pool2d_backward.default,
+    sample(spec(1, 2, 4, 5), [2, 2], [2, 3], _points),
+)
+fractional(
+    aten.fractional_max_pool3d.default,
+    aten.fractional_max_pool3d_backward.default,
+    sample(spec(1, 1, 4, 4, 4), [2, 2, 2], [2, 2, 2], spec(1, 1, 3, low=0.1, high=0.9)),
+)

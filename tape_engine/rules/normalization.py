@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Normalisation by layer, group and batch.
 
 All of them compute ``x̂ = (x - mean) r`` with ``r = 1 / √(var + eps)`` over some dimensions, then ``x̂ w + b``.
@@ -18,7 +19,14 @@ aten = torch.ops.aten
 
 
 def _second(
-    g: tuple[Any, ...], gy: Tensor, x: Tensor, mean: Tensor, r: Tensor, w: Any, dims: tuple[int, ...], fixed: bool = False
+    g: tuple[Any, ...],
+    gy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    r: Tensor,
+    w: Any,
+    dims: tuple[int, ...],
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, by gy, x and the weight (not yet summed), of what the backward kernel computes.
 
@@ -104,8 +112,8 @@ def native_layer_norm_backward_grad(g, out, gy, x, shape, mean, rstd, weight, bi
     dims = tuple(range(x.ndim - len(shape), x.ndim))
     by_gy, by_x, by_weight = _second((*g, None, None)[:3], gy, x, mean, rstd, weight, dims)
     lead = list(range(x.ndim - len(shape)))
-    by_weight = None if weight is None else by_weight.sum(lead) if lead else by_weight
-    return by_gy, by_x, None, None, by_weight, None
+    summed = by_weight.sum(lead) if lead else by_weight
+    return by_gy, by_x, None, None, None if weight is None else summed, None
 
 
 # -- groups of channels ------------------------------------------------------------------------------
@@ -120,7 +128,7 @@ def native_layer_norm_backward_grad(g, out, gy, x, shape, mean, rstd, weight, bi
     ],
 )
 def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups, eps):
-    by_x, by_weight, by_bias = None, None, None
+    by_x = by_weight = by_bias = None
     if g[0] is not None:
         wanted = _wanted(weight, bias)
         gradients = aten.native_group_norm_backward(
@@ -133,7 +141,9 @@ def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups,
         mean, r = (t.reshape(n, groups, 1) for t in out[1:])
         through_r = 0 if g[2] is None else g[2].reshape(rows) * r * r * r * (x.reshape(rows) - mean)
         part = (0 if g[1] is None else g[1].reshape(rows)) - through_r
-        part = (part + x.new_zeros(n, groups, channels // groups * pixels)).reshape(x.shape) * (groups / channels / pixels)
+        part = (part + x.new_zeros(n, groups, channels // groups * pixels)).reshape(x.shape) * (
+            groups / channels / pixels
+        )
         by_x = part if by_x is None else by_x + part
     return by_x, by_weight, by_bias
 
@@ -158,14 +168,14 @@ def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups,
 def native_group_norm_backward_grad(g, out, gy, x, mean, rstd, weight, n, channels, pixels, groups, wanted):
     shape, split = x.shape, [n, groups, channels // groups, pixels]
     by_channel = [1, groups, channels // groups, 1]
-    by_x, by_weight, by_bias = (*g, None, None)[:3]
-    parts = (_full(by_x, split), _full(by_weight, by_channel), _full(by_bias, by_channel))
-    stats = [t.reshape(n, groups, 1, 1) for t in (mean, rstd)]
+    v, v_weight, v_bias = (*g, None, None)[:3]
+    parts = (_full(v, split), _full(v_weight, by_channel), _full(v_bias, by_channel))
+    mean, rstd = mean.reshape(n, groups, 1, 1), rstd.reshape(n, groups, 1, 1)
     by_gy, by_x, by_weight = _second(
-        parts, gy.reshape(split), x.reshape(split), *stats, _full(weight, by_channel), (2, 3)
+        parts, gy.reshape(split), x.reshape(split), mean, rstd, _full(weight, by_channel), (2, 3)
     )
-    by_weight = None if weight is None else by_weight.sum([0, 3]).reshape(channels)
-    return by_gy.reshape(shape), by_x.reshape(shape), None, None, by_weight
+    summed = by_weight.sum([0, 3]).reshape(channels)
+    return by_gy.reshape(shape), by_x.reshape(shape), None, None, None if weight is None else summed
 
 
 # -- batches -----------------------------------------------------------------------------------------
@@ -191,7 +201,15 @@ def _updated() -> Sample:
 
 
 def _batch_norm(
-    g: Tensor, out: Any, x: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, eps: float
+    g: Tensor,
+    out: Any,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    eps: float,
 ) -> tuple[Any, ...]:
     gradients = aten.native_batch_norm_backward(
         g, x, weight, running_mean, running_var, out[1], out[2], training, eps, _wanted(weight, bias)
@@ -260,11 +278,9 @@ def native_batch_norm_backward_grad(
     channels = [1, -1] + [1] * (x.ndim - 2)
     dims = tuple(d for d in range(x.ndim) if d != 1)
     mean, r = (save_mean, save_invstd) if train else (running_mean, (running_var + eps).rsqrt())
-    by_x, by_weight, by_bias = (*g, None, None)[:3]
-    parts = (by_x, _full(by_weight, channels), _full(by_bias, channels))
+    v, v_weight, v_bias = (*g, None, None)[:3]
+    parts = (v, _full(v_weight, channels), _full(v_bias, channels))
     by_gy, by_x, by_weight = _second(
         parts, gy, x, mean.reshape(channels), r.reshape(channels), _full(weight, channels), dims, not train
     )
     return by_gy, by_x, None if weight is None else by_weight.sum(dims), None, None, None, None
-
-

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Arithmetic, powers, comparisons and selections, element by element, with broadcasting."""
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..registry import declare, find, rule, sample, spec
+from ..registry import declare, rule, sample, spec
 from .common import C128, Tensor, binary, conj, is_tensor, keep_where, rule_name, unary
 
 aten = torch.ops.aten
@@ -16,7 +17,12 @@ aten = torch.ops.aten
 # -- sums, products, quotients -----------------------------------------------------------------------
 
 
-@rule(aten.add.Tensor, broadcasts=True, formula="a + b", samples=[*binary(), *binary(alpha=3)[:2], sample(spec(2, 3), 2.0)])
+@rule(
+    aten.add.Tensor,
+    broadcasts=True,
+    formula="a + b",
+    samples=[*binary(), *binary(alpha=3)[:2], sample(spec(2, 3), 2.0)],
+)
 def add_grad(g, out, a, b, *, alpha=1):
     return g, g if alpha == 1 else g * conj(alpha)
 
@@ -26,7 +32,12 @@ def add_scalar_grad(g, out, a, b, alpha=1):
     return g
 
 
-@rule(aten.sub.Tensor, broadcasts=True, formula="a - b", samples=[*binary(), *binary(alpha=3)[:2], sample(spec(2, 3), 2.0)])
+@rule(
+    aten.sub.Tensor,
+    broadcasts=True,
+    formula="a - b",
+    samples=[*binary(), *binary(alpha=3)[:2], sample(spec(2, 3), 2.0)],
+)
 def sub_grad(g, out, a, b, *, alpha=1):
     return g, -g if alpha == 1 else g * -conj(alpha)
 
@@ -81,7 +92,10 @@ def div_mode_grad(g, out, a, b, *, rounding_mode):
     return g / conj(b), -g * (out / b).conj() if is_tensor(b) else None
 
 
-@rule(aten.div.Scalar_mode, samples=[sample(spec(3), 2.0, rounding_mode=None), sample(spec(3), 2.0, rounding_mode="floor")])
+@rule(
+    aten.div.Scalar_mode,
+    samples=[sample(spec(3), 2.0, rounding_mode=None), sample(spec(3), 2.0, rounding_mode="floor")],
+)
 def div_scalar_mode_grad(g, out, a, b, *, rounding_mode):
     return g / b if rounding_mode is None else torch.zeros_like(g)
 
@@ -123,7 +137,11 @@ def lerp_scalar_grad(g, out, a, b, weight):
     return g * (1 - conj(weight)), g * conj(weight)
 
 
-@rule(aten.lerp.Tensor, broadcasts=True, samples=[sample(spec(3, 4), spec(4), spec(3, 1)), sample(spec(2), spec(2), spec(2))])
+@rule(
+    aten.lerp.Tensor,
+    broadcasts=True,
+    samples=[sample(spec(3, 4), spec(4), spec(3, 1)), sample(spec(2), spec(2), spec(2))],
+)
 def lerp_grad(g, out, a, b, weight):
     return g * (1 - weight).conj(), g * weight.conj(), g * (b - a).conj()
 
@@ -329,7 +347,10 @@ def where_grad(g, out, condition, a, b):
     return None, torch.where(condition, g, 0), torch.where(condition, 0, g)
 
 
-@rule(aten.nan_to_num.default, samples=[*unary(complex=False), sample(spec(4, values=[math.nan, math.inf, -math.inf, 1.0]))])
+@rule(
+    aten.nan_to_num.default,
+    samples=[*unary(complex=False), sample(spec(4, values=[math.nan, math.inf, -math.inf, 1.0]))],
+)
 def nan_to_num_grad(g, out, x, nan=None, posinf=None, neginf=None):
     return keep_where(x.isfinite(), g)
 
@@ -337,10 +358,10 @@ def nan_to_num_grad(g, out, x, nan=None, posinf=None, neginf=None):
 # -- steps: flat almost everywhere -------------------------------------------------------------------
 
 
-def step(target: Any) -> None:
+def step(target: Any, **kwargs: Any) -> None:
     """Of an operation that is constant between its jumps: zeros, as torch has it."""
 
-    @rule(target, samples=[sample(spec(3, 4)), sample(spec()), sample(spec(0, 3))])
+    @rule(target, samples=[sample(spec(3, 4), **kwargs), sample(spec(), **kwargs), sample(spec(0, 3), **kwargs)])
     def grad(g: Tensor, out: Tensor, x: Tensor, *, decimals: int = 0) -> Tensor:
         return torch.zeros_like(g)
 
@@ -349,10 +370,10 @@ def step(target: Any) -> None:
 
 for _target in (aten.floor.default, aten.ceil.default, aten.trunc.default, aten.round.default, aten.sign.default):
     step(_target)
-rule(aten.round.decimals, samples=[sample(spec(3, 4), decimals=1)])(find(aten.round.default).grad)
+step(aten.round.decimals, decimals=1)
 
 
-@rule(aten.floor_divide.default, broadcasts=True)
+@rule(aten.floor_divide.default, broadcasts=True, samples=[sample(spec(3, 4), spec(4, low=0.5))])
 def floor_divide_grad(g, out, a, b):
     return torch.zeros_like(g), torch.zeros_like(g)
 

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Random operations: what was drawn does not depend on what was there before.
 
 Fresh numbers (``rand``, ``bernoulli_``, ``normal_``) depend on no value that they replace, and are
@@ -13,7 +14,11 @@ from ..registry import declare, rule, sample, spec
 aten = torch.ops.aten
 
 
-@rule(aten.native_dropout.default, formula="dropout(x)", samples=[sample(spec(3, 4), 0.4, True), sample(spec(3, 4), 1.0, True), sample(spec(3), 0.4, False)])
+@rule(
+    aten.native_dropout.default,
+    formula="dropout(x)",
+    samples=[sample(spec(3, 4), 0.4, True), sample(spec(3, 4), 1.0, True), sample(spec(3), 0.4, False)],
+)
 def native_dropout_grad(g, out, x, p, train):
     if g[0] is None:
         return None
@@ -42,18 +47,23 @@ def normal_std_grad(g, out, mean, std, generator=None):
     return torch.zeros_like(g)
 
 
-@rule(aten.normal.Tensor_Tensor, broadcasts=True, samples=[sample(spec(3, values=[-1.0, 0.0, 2.0]), spec(3, values=[0.1, 1.0, 2.0]))])
+@rule(
+    aten.normal.Tensor_Tensor,
+    broadcasts=True,
+    samples=[sample(spec(3, values=[-1.0, 0.0, 2.0]), spec(3, values=[0.1, 1.0, 2.0]))],
+)
 def normal_grad(g, out, mean, std, generator=None):
     return torch.zeros_like(g), torch.zeros_like(g)
 
 
-@rule(aten.bernoulli.Tensor)
+@rule(aten.bernoulli.Tensor, samples=[sample(spec(3), spec(3, values=[0.2, 0.5, 0.9]))])
 def bernoulli_tensor_grad(g, out, x, p, generator=None):
     return None, torch.zeros_like(p)
 
 
 declare(
-    aten.bernoulli.p, aten.bernoulli_.float, aten.uniform.default, aten.uniform_.default, aten.normal_functional.default,
+    aten.bernoulli.p, aten.bernoulli_.float, aten.uniform.default, aten.uniform_.default,
+    aten.normal_functional.default,
     aten.normal_.default, aten.exponential.default, aten.exponential_.default, aten.geometric.default,
     aten.geometric_.default, aten.log_normal.default, aten.log_normal_.default, aten.cauchy.default,
     aten.cauchy_.default, aten.random.default, aten.random_.default, getattr(aten.random, "from"),

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Sums, means, products, extremes, norms, and running sums."""
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def sum_dim_grad(g, out, x, dim=None, keepdim=False, *, dtype=None):
     return spread(g, x.shape, dim, keepdim)
 
 
-@rule(aten.nansum.default, samples=[*over_dims(complex=False), sample(spec(2, 2, values=[1.0, math.nan, 2.0, 3.0]), [0])])
+@rule(
+    aten.nansum.default, samples=[*over_dims(complex=False), sample(spec(2, 2, values=[1.0, math.nan, 2.0, 3.0]), [0])]
+)
 def nansum_grad(g, out, x, dim=None, keepdim=False, *, dtype=None):
     return torch.where(x.isnan(), 0, spread(g, x.shape, dim, keepdim))
 
@@ -58,7 +61,10 @@ def mean_dim_grad(g, out, x, dim=None, keepdim=False, *, dtype=None):
     return spread(g / max(count(x.shape, dim), 1), x.shape, dim, keepdim)
 
 
-@rule(aten.cumsum.default, samples=[sample(spec(3, 4), 1), sample(spec(3, 4), -2), sample(spec(), 0), sample(spec(0, 2), 0)])
+@rule(
+    aten.cumsum.default,
+    samples=[sample(spec(3, 4), 1), sample(spec(3, 4), -2), sample(spec(), 0), sample(spec(0, 2), 0)],
+)
 def cumsum_grad(g, out, x, dim, *, dtype=None):
     return flipped_cumsum(g, dim)
 
@@ -268,7 +274,10 @@ for _target in (aten.max, aten.min, aten.median, aten.nanmedian):
     one_extreme(_target.default)
 
 
-@rule(aten.aminmax.default, samples=[sample(spec(2, 3)), sample(spec(2, 3), dim=1), sample(spec(2, 3), dim=0, keepdim=True)])
+@rule(
+    aten.aminmax.default,
+    samples=[sample(spec(2, 3)), sample(spec(2, 3), dim=1), sample(spec(2, 3), dim=0, keepdim=True)],
+)
 def aminmax_grad(g, out, x, *, dim=None, keepdim=False):
     total = None
     for each, extreme in zip(g, out, strict=True):
@@ -291,7 +300,12 @@ def at_index(g: Tensor | None, index: Tensor, shape: torch.Size, dim: int, keepd
 def picked(target: Any, *more: Any) -> None:
     """Of an operation that picks one value along a dimension, and tells its index."""
     tied = spec(2, 3, values=[1.0, 3.0, 3.0, 2.0, 2.0, 2.0])
-    made = [sample(spec(2, 3), *more, 1), sample(spec(2, 3), *more, -2, True), sample(spec(), *more, 0), sample(tied, *more, 1)]
+    made = [
+        sample(spec(2, 3), *more, 1),
+        sample(spec(2, 3), *more, -2, True),
+        sample(spec(), *more, 0),
+        sample(tied, *more, 1),
+    ]
     if more:
 
         @rule(target, samples=made)
@@ -307,8 +321,8 @@ def picked(target: Any, *more: Any) -> None:
     grad.__name__ = rule_name(target).replace("_grad", "_dim_grad")
 
 
-for _target in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default):
-    picked(_target)
+for _picker in (aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default):
+    picked(_picker)
 picked(aten.kthvalue.default, 1)
 
 

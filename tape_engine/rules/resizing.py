@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Images made larger, smaller, padded, sampled at points, or cut into columns."""
 
 from __future__ import annotations
@@ -34,7 +35,15 @@ def interpolation(name: str, size: Sequence[int], larger: Sequence[int], *, alig
 
         @rule(backward, samples=back)
         def again(
-            g: Tensor, out: Tensor, gy: Tensor, size: Any, shape: Any, align: bool, a: Any = None, b: Any = None, c: Any = None
+            g: Tensor,
+            out: Tensor,
+            gy: Tensor,
+            size: Any,
+            shape: Any,
+            align: bool,
+            a: Any = None,
+            b: Any = None,
+            c: Any = None,
         ) -> Any:
             return forward(g, size, align, *(a, b, c)[:n])
 

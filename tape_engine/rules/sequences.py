@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Attention, recurrent layers, and what sequences of unequal length need."""
 
 from __future__ import annotations
@@ -69,12 +70,32 @@ def scaled_dot_product_attention_cpu_backward_grad(
 # -- recurrent layers --------------------------------------------------------------------------------
 
 
-@rule(aten.mkldnn_rnn_layer.default)
+_f32 = torch.float32
+
+
+@rule(
+    aten.mkldnn_rnn_layer.default,
+    formula="lstm(x)",
+    samples=[
+        sample(
+            spec(3, 2, 4, dtype=_f32), spec(20, 4, dtype=_f32), spec(20, 5, dtype=_f32), spec(20, dtype=_f32),
+            spec(20, dtype=_f32), spec(2, 5, dtype=_f32), spec(2, 5, dtype=_f32), False, [], 2, 5, 1, True, False,
+            False, train,
+        )
+        for train in (True, False)
+    ],
+)  # fmt: skip
 def mkldnn_rnn_layer_grad(
     g, out, x, w0, w1, w2, w3, hx, cx, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases, bidirectional,
     batch_first, train,
 ):  # fmt: skip
     by_out, by_h, by_c = (torch.zeros_like(y) if each is None else each for each, y in zip(g[:3], out[:3], strict=True))
+    if len(out) < 4 or out[3] is None:  # run without grad mode, as in a replay, the layer makes no workspace
+        with torch.enable_grad():
+            out = aten.mkldnn_rnn_layer(
+                x, w0, w1, w2, w3, hx, cx, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases,
+                bidirectional, batch_first, train,
+            )  # fmt: skip
     by_x, by_w0, by_w1, by_w2, by_w3, by_hx, by_cx = aten.mkldnn_rnn_layer_backward(
         x, w0, w1, w2, w3, hx, cx, out[0], out[1], out[2], by_out, by_h, by_c, reverse, mode, hidden_size,
         num_layers, has_biases, train, bidirectional, batch_sizes, batch_first, out[3],
@@ -115,6 +136,9 @@ def _no_lengths(lengths: Any) -> list[None]:
 # -- bags of embeddings ------------------------------------------------------------------------------
 
 
+_bag = indices(1, 3, 1, 0), indices(0, 0, 0, 1), indices(3, 1), indices(1, 3)  # indices, their bags, sizes, places
+
+
 @rule(
     aten._embedding_bag.default,
     samples=[
@@ -143,3 +167,32 @@ def embedding_bag_grad(
     return by_weight, None, None, by_each
 
 
+@rule(
+    aten._embedding_bag_dense_backward.default,
+    samples=[sample(spec(2, 3), *_bag, 4, False, mode, None) for mode in (0, 1)]
+    + [sample(spec(2, 3), *_bag, 4, False, 0, spec(4))],
+)
+def embedding_bag_dense_backward_grad(
+    g, out, gy, index, bags, sizes, places, rows, scale_grad_by_freq, mode, per_sample_weights=None, padding_idx=-1
+):
+    if mode == 2:
+        return g.gather(0, places), None, None, None, None, None
+    picked = torch.where((index == padding_idx).unsqueeze(-1), 0, g.index_select(0, index))
+    by_weights = None
+    if per_sample_weights is not None:
+        by_weights = (picked * gy.index_select(0, bags)).sum(-1)
+        picked = picked * per_sample_weights.unsqueeze(-1)
+    if mode == 1:
+        picked = picked / sizes.index_select(0, bags).unsqueeze(-1)
+    return torch.zeros_like(gy).index_add(0, bags, picked), None, None, None, None, by_weights
+
+
+@rule(
+    aten._embedding_bag_per_sample_weights_backward.default,
+    samples=[sample(spec(2, 3), spec(4, 3), indices(1, 3, 1, 0), indices(0, 3), indices(0, 0, 0, 1), 0)],
+)
+def embedding_bag_per_sample_weights_backward_grad(g, out, gy, weight, index, offsets, bags, mode, padding_idx=-1):
+    each = torch.where(index == padding_idx, 0, g).unsqueeze(-1)
+    by_gy = torch.zeros_like(gy).index_add(0, bags, each * weight.index_select(0, index))
+    by_weight = torch.zeros_like(weight).index_add(0, index, each * gy.index_select(0, bags))
+    return by_gy, by_weight, None, None, None

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Views, copies and joins: what only moves elements about."""
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ _x = spec(2, 3, 4)
 # -- the same elements in another shape --------------------------------------------------------------
 
 
-@rule(aten.view.default, samples=[sample(_x, [6, 4]), sample(spec(6), [2, -1]), sample(spec(), [1, 1]), sample(spec(0, 3), [3, 0])])
+@rule(
+    aten.view.default,
+    samples=[sample(_x, [6, 4]), sample(spec(6), [2, -1]), sample(spec(), [1, 1]), sample(spec(0, 3), [3, 0])],
+)
 @rule(aten._unsafe_view.default, samples=[sample(_x, [6, 4]), sample(spec(0, 3), [3, 0])])
 @rule(aten._reshape_alias.default, samples=[sample(_x, [6, 4], [4, 1])])
 @rule(aten.view_copy.default, samples=[sample(_x, [6, 4])])
@@ -95,7 +99,11 @@ def to_copy_grad(
     return g.to(x.device)  # the dtype is the sweep's to cast
 
 
-@rule(aten.copy.default, broadcasts=True, samples=[sample(_x, _x), sample(_x, spec(4)), sample(_x, spec(dtype=torch.float32))])
+@rule(
+    aten.copy.default,
+    broadcasts=True,
+    samples=[sample(_x, _x), sample(_x, spec(4)), sample(_x, spec(dtype=torch.float32))],
+)
 def copy_grad(g, out, x, src, non_blocking=False):
     return None, g.to(src.device)  # of what was overwritten nothing is left
 
@@ -108,7 +116,11 @@ def fill_grad(g, out, x, value):
 # -- repeated elements -------------------------------------------------------------------------------
 
 
-@rule(aten.expand.default, broadcasts=True, samples=[sample(spec(3, 1), [2, 3, 4]), sample(spec(), [2, 2]), sample(spec(3, 1), [-1, 0])])
+@rule(
+    aten.expand.default,
+    broadcasts=True,
+    samples=[sample(spec(3, 1), [2, 3, 4]), sample(spec(), [2, 2]), sample(spec(3, 1), [-1, 0])],
+)
 @rule(aten.expand_copy.default, broadcasts=True, samples=[sample(spec(3, 1), [2, 3, 4])])
 def expand_grad(g, out, x, size, *, implicit=False):
     return g
@@ -116,7 +128,13 @@ def expand_grad(g, out, x, size, *, implicit=False):
 
 @rule(
     aten.repeat.default,
-    samples=[sample(spec(2, 3), [2, 1]), sample(spec(2, 3), [2, 2, 3]), sample(spec(), [3]), sample(spec(2), [0]), sample(spec(), [])],
+    samples=[
+        sample(spec(2, 3), [2, 1]),
+        sample(spec(2, 3), [2, 2, 3]),
+        sample(spec(), [3]),
+        sample(spec(2), [0]),
+        sample(spec(), []),
+    ],
 )
 def repeat_grad(g, out, x, repeats):
     shape = x.shape
@@ -187,7 +205,10 @@ def slice_backward_grad(g, out, gy, sizes, dim, start, end, step):
     return aten.slice(g, dim, start, end, step)
 
 
-@rule(aten.slice_scatter.default, samples=[sample(_x, spec(2, 2, 4), 1, 1, 3), sample(_x, spec(2, 3, 2), 2, None, None, 2)])
+@rule(
+    aten.slice_scatter.default,
+    samples=[sample(_x, spec(2, 2, 4), 1, 1, 3), sample(_x, spec(2, 3, 2), 2, None, None, 2)],
+)
 def slice_scatter_grad(g, out, x, src, dim=0, start=None, end=None, step=1):
     part = aten.slice(g, dim, start, end, step)
     return aten.slice_scatter(g, torch.zeros_like(part), dim, start, end, step), part
@@ -199,7 +220,10 @@ def narrow_copy_grad(g, out, x, dim, start, length):
     return aten.slice_backward(g, x.shape, dim, start, start + length, 1)
 
 
-@rule(aten.diagonal.default, samples=[sample(spec(3, 4)), sample(_x, 1, -1, 0), sample(spec(3, 4), -1), sample(spec(3, 4), 9)])
+@rule(
+    aten.diagonal.default,
+    samples=[sample(spec(3, 4)), sample(_x, 1, -1, 0), sample(spec(3, 4), -1), sample(spec(3, 4), 9)],
+)
 @rule(aten.diagonal_copy.default, samples=[sample(_x, 1, -1, 0)])
 def diagonal_grad(g, out, x, offset=0, dim1=0, dim2=1):
     return aten.diagonal_backward(g, x.shape, offset, dim1, dim2)
@@ -233,7 +257,13 @@ def tril_grad(g, out, x, diagonal=0):
 
 @rule(
     aten.constant_pad_nd.default,
-    samples=[sample(_x, [1, 2]), sample(_x, [1, 0, 0, 2], 3.5), sample(_x, [-1, 1]), sample(_x, [0, 0, 1, -2]), sample(spec(0, 2), [1, 1])],
+    samples=[
+        sample(_x, [1, 2]),
+        sample(_x, [1, 0, 0, 2], 3.5),
+        sample(_x, [-1, 1]),
+        sample(_x, [0, 0, 1, -2]),
+        sample(spec(0, 2), [1, 1]),
+    ],
 )
 def constant_pad_grad(g, out, x, pad, value=0):
     return aten.constant_pad_nd(g, [-p for p in pad])
@@ -257,7 +287,10 @@ def cat_grad(g, out, tensors, dim=0):
     return tuple(part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True))
 
 
-@rule(aten.stack.default, samples=[sample([spec(2, 3), spec(2, 3)]), sample([spec(2), spec(2), spec(2)], -1), sample([spec(), spec()])])
+@rule(
+    aten.stack.default,
+    samples=[sample([spec(2, 3), spec(2, 3)]), sample([spec(2), spec(2), spec(2)], -1), sample([spec(), spec()])],
+)
 def stack_grad(g, out, tensors, dim=0):
     return g.unbind(dim)
 
@@ -266,7 +299,7 @@ def stack_grad(g, out, tensors, dim=0):
 def block_diag_grad(g, out, tensors):
     parts, row, column = [], 0, 0
     for t in tensors:
-        height, width = ([1, 1] + list(t.shape))[-2:]
+        height, width = [1, 1, *t.shape][-2:]
         parts.append(g[row : row + height, column : column + width].reshape(t.shape))
         row, column = row + height, column + width
     return tuple(parts)
@@ -377,7 +410,9 @@ def as_strided_scatter_grad(g, out, x, src, size, stride, storage_offset=None):
     shift = 0 if storage_offset is None else storage_offset - start
     places, written = _places(shape, steps, g.device), _places(size, stride, g.device) + shift
     # which element of `x` lies at each place; those between its elements lead to one element too many
-    element = torch.full((max(_extent(shape, steps), _extent(size, stride) + shift, 1),), shape.numel(), device=g.device)
+    element = torch.full(
+        (max(_extent(shape, steps), _extent(size, stride) + shift, 1),), shape.numel(), device=g.device
+    )
     element = element.scatter(0, places, torch.arange(shape.numel(), device=g.device)).index_select(0, written)
     flat = torch.cat([g.reshape(-1), g.new_zeros(1)])
     kept = flat.index_fill(0, element, 0).narrow(0, 0, shape.numel())
@@ -386,5 +421,3 @@ def as_strided_scatter_grad(g, out, x, src, size, stride, storage_offset=None):
 
 # a cut by definition; and views of the bits, which have no derivative
 declare(aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.view.dtype)
-
-

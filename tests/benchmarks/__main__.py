@@ -95,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+SCALES = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"))
+
+
 @contextmanager
 def status(console: Console) -> Iterator[Callable[[str], None]]:
     """On a terminal, a line that tells what is being measured."""
@@ -107,8 +110,7 @@ def status(console: Console) -> Iterator[Callable[[str], None]]:
 
 def shown(table: Table) -> RichTable:
     """The table as it is printed."""
-    largest = max(timing.median for timing in table.timings)
-    scale, unit = next((s, u) for s, u in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")) if largest * s >= 1 or u == "µs")
+    scale, unit = next((s, u) for s, u in SCALES if table.timings[0].median * s >= 1 or u == "µs")
     made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=table.title, title_justify="left", title_style="bold")
     made.add_column("", no_wrap=True)
     for column in (f"median, {unit}", "min to max", "runs", "of eager torch"):

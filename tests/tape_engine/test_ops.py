@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,6 @@ import tape_engine as te
 Tensor = torch.Tensor
 Ways = Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]]
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 # -- the ways ------------------------------------------------------------------------------------------

@@ -1,469 +1,430 @@
-"""Every rule on the table, checked by the samples that it carries.
+"""Every rule on the table, checked by the samples that it carries; and the checks, by rules that are wrong.
 
-Each check takes one operation and one sample, drawn plain, with strides, or with one tensor in two
-places, and compares the rule's gradients, un-broadcast and cast by this file's own few lines, with
-
-- ``torch.autograd``, at kinks too;
-- central finite differences in float64, where the sample is at no kink;
-- ``torch.autograd`` a second time, for the gradient of the gradient.
-
-Arguments whose data the rule claims not to read are handed to it as bare descriptions.
+The checks themselves are in `rule_checks`. At the end whole computations, as a user writes them, go
+through the recorder, the rules and the sweep, and once more through the recorded sweep.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tests.tape_engine import rule_checks as checks
 
 import tape_engine as te
 from tape_engine import registry
-from tape_engine.registry import Op, Sample, Spec, sample, spec
-from tape_engine.tape import Value
+from tape_engine.registry import Op, sample, spec
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+F = torch.nn.functional
 
 OPS = [each for each in registry.ops() if each.grad is not None]
-SEED = 7
-EXACT = (torch.float64, torch.complex128)
+
+#: Rules without samples of their own, and the test here that checks them instead.
+ELSEWHERE = {
+    aten.linalg_eig.default: "linalg_eig",  # its loss must not depend on the phases of the vectors
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: "attention",  # torch has no second derivative
+}
 
 
 def title(op: Op) -> str:
-    return str(op.forward).removeprefix("aten.") if not op.is_named else op.name
-
-
-# -- a sample drawn ----------------------------------------------------------------------------------
-
-
-def each_tensor(structure: Any) -> Iterator[Tensor]:
-    """The tensors of nested arguments, in order."""
-    if isinstance(structure, Tensor):
-        yield structure
-    elif isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from each_tensor(item)
-    elif isinstance(structure, dict):
-        for item in structure.values():
-            yield from each_tensor(item)
-
-
-def flat(structure: Any) -> Iterator[Any]:
-    if isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from flat(item)
-    else:
-        yield structure
-
-
-def mapped(structure: Any, change: Callable[[Any], Any], kind: type) -> Any:
-    """Nested arguments with every object of `kind` changed."""
-    if isinstance(structure, kind):
-        return change(structure)
-    if isinstance(structure, (list, tuple)):
-        return type(structure)(mapped(item, change, kind) for item in structure)
-    if isinstance(structure, dict):
-        return {name: mapped(item, change, kind) for name, item in structure.items()}
-    return structure
-
-
-def differentiable(t: Any) -> bool:
-    return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
-
-
-@dataclass
-class Call:
-    """An operation with arguments drawn; ``leaves`` are its distinct floating tensors."""
-
-    op: Op
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    kinked: bool = False
-    leaves: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        found = {id(t): t for t in each_tensor([*self.args, self.kwargs]) if differentiable(t)}
-        self.leaves = list(found.values())
-
-    def forward(self) -> Any:
-        torch.manual_seed(SEED)  # a random operation draws the same at each call
-        return self.op.forward(*self.args, **self.kwargs)
-
-    @property
-    def exact(self) -> bool:
-        return all(t.dtype in EXACT for t in self.leaves)
-
-    def slots(self) -> list[Any]:
-        """What stands in each tensor's place, tensors of a list each for itself: tensors, numbers, ``None``."""
-        if self.op.is_named:
-            given = [each for one in (*self.args, *self.kwargs.values()) for each in flat(one)]
-            return [each for each in given if each is None or isinstance(each, Tensor)]
-        found: list[Any] = []
-        for place, argument in enumerate(self.op.forward._schema.arguments):  # type: ignore[attr-defined]
-            given = self.args[place] if place < len(self.args) else self.kwargs.get(argument.name)
-            kind = str(argument.type)
-            if kind in ("Tensor", "Optional[Tensor]"):
-                found.append(given)
-            elif kind in ("List[Tensor]", "List[Optional[Tensor]]"):
-                found.extend(given)
-        return found
-
-
-def plain(t: Tensor) -> Tensor:
-    return t
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same elements, each second place of a larger tensor's last dimension."""
-    if t.ndim == 0:
-        return torch.stack([t, t])[1]
-    wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def draw(op: Op, sample: Sample, layout: Callable[[Tensor], Tensor] = plain) -> Call:
-    generator = torch.Generator().manual_seed(SEED)
-    args, kwargs = mapped([sample.args, sample.kwargs], lambda s: layout(s.draw(generator)), Spec)
-    args, kwargs = op.bind(args, kwargs)
-    return Call(op, args, kwargs, is_kinked(sample))
-
-
-def specs_of(sample: Sample) -> list[Spec]:
-    return [s for s in flat([*sample.args, *sample.kwargs.values()]) if isinstance(s, Spec)]
-
-
-def is_kinked(sample: Sample) -> bool:
-    return any(s.values is not None and (s.dtype.is_floating_point or s.dtype.is_complex) for s in specs_of(sample))
-
-
-def doubled(op: Op, sample: Sample) -> Call | None:
-    """The call with one tensor in two places, where two of them are described alike."""
-    floating = [s for s in specs_of(sample) if s.dtype.is_floating_point or s.dtype.is_complex]
-    if len(set(floating)) == len(floating):
-        return None
-    generator = torch.Generator().manual_seed(SEED)
-    drawn: dict[Spec, Tensor] = {}
-    args, kwargs = mapped(
-        [sample.args, sample.kwargs], lambda s: drawn[s] if s in drawn else drawn.setdefault(s, s.draw(generator)), Spec
-    )
-    args, kwargs = op.bind(args, kwargs)
-    return Call(op, args, kwargs, is_kinked(sample))
-
-
-# -- the rule's gradients, and the references --------------------------------------------------------
-
-
-def as_tuple(out: Any) -> tuple[Any, ...]:
-    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
-
-
-def run_rule(call: Call, g: tuple[Any, ...], out: Any) -> dict[int, Tensor]:
-    """What the rule gives for each leaf (by id): contributions summed, un-broadcast, cast."""
-    op, names = call.op, call.op.rule_parameters
-    assert op.grad is not None and op.saves is not None
-
-    def described(name: str, given: Any) -> Any:
-        if not names or name in op.saves:  # type: ignore[operator]
-            return given
-        return mapped(given, Value, Tensor)
-
-    args = [described(names[i + 2], a) if names else a for i, a in enumerate(call.args)]
-    kwargs = {name: described(name, a) for name, a in call.kwargs.items()}
-    handed_out = described(names[1], out) if names else out
-    given = g if isinstance(out, (tuple, list)) else g[0]
-    watched = list(each_tensor([*call.args, call.kwargs, out, g]))
-    before = [t._version for t in watched]
-    returned = as_tuple(op.grad(given, handed_out, *args, **kwargs))
-    assert [t._version for t in watched] == before, "the rule wrote to what it was given"
-
-    slots = call.slots()
-    if len(returned) != len(slots):
-        slots = [s for s in slots if isinstance(s, Tensor)]
-    assert len(returned) == len(slots), f"{len(returned)} gradients for {len(slots)} tensors"
-    may_sum = op.broadcasts or (op.broadcasts is None and joint_shape(slots) == as_tuple(out)[0].shape)
-    total: dict[int, Tensor] = {}
-    for contribution, slot in zip(returned, slots, strict=True):
-        if not differentiable(slot) or contribution is None:
-            continue
-        if contribution.shape != slot.shape:
-            assert may_sum, f"a gradient of {contribution.shape} for {slot.shape}"
-            contribution = unbroadcast(contribution, slot.shape)
-        if contribution.is_complex() and not slot.is_complex():
-            contribution = contribution.real
-        contribution = contribution.to(slot.dtype)
-        total[id(slot)] = total[id(slot)] + contribution if id(slot) in total else contribution
-    return total
-
-
-def joint_shape(slots: list[Any]) -> torch.Size | None:
-    """What broadcasting the tensors gives; ``None`` where they do not broadcast."""
-    try:
-        return torch.broadcast_shapes(*[s.shape for s in slots if isinstance(s, Tensor)])
-    except RuntimeError:
-        return None
-
-
-def unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
-    while g.ndim > len(shape):
-        g = g.sum(0)
-    for dim, size in enumerate(shape):
-        if size == 1 and g.shape[dim] != 1:
-            g = g.sum(dim, keepdim=True)
-    assert g.shape == shape
-    return g
-
-
-def seeds(outs: tuple[Any, ...], reached: list[bool]) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(SEED + 1)
-    made = [Spec(tuple(o.shape), o.dtype, 0.2, 1.5).draw(generator) if differentiable(o) else None for o in outs]
-    return tuple(m if r else None for m, r in zip(made, reached, strict=True))
-
-
-def torch_reaches(outs: tuple[Any, ...]) -> list[bool]:
-    """To which outputs torch lets a gradient come."""
-    known = [has_gradient(o) for o in outs]
-    return known if any(known) else [differentiable(o) for o in outs]
-
-
-def with_grad(call: Call) -> tuple[Call, dict[int, Tensor]]:
-    """The call on leaves that require a gradient; and those, by the id of what they stand for."""
-    refused: set[int] = set()
-    while True:
-        made = {id(t): t.detach().requires_grad_() for t in call.leaves if id(t) not in refused}
-        args, kwargs = mapped([call.args, call.kwargs], lambda t: made.get(id(t), t), Tensor)  # noqa: B023
-        tracked = Call(call.op, args, kwargs, call.kinked)
-        try:
-            outs = [o for o in as_tuple(tracked.forward()) if has_gradient(o)]
-            if outs and made:
-                torch.autograd.grad(outs, list(made.values()), [torch.ones_like(o) for o in outs], allow_unused=True)
-        except (RuntimeError, NotImplementedError) as error:
-            named = re.search(r"to argument '(\w+)'|derivative for '\w+ (\w+)' is not implemented", str(error))
-            if named is None or call.op.is_named:
-                raise
-            name = named[1] or named[2]
-            place = call.op.parameters.index(name)
-            refused.add(id(call.args[place] if place < len(call.args) else call.kwargs[name]))
-            continue
-        return tracked, made
-
-
-def has_gradient(out: Any) -> bool:
-    """Whether torch lets a gradient come to this output, and knows what to do with it."""
-    return differentiable(out) and out.requires_grad and "NotImplemented" not in type(out.grad_fn).__name__
-
-
-def close(ours: Tensor | None, theirs: Tensor | None, what: str, tolerance: float) -> None:
-    if ours is None or theirs is None:
-        for one in (ours, theirs):
-            assert one is None or not one.any(), f"{what}: one has a gradient, the other none:\n{ours}\n{theirs}"
-        return
-    assert torch.allclose(ours.detach(), theirs.detach(), rtol=tolerance, atol=tolerance, equal_nan=True), (
-        f"{what} differs:\n{ours}\n{theirs}"
-    )
-
-
-def patterns(outs: tuple[Any, ...], reached: list[bool]) -> list[list[bool]]:
-    """Every output reached; then each alone, where there are several."""
-    several = sum(reached) > 1 and len(outs) <= 3
-    return [reached, *([[i == j for j in range(len(outs))] for i, r in enumerate(reached) if r] if several else [])]
-
-
-# -- the checks --------------------------------------------------------------------------------------
-
-
-def check_autograd(call: Call) -> None:
-    """The rule's gradients equal those of ``torch.autograd``."""
-    if call.kinked and call.op.is_named:
-        return  # at a kink the article's convention holds, not what the body's torch operations would give
-    with torch.no_grad():
-        out = call.forward()
-    tracked, made = with_grad(call)
-    theirs = as_tuple(tracked.forward())
-    reached = torch_reaches(theirs)
-    for pattern in patterns(theirs, reached) if call.op.forward not in TORCH_NEEDS_FIRST else [reached]:
-        g = seeds(as_tuple(out), pattern)
-        pairs = [(o, s) for o, s in zip(theirs, g, strict=True) if s is not None and has_gradient(o)]
-        if not pairs:
-            continue
-        expected = torch.autograd.grad(
-            [o for o, _ in pairs], list(made.values()), [s for _, s in pairs], allow_unused=True, retain_graph=True
-        )
-        with torch.no_grad():
-            ours = run_rule(call, g, out)
-        for place, (leaf, e) in enumerate(zip(made, expected, strict=True)):
-            close(ours.get(leaf), e, f"gradient {place}", 1e-9 if call.exact else 1e-4)
-
-
-def check_differences(call: Call, eps: float = 1e-6) -> None:
-    """The rule's gradients equal central finite differences of the forward, in real and imaginary part."""
-    if call.kinked or not call.exact:
-        return
-    tracked, _ = with_grad(call)
-    reached = torch_reaches(as_tuple(tracked.forward()))
-    with torch.no_grad():
-        out = call.forward()
-        if not all(o.dtype in EXACT for o in as_tuple(out) if differentiable(o)):
-            return
-        g = seeds(as_tuple(out), reached)
-        ours = run_rule(call, g, out)
-
-        def loss() -> float:
-            outs = as_tuple(call.forward())
-            return sum(float((s.conj() * o).real.sum()) for s, o in zip(g, outs, strict=True) if s is not None)
-
-        for place, leaf in enumerate(call.leaves):
-            found = torch.zeros_like(leaf, memory_format=torch.contiguous_format)
-            for index in torch.ones(leaf.shape).nonzero().tolist():
-                old = leaf[tuple(index)].clone()
-                for unit in (1, 1j) if leaf.is_complex() else (1,):
-                    leaf[tuple(index)] = old + eps * unit
-                    up = loss()
-                    leaf[tuple(index)] = old - eps * unit
-                    found[tuple(index)] += unit * (up - loss()) / (2 * eps)
-                    leaf[tuple(index)] = old
-            close(ours.get(id(leaf)), found, f"gradient {place}, by differences,", 2e-5)
-
-
-def check_second(call: Call) -> None:
-    """The gradient of a product with the rule's gradients equals that with torch's, for leaves and g alike."""
-    if call.kinked:
-        return
-    tracked, made = with_grad(call)
-    theirs = tracked.forward()
-    outs = as_tuple(theirs)
-    g = tuple(s if s is None else s.requires_grad_() for s in seeds(outs, torch_reaches(outs)))
-    pairs = [(o, s) for o, s in zip(outs, g, strict=True) if s is not None and has_gradient(o)]
-    if not pairs:
-        return
-    wanted = [*made.values(), *[s for _, s in pairs]]
-    try:
-        expected = torch.autograd.grad(
-            [o for o, _ in pairs], list(made.values()), [s for _, s in pairs], allow_unused=True, create_graph=True
-        )
-        target = second(expected, wanted)
-    except RuntimeError as error:
-        known = ("not implemented", "is not differentiable", "cannot reshape tensor of 0 elements")
-        assert any(each in str(error) for each in known), error
-        return
-    ours = run_rule(tracked, g, theirs)
-    result = second([ours.get(id(t)) for t in made.values()], wanted)
-    for place, (o, t) in enumerate(zip(result, target, strict=True)):
-        close(o, t, f"second gradient {place}", 1e-8 if call.exact else 1e-4)
-
-
-def check_recorded(call: Call) -> None:
-    """Recorded, swept, and the sweep recorded and swept again, the rules give what torch's autograd gives."""
-    if call.kinked and call.op.is_named:
-        return
-    tracked, made = with_grad(call)
-    theirs = as_tuple(tracked.forward())
-    g = seeds(theirs, [has_gradient(o) for o in theirs])
-    pairs = [(o, s) for o, s in zip(theirs, g, strict=True) if s is not None]
-    if not pairs:
-        return
-    leaves = [t for t in call.leaves if id(t) in made]
-    expected = torch.autograd.grad(
-        [o for o, _ in pairs], list(made.values()), [s for _, s in pairs], allow_unused=True, create_graph=True
-    )
-    try:
-        target = None if call.kinked else second(expected, list(made.values()))
-    except RuntimeError:
-        target = None  # torch has no second derivative there
-    weights = [Spec(tuple(t.shape), t.dtype).draw(torch.Generator().manual_seed(SEED + 2 + i)) for i, t in enumerate(leaves)]
-    second_ours: tuple[Tensor | None, ...] | None = None
-    with te.record(strict=True):
-        outs = as_tuple(call.op(*call.args, **call.kwargs) if call.op.is_named else call.forward())
-        loss = dotted([(s, o) for s, o in zip(g, outs, strict=True) if s is not None])
-        ours = te.grad(loss, leaves, record=target is not None)
-        again = [
-            (w, o)
-            for w, o, e in zip(weights, ours, expected, strict=True)
-            if o is not None and e is not None and e.requires_grad
-        ]
-        if again and target is not None:
-            second_ours = te.grad(dotted(again), leaves)
-    for place, (o, e) in enumerate(zip(ours, expected, strict=True)):
-        close(o, e, f"swept gradient {place}", 1e-9 if call.exact else 1e-4)
-    if second_ours is not None and target is not None:
-        for place, (o, t) in enumerate(zip(second_ours, target, strict=True)):
-            close(o, t, f"swept second gradient {place}", 1e-8 if call.exact else 1e-4)
-
-
-def dotted(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum of the real products of pairs of tensors."""
-    parts = [(w.conj() * t).sum() for w, t in pairs]
-    return sum((p.real if p.is_complex() else p).to(torch.float64) for p in parts)  # type: ignore[return-value]
-
-
-def second(first: Any, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
-    loss = torch.zeros((), dtype=torch.float64)
-    for place, f in enumerate(first):
-        if f is not None and f.requires_grad:
-            weight = Spec(tuple(f.shape), f.dtype).draw(torch.Generator().manual_seed(SEED + 2 + place))
-            loss = loss + (weight.conj() * f).real.sum()
-    if not loss.requires_grad:
-        return tuple(None for _ in wanted)
-    return torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
-
-
-#: Where torch's own gradient is wrong, as finite differences tell.
-TORCH_ERRS = {aten.as_strided_scatter.default}  # it keeps g where `src` was written, and drops it elsewhere
-
-#: Where torch drops the gradients of the further outputs unless the first has one.
-TORCH_NEEDS_FIRST = {aten.native_group_norm.default}
-
-CHECKS = (check_autograd, check_differences, check_second, check_recorded)
-
-
-def calls(op: Op, sample: Sample) -> Iterator[tuple[str, Call]]:
-    yield "plain", draw(op, sample)
-    yield "strided", draw(op, sample, strided)
-    twice = doubled(op, sample)
-    if twice is not None:
-        yield "twice", twice
-
-
-def takes_strides(call: Call) -> bool:
-    """Whether the operation can take these strides: a view of them may not exist."""
-    try:
-        call.forward()
-    except RuntimeError as error:
-        if "view" in str(error) or "with stride 1" in str(error):
-            return False
-        raise
-    return True
-
-
-def checks_of(op: Op, variant: str) -> list[Callable[[Call], None]]:
-    if op.forward in TORCH_ERRS:
-        return [] if variant == "strided" else [check_differences]
-    return [check_autograd] if variant == "strided" else list(CHECKS)
-
-
-# -- the tests ---------------------------------------------------------------------------------------
+    return op.name if op.is_named else str(op.forward).removeprefix("aten.")
 
 
 @pytest.mark.parametrize("op", OPS, ids=title)
 def test_rule(op: Op) -> None:
     for number, each in enumerate(op.samples):
-        for variant, call in calls(op, each):
-            if not takes_strides(call):
+        for variant, call in checks.calls(op, each):
+            if not checks.takes_strides(call):
                 continue
-            for check in checks_of(op, variant):
+            for check in checks.checks_of(op, variant):
                 try:
                     check(call)
                 except Exception as error:
-                    raise AssertionError(f"{title(op)}, sample {number}, {variant}, {check.__name__}:\n{error}") from error
+                    where = f"{title(op)}, sample {number}, {variant}, {check.__name__}"
+                    raise AssertionError(f"{where}:\n{error}") from error
 
 
 def test_every_rule_carries_samples() -> None:
-    assert [title(op) for op in OPS if not op.samples] == []
+    assert {op.forward for op in OPS if not op.samples} == set(ELSEWHERE)
+    assert set(ELSEWHERE.values()) <= {name for name, *_ in COMPUTATIONS}
 
 
-_ = (math, sample, spec)
+def test_no_operation_is_both_ruled_and_declared() -> None:
+    assert [title(op) for op in OPS if not op.differentiable] == []
+
+
+def test_a_rule_is_named_after_its_operation_or_says_what_it_is_a_rule_of() -> None:
+    assert [title(op) for op in OPS if not op.grad.__name__.endswith("_grad")] == []  # type: ignore[union-attr]
+
+
+def test_the_operations_of_the_common_architectures_have_rules_or_are_declared() -> None:
+    """The functional overloads that an MLP, a CNN, an LSTM and a transformer reach, checked while recording."""
+    torch.manual_seed(3)
+    with te.record(strict=True) as tape:
+        for forward, *tensors in (make() for _, make in COMPUTATIONS):
+            forward(*tensors)
+    assert len(tape) > 300
+
+
+# -- the tester is tested ------------------------------------------------------------------------------
+
+
+def made(forward: Callable[..., Any], wrong: Callable[..., Any], *samples: registry.Sample, **kwargs: Any) -> Op:
+    """An operation with a wrong rule, on no table."""
+    op = Op(forward, name="made", samples=samples, **kwargs)
+    op.rule(wrong)
+    return op
+
+
+def failures(op: Op) -> set[str]:
+    """The checks that fail, each with the variant on which it did."""
+    found = set()
+    for each in op.samples:
+        for variant, call in checks.calls(op, each):
+            for check in checks.checks_of(op, variant):
+                try:
+                    check(call)
+                except Exception:
+                    found.add(f"{check.__name__.removeprefix('check_')} {variant}")
+    return found
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    return x * w
+
+
+def matrix_product(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w
+
+
+PLAIN = {"autograd plain", "differences plain", "second plain", "recorded plain"}
+
+
+def test_a_right_rule_passes() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return g * w.conj(), g * x.conj()
+
+    pair, numbers = (spec(2, 3), spec(2, 3)), (spec(2, 3), spec(2, 3, dtype=torch.complex128))
+    assert failures(made(product, grad, sample(*pair), sample(*numbers), sample(spec(3), spec(2, 3)))) == set()
+
+
+def test_a_rule_off_by_a_factor_fails_every_check() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return g * w, 2 * g * x
+
+    found = failures(made(product, grad, sample(spec(2, 3), spec(2, 3))))
+    assert found >= PLAIN | {"autograd strided", "autograd twice", "differences twice"}
+
+
+def test_a_transposed_gradient_fails_every_check() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return g @ w, x.t() @ g
+
+    assert failures(made(matrix_product, grad, sample(spec(3, 3), spec(3, 3)))) >= PLAIN
+
+
+def test_a_missing_conjugate_fails_where_numbers_are_complex() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return g * w, g * x
+
+    assert failures(made(product, grad, sample(spec(2), spec(2)))) == set()
+    numbers = spec(2, dtype=torch.complex128)
+    assert failures(made(product, grad, sample(numbers, numbers))) >= PLAIN
+
+
+def test_a_rule_that_is_right_once_fails_the_second_derivative() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor) -> Any:
+        return 3 * g * x.detach() ** 2
+
+    op = made(lambda x: x**3, grad, sample(spec(4)))
+    assert failures(op) == {"second plain", "recorded plain"}
+
+
+def test_a_wrong_side_of_a_kink_fails_against_autograd() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor) -> Any:
+        return torch.where(x >= 0, g, 0)
+
+    away, at = sample(spec(3)), sample(spec(3, values=[-1.0, 0.0, 1.0]))
+    assert failures(made(aten.relu.default, grad, away)) <= {"recorded plain"}
+    assert "autograd plain" in failures(made(aten.relu.default, grad, away, at))
+
+
+def test_a_rule_that_goes_by_memory_fails_with_strides() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor) -> Any:
+        return 2 * g * x.as_strided(x.shape, [3, 1])
+
+    assert failures(made(lambda x: x**2, grad, sample(spec(2, 3)))) == {"autograd strided"}
+
+
+def test_a_rule_that_forgets_the_same_tensor_twice_fails() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return (g * w, None) if x is w else (g * w, g * x)
+
+    found = failures(made(product, grad, sample(spec(2, 3), spec(2, 3))))
+    assert found >= {"autograd twice", "differences twice", "second twice"}
+    assert not found & (PLAIN | {"autograd strided"})
+
+
+def test_a_rule_that_writes_to_what_it_was_given_fails() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        right = g * w, g * x
+        g.mul_(2)
+        return right
+
+    assert "autograd plain" in failures(made(product, grad, sample(spec(2, 3), spec(2, 3))))
+
+
+def test_a_rule_that_returns_too_few_or_misshapen_gradients_fails() -> None:
+    def short(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return (g * w,)
+
+    def misshapen(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return (g @ w.t()).sum(0), x.t() @ g
+
+    assert failures(made(product, short, sample(spec(2, 3), spec(2, 3)))) >= {"autograd plain", "recorded plain"}
+    found = failures(made(matrix_product, misshapen, sample(spec(2, 3), spec(3, 4))))
+    assert found >= {"autograd plain", "recorded plain"}
+
+
+def test_a_rule_that_asks_a_description_for_data_fails() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return g * w, g * x
+
+    op = made(product, grad, sample(spec(2, 3), spec(2, 3)))
+    op.saves = frozenset({"x"})  # as if the rule did not read w
+    assert "autograd plain" in failures(op)
+
+
+def test_a_gradient_that_is_declared_away_fails() -> None:
+    def grad(g: Tensor, out: Tensor, x: Tensor, w: Tensor) -> Any:
+        return g * w, None
+
+    assert failures(made(product, grad, sample(spec(2, 3), spec(2, 3)))) >= PLAIN
+
+
+# -- whole computations ----------------------------------------------------------------------------------
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+def of_module(module: torch.nn.Module, *inputs: Tensor, loss: Callable[[Any], Tensor] | None = None) -> tuple[Any, ...]:
+    """A module as a function of its inputs and parameters."""
+    module = module.double()
+    names = [name for name, _ in module.named_parameters()]
+    parameters = [p.detach().clone() for p in module.parameters()]
+
+    def run(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors[len(inputs) :], strict=True))
+        out = torch.func.functional_call(module, given, tensors[: len(inputs)])
+        return loss(out) if loss else (out * out).sum()
+
+    return run, *inputs, *parameters
+
+
+def perceptron() -> tuple[Any, ...]:
+    layers = torch.nn
+    net = layers.Sequential(layers.Linear(4, 6), layers.Tanh(), layers.LayerNorm(6), layers.GELU(), layers.Linear(6, 3))
+    labels = torch.tensor([0, 2, 1, 2, 0])
+    return of_module(net, rand(5, 4), loss=lambda out: F.cross_entropy(out, labels, label_smoothing=0.1))
+
+
+def plain_perceptron() -> tuple[Any, ...]:
+    def run(x: Tensor, w: Tensor, b: Tensor, v: Tensor) -> Tensor:
+        hidden = (x @ w + b).clamp(min=0.0)
+        scores = hidden @ v - 0.5 * hidden.mean(1, keepdim=True)
+        chosen = scores.log_softmax(1)[torch.arange(5), torch.tensor([0, 1, 2, 0, 1])]
+        return -chosen.mean() + 1e-2 * (w**2).sum() / 2 + (3 - v).abs().sum()
+
+    return run, rand(5, 4), rand(4, 6), rand(6), rand(6, 3)
+
+
+def in_place() -> tuple[Any, ...]:
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        z = x * 2
+        z.add_(y).mul_(x)
+        z[1] = y[0] ** 2
+        z[:, 2:].sub_(x[:, :2])
+        z.transpose(0, 1)[0].exp_()
+        return (z.sigmoid_() * y).sum()
+
+    return run, rand(3, 4), rand(3, 4)
+
+
+def convolutional() -> tuple[Any, ...]:
+    layers = torch.nn
+    net = layers.Sequential(
+        layers.Conv2d(2, 4, 3, padding=1),
+        layers.BatchNorm2d(4, track_running_stats=False),
+        layers.SiLU(),
+        layers.MaxPool2d(2),
+        layers.Conv2d(4, 4, 2, bias=False, groups=2),
+        layers.GroupNorm(2, 4),
+        layers.Upsample(scale_factor=2, mode="bilinear"),
+        layers.ConvTranspose2d(4, 2, 2, stride=2),
+        layers.AdaptiveAvgPool2d(1),
+        layers.Flatten(),
+    )
+    return of_module(net, rand(2, 2, 6, 6))
+
+
+def attention() -> tuple[Any, ...]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return (causal * F.scaled_dot_product_attention(q, k, v, scale=0.7)).sum()
+
+    return run, rand(1, 2, 3, 4), rand(1, 2, 3, 4), rand(1, 2, 3, 4)
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    causal = (q @ k.mT * 0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    return (causal * ((q @ k.mT * 0.7).softmax(-1) @ v)).sum()
+
+
+def transformer() -> tuple[Any, ...]:
+    block = torch.nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, activation="gelu")
+    return of_module(block.train(), rand(2, 3, 4))
+
+
+def recurrent() -> tuple[Any, ...]:
+    return of_module(torch.nn.LSTM(3, 4), rand(3, 2, 3), loss=lambda out: (out[0] ** 2).sum() + out[1][1].sum())
+
+
+def gated() -> tuple[Any, ...]:
+    return of_module(torch.nn.GRU(3, 4, 2), rand(3, 2, 3), loss=lambda out: (out[0] ** 2).sum())
+
+
+def indexed() -> tuple[Any, ...]:
+    def run(x: Tensor, table: Tensor) -> Tensor:
+        rows = F.embedding(torch.tensor([1, 3, 1]), table)
+        best = torch.topk(x, 2, dim=1)
+        spread = torch.zeros(3, 5, dtype=x.dtype).scatter_add(1, best.indices, best.values * rows[:, :2])
+        spread[spread > 1] = 0.5
+        wide = torch.cat([spread, x.gather(1, best.indices), x.index_select(1, torch.tensor([0, 0]))], 1)
+        return (torch.stack(wide.chunk(3, 1)[:2]).sort(0).values ** 2).sum() + wide[:, ::2].amax(1).prod()
+
+    return run, rand(3, 4), rand(4, 4)
+
+
+def summed() -> tuple[Any, ...]:
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        a = torch.einsum("ij,kj->ik", x, y) / x.norm(dim=1, keepdim=True)
+        b = x.std(0) + y.var(unbiased=False) + x.logsumexp(1).sum() + x.cumsum(1).prod(1).sum()
+        return a.sum() * b.sum() + F.cosine_similarity(x, y).sum() + (x.cumprod(1) * y).sum() + x.logcumsumexp(0).sum()
+
+    return run, rand(3, 4), rand(3, 4)
+
+
+def complex_numbers() -> tuple[Any, ...]:
+    def run(x: Tensor, z: Tensor) -> Tensor:
+        turned = torch.fft.fft(x * z.exp()) @ z.mH.unsqueeze(-1)
+        return (turned * turned.conj()).real.sum() + z.abs().sum() + torch.fft.irfft(torch.fft.rfft(x) * z[:3]).sum()
+
+    return run, rand(4), rand(4, dtype=torch.complex128)
+
+
+def decompositions() -> tuple[Any, ...]:
+    def run(x: Tensor, b: Tensor) -> Tensor:
+        s = x @ x.mT + torch.eye(3, dtype=x.dtype)
+        factor = torch.linalg.cholesky(s)
+        values, vectors = torch.linalg.eigh(s)
+        u, sizes, vh = torch.linalg.svd(x, full_matrices=False)
+        q, r = torch.linalg.qr(x)
+        whole = torch.cholesky_solve(b, factor).sum() + torch.logdet(s) + (vectors * values).sin().sum()
+        return whole + (u @ sizes.sqrt().diag() @ vh * q).sum() + r.abs().sum() + torch.linalg.inv(s)[0, 1]
+
+    return run, rand(3, 3), rand(3, 2)
+
+
+def eigenvalues() -> tuple[Any, ...]:
+    def run(x: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eig(x)
+        # of the vectors only the projectors v w*, which no phase changes
+        projector = vectors[:, :1] @ torch.linalg.inv(vectors)[:1]
+        return (values * values.conj()).real.sum() + (projector * projector.conj()).real.sum()
+
+    return run, rand(3, 3)
+
+
+def spectra() -> tuple[Any, ...]:
+    def run(x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(x @ x.mT).log().sum() + torch.linalg.svdvals(x).prod() + torch.linalg.det(x) ** 2
+
+    return run, rand(3, 3)
+
+
+COMPUTATIONS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
+    ("perceptron", perceptron),
+    ("plain perceptron", plain_perceptron),
+    ("in place", in_place),
+    ("convolutional", convolutional),
+    ("attention", attention),
+    ("transformer", transformer),
+    ("recurrent", recurrent),
+    ("gated", gated),
+    ("indexed", indexed),
+    ("summed", summed),
+    ("complex numbers", complex_numbers),
+    ("decompositions", decompositions),
+    ("linalg_eig", eigenvalues),
+    ("spectra", spectra),
+]
+
+REFERENCES = {"attention": attention_reference}
+
+
+@pytest.mark.parametrize(("name", "make"), COMPUTATIONS, ids=[name for name, _ in COMPUTATIONS])
+def test_computation(name: str, make: Callable[[], tuple[Any, ...]]) -> None:
+    """Recorded and swept, and the sweep recorded and swept: as torch.autograd has both, strict throughout."""
+    torch.manual_seed(3)
+    run, *tensors = make()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    first = torch.autograd.grad(REFERENCES.get(name, run)(*leaves), leaves, create_graph=True)
+    weights = [torch.randn(t.shape, dtype=t.dtype) for t in tensors]
+    total = checks.dotted(list(zip(weights, first, strict=True)))
+    second = torch.autograd.grad(total, leaves, allow_unused=True)
+    with te.record(strict=True):
+        ours = te.grad(run(*tensors), tensors, record=True)
+        assert all(each is not None for each in ours)
+        again = te.grad(checks.dotted([(w, g) for w, g in zip(weights, ours, strict=True) if g is not None]), tensors)
+    for place in range(len(tensors)):
+        checks.close(ours[place], first[place], f"gradient {place}", 1e-9)
+        checks.close(again[place], second[place], f"second gradient {place}", 1e-7)
+
+
+def test_a_determinant_has_its_gradient_where_it_is_zero() -> None:
+    x = torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64)
+    with te.record(strict=True):
+        det = torch.linalg.det(x)
+    (found,) = te.grad(det, x)
+    assert found is not None
+    assert torch.allclose(found, torch.tensor([[4.0, -2.0], [-2.0, 1.0]], dtype=torch.float64), atol=1e-6)
+
+
+def test_the_fused_layer_of_an_lstm_in_float32() -> None:
+    torch.manual_seed(3)
+    layer = torch.nn.LSTM(3, 4, 2, bidirectional=True)
+    x = torch.randn(5, 2, 3)
+    parameters = list(layer.parameters())
+    expected = torch.autograd.grad((layer(x)[0] ** 2).sum(), parameters)
+    with te.record(strict=True) as tape:
+        loss = (layer(x)[0] ** 2).sum()
+    assert "mkldnn_rnn_layer" in {node.op.name for node in tape.nodes} or not torch.backends.mkldnn.is_available()
+    for ours, theirs in zip(te.grad(loss, parameters), expected, strict=True):
+        checks.close(ours, theirs, "gradient", 1e-4)
+
+
+def test_a_dropout_mask_is_the_same_forward_and_backward() -> None:
+    x = torch.ones(200, dtype=torch.float64)
+    with te.record(strict=True):
+        out = F.dropout(x, 0.4)
+    (found,) = te.grad(out, x, torch.ones_like(out))
+    assert found is not None
+    assert torch.equal(found, out)
+    assert 0 < int((found == 0).sum()) < 200

@@ -19,7 +19,7 @@ from ...errors import GuardError, message
 from ...names import code_line, located, where
 from ...tape import Node, Value
 from ..buffers import buffer, rotating
-from ..calls import COPIES, SAME, Call, call_of
+from ..calls import COPIES, Call, call_of
 from ..data import Frozen
 from ..passes import drop_dead, fold_constants
 
@@ -198,9 +198,6 @@ class _Writer:
         forward = node.op.forward
         if node.result is not None:
             self.guard(node)
-        elif forward in SAME:
-            self.frozen.same[self.frozen.canonical(node.outputs[0])] = self.frozen.canonical(node.inputs[0])
-            return
         elif node in self.folded:
             self.once(node)
         elif forward in COPIES and self.plain_copy(node):
@@ -244,7 +241,8 @@ class _Writer:
             self.lines.append(f"{function}({', '.join(arguments)})")
             return
         names = [self.name(v, node.op.name) for v in node.outputs]
-        made = f"{', '.join(names)}{',' if node.outputs_tuple and len(names) == 1 else ''}"
+        written = node.returned(names)
+        made = written if isinstance(written, str) else "".join(f"{name or '_'}, " for name in written).rstrip()
         if call.title.startswith("torch.Tensor."):
             function, arguments = f"{arguments[0]}.{call.title.rpartition('.')[2]}", arguments[1:]
         self.lines.append(f"{made} = {function}({', '.join(arguments)})")
@@ -260,7 +258,7 @@ class _Writer:
         whole = names[0] if not node.outputs_tuple else self.unused(node.op.name)
         self.views.append((whole, node.op.forward, args, kwargs))
         if node.outputs_tuple:
-            for i, name in enumerate(names):
+            for i, name in ((i, n) for i, n in enumerate(node.returned(names)) if n is not None):
                 self.views.append((name, _item, (_Name(whole), i), {}))
         self.static.update(self.frozen.canonical(v) for v in node.outputs)
 

@@ -1,0 +1,59 @@
+# mypy: allow-untyped-defs
+"""Distances between rows, and products of three."""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import rule, sample, spec
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten._cdist_forward.default,
+    samples=[sample(spec(3, 2), spec(4, 2), p, None) for p in (2.0, 1.0, 3.0)],
+)
+def cdist_grad(g, out, a, b, p, compute_mode):
+    g = g.contiguous()
+    by_b = aten._cdist_backward(g.mT.contiguous(), b, a, p, out.mT.contiguous())
+    return aten._cdist_backward(g, a, b, p, out), by_b
+
+
+@rule(aten._euclidean_dist.default, samples=[sample(spec(3, 2), spec(4, 2)), sample(spec(2, 3, 2), spec(2, 4, 2))])
+def euclidean_dist_grad(g, out, a, b):
+    ratio = torch.where(out == 0, 0, g / out)
+    by_a = a * ratio.sum(-1, keepdim=True) - ratio @ b
+    return by_a, b * ratio.mT.sum(-1, keepdim=True) - ratio.mT @ a
+
+
+@rule(aten._pdist_forward.default, samples=[sample(spec(4, 2)), sample(spec(4, 3), 1.0)])
+def pdist_grad(g, out, x, p=2.0):
+    return aten._pdist_backward(g, x, p, out)
+
+
+@rule(
+    aten._trilinear.default,
+    samples=[sample(spec(3, 4), spec(2, 4, 5), spec(3, 5), [1, 3], [0], [1, 2], [2, 3])],
+)
+def trilinear_grad(g, out, a, b, c, expand1, expand2, expand3, sumdim, unroll_dim=1):
+    """Each of the three and `g` play the same part: what was summed stands in `g` as a dimension of size 1."""
+    by_a = aten._trilinear(g, b.conj(), c.conj(), sumdim, expand2, expand3, expand1)
+    by_b = aten._trilinear(a.conj(), g, c.conj(), expand1, sumdim, expand3, expand2)
+    return by_a, by_b, aten._trilinear(a.conj(), b.conj(), g, expand1, expand2, sumdim, expand3)
+
+
+@rule(
+    aten.renorm.default,
+    samples=[sample(spec(3, 4), 2, 0, 1.0), sample(spec(3, 4), 1, 1, 2.0), sample(spec(2, 3, 2), 3, -1, 0.5)],
+)
+def renorm_grad(g, out, x, p, dim, maxnorm):
+    """Each slice is scaled to ``maxnorm / (norm + 1e-7)`` where its norm is larger."""
+    others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    norm = torch.linalg.vector_norm(x, p, others, keepdim=True)
+    scale = maxnorm / (norm + 1e-7)
+    slope = -(g * x.conj()).sum(others, keepdim=True).real * scale / (norm + 1e-7)
+    slope = slope if p else torch.zeros_like(slope)
+    size = x.abs()
+    direction = x.sgn() if p == 1 else x * size.pow(p - 2) / norm.pow(p - 1)
+    return torch.where(norm > maxnorm, g * scale + slope * direction, g)

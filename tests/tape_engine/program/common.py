@@ -1,0 +1,106 @@
+"""What the tests of replay share: recording and freezing in one line, and references from torch.autograd."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from tests.helpers import close, each_tensor, g_of, plain, reference
+
+import tape_engine as te
+
+Tensor = torch.Tensor
+F32, F64, C128 = torch.float32, torch.float64, torch.complex128
+
+
+def draw(*shape: int, dtype: torch.dtype = F64) -> Tensor:
+    """Normal numbers from torch's generator."""
+    return torch.randn(shape, dtype=dtype)
+
+
+def freeze(
+    function: Callable[..., Any], inputs: Sequence[Tensor], params: Sequence[Tensor] = (), **options: Any
+) -> te.Program:
+    """The program of ``function(*inputs, *params)``, in which `params` are live."""
+    with te.record() as tape:
+        outputs = function(*inputs, *params)
+    program: te.Program = tape.program(inputs=tuple(inputs), outputs=outputs, **options)
+    return program
+
+
+def follows(
+    program: te.Program,
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    params: Sequence[Tensor] = (),
+    *,
+    seed: Tensor | None = None,
+    tol: float = 1e-10,
+) -> None:
+    """Asserts that a replay on `inputs` gives, forward and in every ``.g``, what torch.autograd gives on these values.
+
+    The function must not draw random numbers or write to its arguments.
+    """
+    with torch.no_grad():
+        wanted = each_tensor(function(*map(plain, inputs), *map(plain, params)))
+    for got in (program(*inputs), program.step(*inputs, seed=seed)):
+        made = each_tensor(got)
+        assert len(made) == len(wanted)
+        for t, w in zip(made, wanted, strict=True):
+            close(t, w, tol)
+
+    def weighted(*tensors: Tensor) -> Tensor:
+        out = each_tensor(function(*tensors))[0]
+        weight = torch.ones_like(out) if seed is None else seed.to(out.dtype)
+        total = (weight.conj() * out).sum()
+        return total.real if total.is_complex() else total
+
+    for t, w in zip([*inputs, *params], reference(weighted, *inputs, *params), strict=True):
+        if w is None or g_of(t) is None:
+            assert g_of(t) is None or not g_of(t).any()  # type: ignore[union-attr]
+            assert w is None or not w.any(), "a gradient is missing"
+        else:
+            close(g_of(t), w, tol)
+
+
+def snapshot(*tensors: Tensor) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """What an error must leave as it was: contents, and ``.g`` itself with its contents."""
+    found = []
+    for t in tensors:
+        g = g_of(t)
+        found.append((plain(t), g, None if g is None else plain(g)))
+    return found
+
+
+def unchanged(before: list[tuple[Tensor, Tensor | None, Tensor | None]], *tensors: Tensor) -> None:
+    """Asserts that the tensors and their ``.g`` are as in `before`."""
+    for (contents, g, of_g), t in zip(before, tensors, strict=True):
+        assert torch.equal(plain(t), contents), "a tensor has changed"
+        assert g_of(t) is g, "a .g was replaced"
+        if g is not None and of_g is not None:
+            assert torch.equal(plain(g), of_g), "a .g has changed"
+
+
+@contextmanager
+def counted(part: str = "tape_engine") -> Iterator[list[int]]:
+    """Counts the lines of Python that run in files under `part` (a measure of work that knows no clock)."""
+    count = [0]
+
+    def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            count[0] += 1
+        return on_line
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        return on_line if part in frame.f_code.co_filename and "tests" not in frame.f_code.co_filename else None
+
+    before = sys.gettrace()
+    sys.settrace(on_call)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)

@@ -1,0 +1,227 @@
+"""Decisions that the recorded code took by a tensor's elements."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tests.helpers import close, g_of
+from tests.tape_engine.program.common import F64, draw, follows, freeze, snapshot, unchanged
+from torch import nn
+
+import tape_engine as te
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    te.global_tape().clear()
+    yield
+    assert te.current_tape() is te.global_tape()
+
+
+# -- guards --------------------------------------------------------------------------------------------------
+
+
+def branch_if(x: Tensor) -> Tensor:
+    if x.sum() > 0:
+        return x * 2
+    return x * 3
+
+
+def branch_item(x: Tensor) -> Tensor:
+    k = int(x[0].sign().item())
+    return x * k
+
+
+def branch_bool(x: Tensor) -> Tensor:
+    return x.exp() if bool((x > 0).all()) else x
+
+
+def branch_float(x: Tensor) -> Tensor:
+    return x * float(x.sum() > 0)
+
+
+def branch_any(x: Tensor) -> Tensor:
+    return x.exp() if torch.any(x > 0) else x
+
+
+def branch_tolist(x: Tensor) -> Tensor:
+    return x * (x > 0).tolist()[0]
+
+
+def branch_equal(x: Tensor) -> Tensor:
+    return x * 2 if torch.equal(x, x.abs()) else x
+
+
+def branch_allclose(x: Tensor) -> Tensor:
+    return x * 2 if torch.allclose(x, x.abs()) else x
+
+
+def branch_argmax(x: Tensor) -> Tensor:
+    return x[int(torch.sign(x[0]))] * 2
+
+
+def branch_while(x: Tensor) -> Tensor:
+    y = x * 4
+    while (y.abs() > 3).any():
+        y = y / 2
+    return y
+
+
+BRANCHES = [
+    branch_if, branch_item, branch_bool, branch_float, branch_any, branch_tolist, branch_equal, branch_allclose,
+    branch_argmax,
+]  # fmt: skip
+
+
+def up(*signs: float) -> Tensor:
+    return torch.tensor(signs, dtype=F64) * (1 + torch.rand(len(signs), dtype=F64))
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=lambda f: f.__name__)
+def test_guards(branch: Callable[[Tensor], Tensor]) -> None:
+    n, w = torch.zeros(()), draw(3)
+
+    def function(x: Tensor) -> Tensor:
+        n.add_(1)
+        y = branch(x * 1.0)
+        w.mul_(2.0)
+        return y * torch.ones(3, dtype=F64)
+
+    x = up(1, 1, 1)
+    program = freeze(function, [x])
+    same = up(1, 1, 1)
+    close(program(same), branch(same) * torch.ones(3, dtype=F64))
+    program.step(same, seed=torch.ones(3, dtype=F64))
+    other = up(-1, -1, -1)
+    program_inputs = (other, n, w)
+    before = snapshot(*program_inputs)
+    for call in (lambda: program(other), lambda: program.step(other, seed=torch.ones(3, dtype=F64))):
+        with pytest.raises(te.GuardError) as caught:
+            call()
+        text = str(caught.value)
+        line = next(i for i, s in enumerate(_source(branch), branch.__code__.co_firstlineno) if GUARDED.search(s))
+        assert f"test_program.py:{line}" in text, text
+        assert isinstance(caught.value, RuntimeError)
+        unchanged(before, *program_inputs)
+    close(program(same), branch(same) * torch.ones(3, dtype=F64))  # and it goes on
+
+
+GUARDED = re.compile(r"^\s+(if|k =|return x(\.exp\(\) if|\[int| \* (float|\(x|2 if)))")
+
+
+def _source(function: Any) -> list[str]:
+    import inspect
+
+    return inspect.getsourcelines(function)[0]
+
+
+def test_a_guard_tells_line_and_both_values() -> None:
+    x = torch.tensor([2.0, 1.0])
+    with te.record() as tape:
+        k = int(x[0].item())
+        y = x * k
+    program = tape.program(inputs=x, outputs=y)
+    with pytest.raises(te.GuardError) as caught:
+        program(torch.tensor([5.0, 1.0]))
+    text = str(caught.value)
+    assert "2.0" in text
+    assert "5.0" in text
+    assert "k = int(x[0].item())" in text
+    assert "test_program.py:" in text
+
+
+def test_a_loop_that_runs_as_often() -> None:
+    x = up(1, 1, 1)
+    program = freeze(branch_while, [x])
+    close(program(x.flip(0)), branch_while(x.flip(0)))
+    with pytest.raises(te.GuardError):
+        program(x * 4)
+
+
+def test_a_guard_of_nan() -> None:
+    x = torch.tensor([float("nan"), 1.0])
+    with te.record() as tape:
+        x.sum().item()
+        y = x * 2
+    program = tape.program(inputs=x, outputs=y)
+    assert program(x)[1] == 2
+    with pytest.raises(te.GuardError):
+        program(torch.ones(2))
+
+
+SIZED: dict[str, Callable[[Tensor], Tensor]] = {
+    "nonzero": lambda x: x[(x > 0).nonzero().squeeze(1)] * 2,
+    "mask": lambda x: x[x > 0] * 2,
+    "mask, then a reduction": lambda x: x[x > 0].sum() * 2,
+    "masked_select": lambda x: torch.masked_select(x, x > 0).exp(),
+    "where": lambda x: x[torch.where(x > 0)[0]].exp(),
+    "unique": lambda x: torch.unique((x > 0) * torch.arange(5)) * x.sum(),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x, (x > 0).long() + 1).exp(),
+    "mask of two": lambda x: x[None].expand(2, 5)[:, x > 0].exp(),
+    "argwhere": lambda x: x[torch.argwhere(x > 0)[:, 0]] * 2,
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_that_depend_on_the_elements(name: str) -> None:
+    function, n = SIZED[name], torch.zeros(())
+
+    def counting(x: Tensor) -> Tensor:
+        n.add_(1)
+        return function(x)
+
+    x = up(1, -1, 1, -1, 1)
+    program = freeze(counting, [x])
+    n.zero_()
+    like = up(1, 1, -1, 1, -1)  # another place, the same size
+    wanted = function(like)
+    seed = torch.rand_like(wanted)
+    close(program(like), wanted)
+    close(program.step(like, seed=seed), wanted)
+    tracked = like.clone().requires_grad_()
+    close(g_of(like), torch.autograd.grad(function(tracked), tracked, seed)[0])
+    assert n == 2
+    for signs in ((1, 1, 1, 1, 1), (1, -1, -1, -1, -1), (-1, -1, -1, -1, -1)):
+        other = up(*signs)
+        before = snapshot(other, n)
+        for call in (lambda: program(other), lambda: program.step(other, seed=seed)):  # noqa: B023
+            with pytest.raises(te.GuardError) as caught:
+                call()
+            assert "test_program.py:" in str(caught.value)
+        unchanged(before, other, n)
+    close(program(like), wanted)
+
+
+def test_masked_assignment_needs_no_guard() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x * 1.0
+        y[x > 0] = 0.0
+        return y.square().sum()
+
+    program = freeze(function, [up(1, -1, 1)])
+    follows(program, function, [up(-1, -1, 1)])
+    follows(program, function, [up(-1, -1, -1)])
+
+
+def test_a_guard_after_batch_norm_comes_before_its_running_statistics() -> None:
+    net = nn.BatchNorm1d(3).double()
+    x = draw(5, 3).abs()
+
+    def function(x: Tensor) -> Tensor:
+        y = net(x)
+        return y.sum() if x.sum() > 0 else -y.sum()
+
+    program = freeze(function, [x])
+    buffers = [b for b in net.buffers()]
+    before = snapshot(x, *buffers)
+    with pytest.raises(te.GuardError):
+        program(-x)
+    with pytest.raises(te.GuardError):
+        program.step(-x)
+    unchanged(before, x, *buffers)

@@ -1,0 +1,472 @@
+"""The checks of a gradient rule, one function each; `test_rules` runs them over the whole table.
+
+Each check takes one operation and one sample, drawn plain, with strides, or with one tensor in two
+places, and compares the rule's gradients, un-broadcast and cast by this file's own few lines, with
+
+- `check_autograd`: ``torch.autograd``, at kinks too;
+- `check_differences`: central finite differences in float64, where the sample is at no kink;
+- `check_second`: ``torch.autograd`` a second time, through the rule, for the gradient of the gradient;
+- `check_recorded`: the engine itself: recorded (strict), swept, and the sweep recorded and swept again.
+
+Arguments whose data the rule claims not to read are handed to it as bare descriptions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import tape_engine as te
+from tape_engine.registry import Op, Sample, Spec
+from tape_engine.tape import Value
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+
+SEED = 7
+EXACT = (torch.float64, torch.complex128)
+
+
+# -- a sample drawn ----------------------------------------------------------------------------------
+
+
+def each_tensor(structure: Any) -> Iterator[Tensor]:
+    """The tensors of nested arguments, in order."""
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, (list, tuple)):
+        for item in structure:
+            yield from each_tensor(item)
+    elif isinstance(structure, dict):
+        for item in structure.values():
+            yield from each_tensor(item)
+
+
+def flat(structure: Any) -> Iterator[Any]:
+    if isinstance(structure, (list, tuple)):
+        for item in structure:
+            yield from flat(item)
+    else:
+        yield structure
+
+
+def mapped(structure: Any, change: Callable[[Any], Any], kind: type) -> Any:
+    """Nested arguments with every object of `kind` changed."""
+    if isinstance(structure, kind):
+        return change(structure)
+    if isinstance(structure, (list, tuple)):
+        return type(structure)(mapped(item, change, kind) for item in structure)
+    if isinstance(structure, dict):
+        return {name: mapped(item, change, kind) for name, item in structure.items()}
+    return structure
+
+
+def differentiable(t: Any) -> bool:
+    return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+
+
+@dataclass
+class Call:
+    """An operation with arguments drawn; ``leaves`` are its distinct floating tensors."""
+
+    op: Op
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kinked: bool = False
+    leaves: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = {id(t): t for t in each_tensor([*self.args, self.kwargs]) if differentiable(t)}
+        self.leaves = list(found.values())
+
+    def forward(self) -> Any:
+        torch.manual_seed(SEED)  # a random operation draws the same at each call
+        return self.op.forward(*self.args, **self.kwargs)
+
+    @property
+    def exact(self) -> bool:
+        return all(t.dtype in EXACT for t in self.leaves)
+
+    def slots(self) -> list[Any]:
+        """What stands in each tensor's place, tensors of a list each for itself: tensors, numbers, ``None``."""
+        if self.op.is_named:
+            given = [each for one in (*self.args, *self.kwargs.values()) for each in flat(one)]
+            return [each for each in given if each is None or isinstance(each, Tensor)]
+        found: list[Any] = []
+        for place, argument in enumerate(self.op.forward._schema.arguments):  # type: ignore[attr-defined]
+            given = self.args[place] if place < len(self.args) else self.kwargs.get(argument.name)
+            kind = str(argument.type)
+            if kind in ("Tensor", "Optional[Tensor]"):
+                found.append(given)
+            elif kind in ("List[Tensor]", "List[Optional[Tensor]]"):
+                found.extend(given)
+        return found
+
+
+def plain(t: Tensor) -> Tensor:
+    return t
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same elements, each second place of a larger tensor's last dimension."""
+    if t.ndim == 0:
+        return torch.stack([t, t])[1]
+    wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
+    wide[..., ::2] = t
+    return wide[..., ::2]
+
+
+def draw(op: Op, sample: Sample, layout: Callable[[Tensor], Tensor] = plain) -> Call:
+    generator = torch.Generator().manual_seed(SEED)
+    args, kwargs = mapped([sample.args, sample.kwargs], lambda s: layout(s.draw(generator)), Spec)
+    args, kwargs = op.bind(args, kwargs)
+    return Call(op, args, kwargs, is_kinked(sample))
+
+
+def specs_of(sample: Sample) -> list[Spec]:
+    return [s for s in flat([*sample.args, *sample.kwargs.values()]) if isinstance(s, Spec)]
+
+
+def is_kinked(sample: Sample) -> bool:
+    return any(s.values is not None and (s.dtype.is_floating_point or s.dtype.is_complex) for s in specs_of(sample))
+
+
+def doubled(op: Op, sample: Sample) -> Call | None:
+    """The call with one tensor in two places, where two of them are described alike."""
+    floating = [s for s in specs_of(sample) if s.dtype.is_floating_point or s.dtype.is_complex]
+    if len(set(floating)) == len(floating):
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+    drawn: dict[Spec, Tensor] = {}
+    args, kwargs = mapped(
+        [sample.args, sample.kwargs], lambda s: drawn[s] if s in drawn else drawn.setdefault(s, s.draw(generator)), Spec
+    )
+    args, kwargs = op.bind(args, kwargs)
+    return Call(op, args, kwargs, is_kinked(sample))
+
+
+# -- the rule's gradients, and the references --------------------------------------------------------
+
+
+def as_tuple(out: Any) -> tuple[Any, ...]:
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+
+def run_rule(call: Call, g: tuple[Any, ...], out: Any) -> dict[int, Tensor]:
+    """What the rule gives for each leaf (by id): contributions summed, un-broadcast, cast."""
+    op, names = call.op, call.op.rule_parameters
+    assert op.grad is not None
+    assert op.saves is not None
+
+    def described(name: str, given: Any) -> Any:
+        if not names or name in op.saves:  # type: ignore[operator]
+            return given
+        return mapped(given, Value, Tensor)
+
+    args = [described(names[i + 2], a) if names else a for i, a in enumerate(call.args)]
+    kwargs = {name: described(name, a) for name, a in call.kwargs.items()}
+    handed_out = described(names[1], out) if names else out
+    given = g if isinstance(out, (tuple, list)) else g[0]
+    watched = list(each_tensor([*call.args, call.kwargs, out, g]))
+    before = [t._version for t in watched]
+    returned = as_tuple(op.grad(given, handed_out, *args, **kwargs))
+    assert [t._version for t in watched] == before, "the rule wrote to what it was given"
+
+    slots = call.slots()
+    if len(returned) != len(slots):
+        slots = [s for s in slots if isinstance(s, Tensor)]
+    assert len(returned) == len(slots), f"{len(returned)} gradients for {len(slots)} tensors"
+    may_sum = op.broadcasts or (op.broadcasts is None and joint_shape(slots) == as_tuple(out)[0].shape)
+    total: dict[int, Tensor] = {}
+    for contribution, slot in zip(returned, slots, strict=True):
+        if not differentiable(slot) or contribution is None:
+            continue
+        if contribution.shape != slot.shape:
+            assert may_sum, f"a gradient of {contribution.shape} for {slot.shape}"
+            contribution = unbroadcast(contribution, slot.shape)
+        if contribution.is_complex() and not slot.is_complex():
+            contribution = contribution.real
+        contribution = contribution.to(slot.dtype)
+        total[id(slot)] = total[id(slot)] + contribution if id(slot) in total else contribution
+    return total
+
+
+def joint_shape(slots: list[Any]) -> torch.Size | None:
+    """What broadcasting the tensors gives; ``None`` where they do not broadcast."""
+    try:
+        return torch.broadcast_shapes(*[s.shape for s in slots if isinstance(s, Tensor)])
+    except RuntimeError:
+        return None
+
+
+def unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
+    while g.ndim > len(shape):
+        g = g.sum(0)
+    for dim, size in enumerate(shape):
+        if size == 1 and g.shape[dim] != 1:
+            g = g.sum(dim, keepdim=True)
+    assert g.shape == shape
+    return g
+
+
+def seeds(outs: tuple[Any, ...], reached: list[bool]) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(SEED + 1)
+    made = [Spec(tuple(o.shape), o.dtype, 0.2, 1.5).draw(generator) if differentiable(o) else None for o in outs]
+    return tuple(m if r else None for m, r in zip(made, reached, strict=True))
+
+
+def torch_reaches(outs: tuple[Any, ...]) -> list[bool]:
+    """To which outputs torch lets a gradient come."""
+    known = [has_gradient(o) for o in outs]
+    return known if any(known) else [differentiable(o) for o in outs]
+
+
+def with_grad(call: Call) -> tuple[Call, dict[int, Tensor]]:
+    """The call on leaves that require a gradient; and those, by the id of what they stand for."""
+    refused: set[int] = set()
+    while True:
+        made = {id(t): t.detach().requires_grad_() for t in call.leaves if id(t) not in refused}
+        args, kwargs = mapped([call.args, call.kwargs], lambda t: made.get(id(t), t), Tensor)  # noqa: B023
+        tracked = Call(call.op, args, kwargs, call.kinked)
+        try:
+            outs = [o for o in as_tuple(tracked.forward()) if has_gradient(o)]
+            if outs and made:
+                torch.autograd.grad(outs, list(made.values()), [torch.ones_like(o) for o in outs], allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            named = re.search(r"to argument '(\w+)'|derivative for '\w+ (\w+)' is not implemented", str(error))
+            if named is None and re.search("derivative for '\\w+' is not implemented", str(error)):
+                refused = {id(t) for t in call.leaves}
+                continue
+            if named is None or call.op.is_named:
+                raise
+            name = named[1] or named[2]
+            place = call.op.parameters.index(name)
+            refused.add(id(call.args[place] if place < len(call.args) else call.kwargs[name]))
+            continue
+        return tracked, made
+
+
+def has_gradient(out: Any) -> bool:
+    """Whether torch lets a gradient come to this output, and knows what to do with it."""
+    return differentiable(out) and out.requires_grad and "NotImplemented" not in type(out.grad_fn).__name__
+
+
+def close(ours: Tensor | None, theirs: Tensor | None, what: str, tolerance: float) -> None:
+    if ours is None or theirs is None:
+        for one in (ours, theirs):
+            assert one is None or not one.any(), f"{what}: one has a gradient, the other none:\n{ours}\n{theirs}"
+        return
+    assert torch.allclose(ours.detach(), theirs.detach(), rtol=tolerance, atol=tolerance, equal_nan=True), (
+        f"{what} differs:\n{ours}\n{theirs}"
+    )
+
+
+def patterns(outs: tuple[Any, ...], reached: list[bool]) -> list[list[bool]]:
+    """Every output reached; then each alone, where there are several."""
+    several = sum(reached) > 1 and len(outs) <= 3
+    return [reached, *([[i == j for j in range(len(outs))] for i, r in enumerate(reached) if r] if several else [])]
+
+
+# -- the checks --------------------------------------------------------------------------------------
+
+
+def check_autograd(call: Call) -> None:
+    """The rule's gradients equal those of ``torch.autograd``."""
+    if call.kinked and call.op.is_named:
+        return  # at a kink the article's convention holds, not what the body's torch operations would give
+    out = call.forward()
+    tracked, made = with_grad(call)
+    theirs = as_tuple(tracked.forward())
+    reached = torch_reaches(theirs)
+    for pattern in patterns(theirs, reached) if call.op.forward not in TORCH_NEEDS_FIRST else [reached]:
+        g = seeds(as_tuple(out), pattern)
+        pairs = [(o, s) for o, s in zip(theirs, g, strict=True) if s is not None and has_gradient(o)]
+        if not pairs:
+            continue
+        expected = torch.autograd.grad(
+            [o for o, _ in pairs], list(made.values()), [s for _, s in pairs], allow_unused=True, retain_graph=True
+        )
+        with torch.no_grad():
+            ours = run_rule(call, g, out)
+        for place, (leaf, e) in enumerate(zip(made, expected, strict=True)):
+            close(ours.get(leaf), e, f"gradient {place}", 1e-9 if call.exact else 1e-4)
+
+
+def check_differences(call: Call, eps: float = 1e-6) -> None:
+    """The rule's gradients equal central finite differences of the forward, in real and imaginary part."""
+    if call.kinked or not call.exact:
+        return
+    tracked, _ = with_grad(call)
+    reached = torch_reaches(as_tuple(tracked.forward()))
+    with torch.no_grad():
+        out = call.forward()
+        if not all(o.dtype in EXACT for o in as_tuple(out) if differentiable(o)):
+            return
+        g = seeds(as_tuple(out), reached)
+        ours = run_rule(call, g, out)
+
+        def loss() -> float:
+            outs = as_tuple(call.forward())
+            return sum(float((s.conj() * o).real.sum()) for s, o in zip(g, outs, strict=True) if s is not None)
+
+        for place, leaf in enumerate(call.leaves):
+            found = torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+            for index in torch.ones(leaf.shape).nonzero().tolist():
+                old = leaf[tuple(index)].clone()
+                for unit in (1, 1j) if leaf.is_complex() else (1,):
+                    leaf[tuple(index)] = old + eps * unit
+                    up = loss()
+                    leaf[tuple(index)] = old - eps * unit
+                    found[tuple(index)] += unit * (up - loss()) / (2 * eps)
+                    leaf[tuple(index)] = old
+            close(ours.get(id(leaf)), found, f"gradient {place}, by differences,", 2e-5)
+
+
+def check_second(call: Call) -> None:
+    """The gradient of a product with the rule's gradients equals that with torch's, for leaves and g alike."""
+    if call.kinked:
+        return
+    tracked, made = with_grad(call)
+    theirs = tracked.forward()
+    outs = as_tuple(theirs)
+    g = tuple(s if s is None else s.requires_grad_() for s in seeds(outs, torch_reaches(outs)))
+    pairs = [(o, s) for o, s in zip(outs, g, strict=True) if s is not None and has_gradient(o)]
+    if not pairs:
+        return
+    wanted = [*made.values(), *[s for _, s in pairs]]
+    try:
+        expected = torch.autograd.grad(
+            [o for o, _ in pairs], list(made.values()), [s for _, s in pairs], allow_unused=True, create_graph=True
+        )
+        target = second(expected, wanted)
+    except RuntimeError as error:
+        if not any(each in str(error) for each in NO_SECOND):
+            raise
+        return
+    ours = run_rule(tracked, g, theirs)
+    try:
+        result = second([ours.get(id(t)) for t in made.values()], wanted)
+    except RuntimeError as error:  # the rule's kernel, where torch itself takes another way
+        if "is not implemented" not in str(error):
+            raise
+        return
+    for place, (o, t) in enumerate(zip(result, target, strict=True)):
+        close(o, t, f"second gradient {place}", 1e-8 if call.exact else 1e-4)
+
+
+#: How torch says that it has no second derivative, where it has none or stumbles over an empty or missing tensor.
+NO_SECOND = (
+    "not implemented",
+    "is not differentiable",
+    "cannot reshape tensor of 0 elements",
+    "Expected a proper Tensor but got None",
+)
+
+
+def check_recorded(call: Call) -> None:
+    """Recorded, swept, and the sweep recorded and swept again, the rules give what torch's autograd gives."""
+    if call.kinked and call.op.is_named:
+        return
+    tracked, made = with_grad(call)
+    theirs = as_tuple(tracked.forward())
+    g = seeds(theirs, [has_gradient(o) for o in theirs])
+    pairs = [(o, s) for o, s in zip(theirs, g, strict=True) if s is not None]
+    if not pairs:
+        return
+    leaves = [t for t in call.leaves if id(t) in made]
+    expected = torch.autograd.grad(
+        [o for o, _ in pairs], list(made.values()), [s for _, s in pairs], allow_unused=True, create_graph=True
+    )
+    try:
+        target = None if call.kinked or call.op.forward in ONCE else second(expected, list(made.values()))
+    except RuntimeError as error:
+        if not any(each in str(error) for each in NO_SECOND):
+            raise
+        target = None
+    weights = [
+        Spec(tuple(t.shape), t.dtype).draw(torch.Generator().manual_seed(SEED + 2 + i)) for i, t in enumerate(leaves)
+    ]
+    second_ours: tuple[Tensor | None, ...] | None = None
+    with te.record(strict=True):
+        outs = as_tuple(call.op(*call.args, **call.kwargs) if call.op.is_named else call.forward())
+        loss = dotted([(s, o) for s, o in zip(g, outs, strict=True) if s is not None])
+        ours = te.grad(loss, leaves, record=target is not None)
+        again = [
+            (w, o)
+            for w, o, e in zip(weights, ours, expected, strict=True)
+            if o is not None and e is not None and e.requires_grad
+        ]
+        if again and target is not None:
+            second_ours = te.grad(dotted(again), leaves)
+    for place, (o, e) in enumerate(zip(ours, expected, strict=True)):
+        close(o, e, f"swept gradient {place}", 1e-9 if call.exact else 1e-4)
+    if second_ours is not None and target is not None:
+        for place, (o, t) in enumerate(zip(second_ours, target, strict=True)):
+            close(o, t, f"swept second gradient {place}", 1e-8 if call.exact else 1e-4)
+
+
+def dotted(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of the real products of pairs of tensors."""
+    parts = [(w.conj() * t).sum() for w, t in pairs]
+    return sum((p.real if p.is_complex() else p).to(torch.float64) for p in parts)  # type: ignore[return-value]
+
+
+def second(first: Any, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
+    loss = torch.zeros((), dtype=torch.float64)
+    for place, f in enumerate(first):
+        if f is not None and f.requires_grad:
+            weight = Spec(tuple(f.shape), f.dtype).draw(torch.Generator().manual_seed(SEED + 2 + place))
+            loss = loss + (weight.conj() * f).real.sum()
+    if not loss.requires_grad:
+        return tuple(None for _ in wanted)
+    return torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True)
+
+
+#: Where torch's own gradient is wrong, as finite differences tell.
+TORCH_ERRS = {
+    aten.as_strided_scatter.default,  # it keeps g where `src` was written, and drops it elsewhere
+    aten.rrelu_with_noise_functional.default,  # it reads the noise given, not the noise drawn
+}
+
+#: Differentiable once, as in torch: their backward kernels have no rule.
+ONCE = {
+    getattr(aten, name).default
+    for name in (
+        "grid_sampler_2d grid_sampler_3d _ctc_loss _cdist_forward _pdist_forward multi_margin_loss "
+        "multilabel_margin_loss_forward mkldnn_rnn_layer"
+    ).split()
+} | {aten._ctc_loss.Tensor}
+
+#: Where torch drops the gradients of the further outputs unless the first has one.
+TORCH_NEEDS_FIRST = {aten.native_group_norm.default}
+
+CHECKS = (check_autograd, check_differences, check_second, check_recorded)
+
+
+def calls(op: Op, sample: Sample) -> Iterator[tuple[str, Call]]:
+    yield "plain", draw(op, sample)
+    yield "strided", draw(op, sample, strided)
+    twice = doubled(op, sample)
+    if twice is not None:
+        yield "twice", twice
+
+
+def takes_strides(call: Call) -> bool:
+    """Whether the operation can take these strides: a view of them may not exist."""
+    try:
+        call.forward()
+    except RuntimeError as error:
+        if any(each in str(error) for each in ("view", "with stride 1", "contiguous")):
+            return False
+        raise
+    return True
+
+
+def checks_of(op: Op, variant: str) -> list[Callable[[Call], None]]:
+    if op.forward in TORCH_ERRS:
+        return [] if variant == "strided" else [check_differences]
+    return [check_autograd] if variant == "strided" else list(CHECKS)
