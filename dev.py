@@ -260,7 +260,9 @@ class Environment:
         if note.key is None or not {*extras} <= {*note.extras} or self.unlike_asked(note):
             return False
         probe = self.probe(modules_of(extras))
-        return probe is not None and not probe.missing and probe.pip and note.key == self.key(probe)
+        if probe is None or probe.missing or not probe.pip or not os.path.exists(self.script("tape-engine")):
+            return False
+        return note.key == self.key(probe)
 
     def ensure(self, extras: Sequence[str], *, thorough: bool = False) -> None:
         """Makes sure that the package is installed with `extras`; `thorough` looks at every file of every package.
@@ -350,7 +352,8 @@ class Environment:
         # before all else, so that one left half-made is known for dev.py's own
         self.write_note(Note(ours=True, root=str(self.root), system=system))
         # started by the environment that is being made anew, this must not be its Python
-        python = sys._base_executable if Path(sys.prefix) == self.folder else sys.executable  # type: ignore[attr-defined]
+        inside = Path(sys.prefix).resolve() == self.folder.resolve()
+        python = sys._base_executable if inside else sys.executable  # type: ignore[attr-defined]
         flags = ["--system-site-packages"] if system else []
         try:
             run_shown([python, "-m", "venv", *flags, str(self.folder)], why, self.log, self.root)
@@ -369,20 +372,9 @@ class Environment:
         constraints = self.constraints_kept(note, before)
         self.write_note(note._replace(key=None))
         target = f".[{','.join(extras)}]" if extras else "."
-        label = f"installing tape-engine{target[1:]}" + (
-            "" if before and before.torch else " (minutes, the first time)"
-        )
-        pip = [
-            self.script("python"),
-            "-m",
-            "pip",
-            "install",
-            "--progress-bar",
-            "off",
-            "--no-input",
-            "--no-color",
-            "--no-compile",
-        ]
+        first = "" if before and before.torch else " (minutes, the first time)"
+        label = f"installing tape-engine{target[1:]}{first}"
+        pip = [self.script("python"), *"-m pip install --progress-bar off --no-input --no-color --no-compile".split()]
         try:
             run_shown([*pip, "--constraint", str(constraints), "--editable", target], label, self.log, self.root)
         except Failure:
@@ -443,15 +435,15 @@ def empty(folder: Path) -> None:
 # -- the commands ------------------------------------------------------------------------------------------
 
 
-def call(environment: Environment, command: Sequence[str], cwd: Path | None = None, **more: str) -> int:
+def call(environment: Environment, command: Sequence[str], cwd: Path | None = None) -> int:
     """Runs `command` in the environment, in the terminal's own input and output; its exit status."""
-    with subprocess.Popen(command, cwd=cwd, env=environment.environ() | more) as child:
-        while True:
-            try:
-                code = child.wait()
-            except KeyboardInterrupt:
-                continue  # the child was interrupted as well, and ends in its own way
-            return code if code >= 0 else 128 - code
+    with subprocess.Popen(command, cwd=cwd, env=environment.environ()) as child:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.wait()  # it was interrupted as well, and ends in its own way
+            raise
+        return code if code >= 0 else 128 - code
 
 
 def setup(environment: Environment, args: Sequence[str]) -> int:
@@ -580,13 +572,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args and command not in TAKES_ARGUMENTS:
         parser().error(f"{options.command} takes no arguments, and was given: {' '.join(args)}")
-    asked = {"1": True, "0": False}.get(os.environ.get(SYSTEM_TORCH, ""))
+    asked = os.environ.get(SYSTEM_TORCH, "")
     try:
-        return command(Environment(ROOT, options.system_site_packages or asked), args)
-    except Failure as failure:
+        if asked not in ("", "0", "1"):
+            raise Failure(f"{SYSTEM_TORCH} is {asked!r}.\n  fix: set it to 1, to 0, or not at all")
+        system = options.system_site_packages or {"1": True, "0": False}.get(asked)
+        return command(Environment(ROOT, system), args)
+    except (Failure, OSError) as failure:
         say(f"dev.py: {failure}")
     except KeyboardInterrupt:
-        say("\ndev.py: interrupted; the same command takes it up again")
+        say("\ndev.py: interrupted")
         return 130
     return 1
 

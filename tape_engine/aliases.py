@@ -208,8 +208,7 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         if storage_of(cell.tensor) != storage or not cell.intact:
             continue
         if overlap(cell.tensor, tensor):
-            cell.tensor = cell.tensor.detach().clone(memory_format=torch.preserve_format)
-            cell.versions = (version_of(cell.tensor),)
+            cell.replace(cell.tensor.detach().clone(memory_format=torch.preserve_format))
         else:
             spared.append((cell, cell.tensor))
     for other in group:

@@ -8,6 +8,7 @@ shares that of an argument (a view). Or it asks a value out of the tensors (``it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -17,6 +18,9 @@ from .registry import Op, find
 __all__ = ["Plan", "plan_of"]
 
 aten = torch.ops.aten
+
+#: What stands for a default that an argument does not have.
+MISSING = object()
 
 #: Overloads whose results share storage with an argument although their schemas do not say so.
 HIDDEN_VIEWS = {
@@ -28,7 +32,17 @@ HIDDEN_VIEWS = {
 }
 
 #: Overloads by which a value leaves the tensors for Python.
-GUARDS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+GUARDS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.allclose.default,
+}
+
+#: Batch norm writes to its running statistics (arguments 3 and 4, when argument 5 says that it trains) without
+#: a mark in its schema and without being counted. Its functional twin returns them.
+BATCH_NORM = aten.native_batch_norm.default
+BATCH_NORM_TWIN = aten._native_batch_norm_legit_functional.default
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class Plan:
         guard: whether it asks a value out of the tensors.
         random: whether it draws from a generator.
         known: whether a functional twin was found, if it writes.
+        defaults: for each argument the default that its twin does not have, where one was found.
+        statistics: whether what it writes are statistics, through which no gradient passes.
     """
 
     op: Op
@@ -52,13 +68,17 @@ class Plan:
     guard: bool
     random: bool
     known: bool
+    defaults: tuple[Any, ...] = ()
+    statistics: bool = False
 
 
 _plans: dict[OpOverload, Plan] = {}
 
 
-def plan_of(overload: OpOverload) -> Plan:
+def plan_of(overload: OpOverload, args: tuple[Any, ...] = ()) -> Plan:
     """The plan of an overload; made at its first use."""
+    if overload is BATCH_NORM and len(args) > 5 and args[5] and args[3] is not None and args[4] is not None:
+        return _TRAINING
     found = _plans.get(overload)
     if found is None:
         found = _plans[overload] = _make(overload)
@@ -80,6 +100,8 @@ def _make(overload: OpOverload) -> Plan:
         guard=overload in GUARDS,
         random=torch.Tag.nondeterministic_seeded in overload.tags,
         known=twin is not None,
+        defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
+        statistics="batch_norm" in overload._schema.name,
     )
 
 
@@ -97,3 +119,15 @@ def _functional(overload: OpOverload) -> OpOverload | None:
             if not each._schema.is_mutable and not each._can_decompose():
                 return each  # type: ignore[no-any-return]
     return None
+
+
+_TRAINING = Plan(
+    op=find(BATCH_NORM_TWIN),
+    writes=(3, 4),
+    outs=(),
+    views=False,
+    guard=False,
+    random=False,
+    known=True,
+    statistics=True,
+)

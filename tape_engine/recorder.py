@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import aliases, exits, modules, registry
 from .errors import DTypeError, MissingRuleError, message
 from .names import call_site, local_name, user_frame
-from .plans import Plan, plan_of
+from .plans import MISSING, Plan, plan_of
 from .registry import Op
 from .tape import (
     Kept,
@@ -81,18 +81,22 @@ def read(tensor: Tensor, tape: Tape) -> Value:
     """The value that `tensor` holds now; a new leaf if no tape knows it."""
     entry = values_by_tensor.get(id(tensor))
     if entry is None:
+        above = None if tensor._base is None else values_by_tensor.get(id(tensor._base))
+        if above is not None and above[2] is not None and not _state.linking:
+            return _reread(tensor, above[1].constant, tape)  # a view made outside of a base written to since
         return _leaf(tensor, tape)
     _, value, node, counts = entry
     if _state.linking:
         return value
     if value.stale:
-        return _reread(tensor, value, tape)
+        return _reread(tensor, value.constant, tape)
     unchanged = version_of(tensor) in counts
     if node is None:
         if unchanged and value.shape == tensor.shape and value.dtype == tensor.dtype:
             tape.hold(tensor)
             return value
-        return _leaf(tensor, tape, name=value.name)  # written to between two recordings
+        # written to between two recordings
+        return _leaf(tensor, tape, name=value.name, closed=UNSEEN if value.closed == UNSEEN else "")
     if not unchanged:
         return _leaf(tensor, tape, closed=UNSEEN)
     if value.constant and tensor.requires_grad and tensor.is_leaf:
@@ -117,17 +121,30 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     return value
 
 
-def _reread(tensor: Tensor, stale: Value, tape: Tape) -> Value:
+def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     """The value of a view whose base was written to: read off what the base holds now."""
-    base = tensor._base
-    if base is None:
+    if tensor._base is None:
         return _leaf(tensor, tape, closed=UNSEEN)
-    whole = read(base, tape)
+    base, whole = _in_units_of(tensor, tensor._base, read(tensor._base, tape), tape)
+    if not aliases.covers(base, tensor):
+        return _leaf(tensor, tape, closed=UNSEEN)
     place = aliases.place_of(tensor, base)
-    node = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [tensor])
-    node.outputs[0].constant = stale.constant
-    aliases.share(node.outputs[0], whole)
-    return node.outputs[0]
+    value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [tensor]).outputs[0]
+    value.constant = constant
+    aliases.share(value, whole)
+    return value
+
+
+def _in_units_of(tensor: Tensor, base: Tensor, whole: Value, tape: Tape) -> tuple[Tensor, Value]:
+    """`base` in the numbers that `tensor` consists of: the pairs of reals of a complex base, for a real view."""
+    if not base.is_complex() or tensor.is_complex():
+        return base, whole
+    pairs = torch.view_as_real(base.resolve_conj() if base.is_conj() else base)
+    return pairs, write(tape, _AS_REAL, (whole,), {}, [whole], [None], [pairs]).outputs[0]
+
+
+_AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
+_AS_COMPLEX = registry.find(torch.ops.aten.view_as_complex.default)
 
 
 def _tensors_in(result: Any) -> list[Tensor]:
@@ -203,16 +220,23 @@ class _Taken:
         kept: the cells of those that the rule reads, made before the call: it may write to them.
     """
 
-    __slots__ = ("args", "inputs", "kept", "kwargs", "op", "tape", "tensors")
+    __slots__ = ("args", "inputs", "kept", "kwargs", "length", "op", "tape", "tensors")
 
     def __init__(self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.op = op
         self.tape = tape
+        self.length = tape.length
         self.inputs: list[Value] = []
         self.tensors: list[Tensor] = []
         self.kept: list[Kept | None] = []
         self.args = tuple([self.take(a, op.reads_argument(i)) for i, a in enumerate(args)])
         self.kwargs = {k: self.take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
+
+    def undo(self) -> None:
+        """After a failed call: views that were read off their bases for it will be read off again."""
+        for node in self.tape.rewind(self.length):
+            for value in node.outputs:
+                value.stale = True
 
     def take(self, argument: Any, keep: bool) -> Any:
         if isinstance(argument, Tensor):
@@ -278,6 +302,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             result = op.forward(*args, **kwargs)
         except Exception as error:
+            taken.undo()
             error.add_note(_operands_note(op, args, kwargs))
             raise
         if any(made is given for made in _tensors_in(result) for given in taken.tensors):
@@ -357,7 +382,7 @@ class _Mode(TorchDispatchMode):
         tape = self.tape
         if _state.quiet or (tape.strong and tape is not current_tape()):
             return func(*args, **kwargs)
-        plan = plan_of(func)
+        plan = plan_of(func, args)
         if _state.paused:
             return _unrecorded(func, plan, args, kwargs)
         if plan.writes:
@@ -367,7 +392,11 @@ class _Mode(TorchDispatchMode):
             _refuse_without_rule(plan.op, taken.inputs)
         if func is _LIFT:
             return _lift(tape, func, args[0])
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException:
+            taken.undo()
+            raise
         made = [result] if isinstance(result, Tensor) else _tensors_in(result)
         if plan.views and any(tensor is given for tensor in made for given in taken.tensors):
             return result  # nothing was done: it is the argument itself
@@ -428,9 +457,17 @@ def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
     return found
 
 
+def _completed(args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
+    """The arguments with those defaults of theirs that the functional twin may not have."""
+    left = plan.defaults[len(args) :]
+    if kwargs or MISSING in left:
+        return args
+    return (*args, *left)
+
+
 def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes to its arguments, recorded as its functional twin."""
-    given_args = tuple(a for i, a in enumerate(args) if i not in plan.outs)
+    given_args = tuple(a for i, a in enumerate(_completed(args, kwargs, plan)) if i not in plan.outs)
     given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
     # What the rule will read is kept here, so that what is about to be overwritten gets its copy below.
     taken = _Taken(plan.op, tape, given_args, given_kwargs)
@@ -454,7 +491,7 @@ def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...
     for k, (tensor, old) in enumerate(zip(written, before, strict=True)):
         new = node.outputs[len(fresh) + k]
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
-        new.constant = old.constant if node.cut else False
+        new.constant = old.constant if node.cut else plan.statistics
         new.name = old.name if old.leaf else None
         aliases.share(new, old)
         rebind(tensor, version_of(tensor) + 1)
@@ -467,37 +504,56 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
     neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
     base, of_base = tensor, new
     if whole is not None and tensor._base is not None:
-        base = tensor._base
-        if aliases.covers(base, tensor):
-            place = aliases.place_of(tensor, base)
-            node = write(
-                tape, aliases.write_view, (whole, new, *place), {}, [whole, new], [None, None], [base], cut=cut
-            )
-            of_base = node.outputs[0]
-            of_base.constant = whole.constant and (cut or new.constant)
-            if cut:
-                node.mutates = ((0, 0),)
-            aliases.share(of_base, new)
-            rebind(base, version_of(base) + 1)
-        else:
-            base, of_base = tensor, new
+        target, old = _in_units_of(tensor, tensor._base, whole, tape)
+        if aliases.covers(target, tensor):
+            base = tensor._base
+            of_base = _write_base(tape, tensor, new, target, old, cut)
     for other in neighbours:
         if other is base:
             continue
         held = bound(other)
-        if other._base is base and aliases.covers(base, other):
+        if other._base is base:
             if held is not None:
                 held.stale = True  # read off the base when it is next needed
         elif aliases.covers(base, other):
-            place = aliases.place_of(other, base)
-            node = write(tape, aliases.read_view, (of_base, *place), {}, [of_base], [None], [other])
-            node.outputs[0].constant = held is not None and held.constant
-            aliases.share(node.outputs[0], of_base)
-            rebind(other, version_of(other) + 1)
+            _read_off(tape, base, of_base, other, held)
         else:
             lost = Value(other)
             lost.closed = UNSEEN
             bind(other, lost, None)
+        rebind(other, version_of(other) + 1)
+
+
+def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Value, cut: bool) -> Value:
+    """Records what a write to the view `tensor` makes of its base; returns the base's new value."""
+    base = tensor._base
+    assert base is not None
+    place = aliases.place_of(tensor, target)
+    made = base if target is base else target
+    node = write(tape, aliases.write_view, (old, new, *place), {}, [old, new], [None, None], [made], cut=cut)
+    if cut:
+        node.mutates = ((0, 0),)
+    node.outputs[0].constant = old.constant and (cut or new.constant)
+    if target is not base:
+        pairs = node.outputs[0]
+        node = write(tape, _AS_COMPLEX, (pairs,), {}, [pairs], [None], [base])
+        node.outputs[0].constant = pairs.constant
+    aliases.share(node.outputs[0], new)
+    rebind(base, version_of(base) + 1)
+    return node.outputs[0]
+
+
+def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Value | None) -> None:
+    """Records what `other`, which is no view of `base`, holds after a write to that."""
+    place = aliases.place_of(other, base)
+    past = of_base.constant and held is not None and not held.constant
+    # A write through a detached alias changes the contents; the gradient passes over it, as in torch.
+    inputs = [of_base, held] if past and held is not None else [of_base]
+    node = write(tape, aliases.read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)
+    if past:
+        node.mutates = ((1, 0),)
+    node.outputs[0].constant = held is not None and held.constant
+    aliases.share(node.outputs[0], of_base)
 
 
 # -- the third door: plain torch operations on a recorded tensor, outside a block ---------------------------------
@@ -522,8 +578,10 @@ class Recorded(Tensor):
             tape = current_tape()
             with recording(tape):
                 result = func(*args, **kwargs)
-            for tensor in _tensors_in(result):
-                _mark(tensor, tape)
+            for tensor in (*_tensors_in(result), *_tensors_in(args), *_tensors_in(list(kwargs.values()))):
+                value = bound(tensor)
+                if value is not None and not value.leaf:
+                    _mark(tensor, tape)  # what it made, and what it wrote to
             return result
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

@@ -183,7 +183,7 @@ class Sweep:
     def run(self) -> Sweep:
         """Walks back; afterwards `gradients` is complete."""
         recording = recorder.recording(self.tape, sweep=True) if self.record else nullcontext()
-        length = len(self.tape) if self.record else 0
+        length = self.tape.length
         try:
             with torch.no_grad(), recording:
                 for node in reversed(self.order):

@@ -44,19 +44,25 @@ class Kept:
     """A tensor that some rule will read: the contents a value had when it was recorded.
 
     ``versions`` are torch's counts of the writes to it, by which a write unseen is found out. They are two
-    just after a write, which torch counts once the recorder has seen it.
+    just after a write, which torch counts once the recorder has seen it. ``address`` is where its elements
+    lie, by which ``x.data = y`` is found out, which torch does not count.
     """
 
-    __slots__ = ("__weakref__", "tensor", "versions")
+    __slots__ = ("__weakref__", "address", "tensor", "versions")
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        self.replace(tensor)
+
+    def replace(self, tensor: torch.Tensor) -> None:
+        """From now on `tensor` has the contents."""
         self.tensor = tensor
         self.versions: tuple[int, ...] = (version_of(tensor),)
+        self.address = address_of(tensor)
 
     @property
     def intact(self) -> bool:
         """Whether the contents are still those that were recorded."""
-        return version_of(self.tensor) in self.versions
+        return version_of(self.tensor) in self.versions and address_of(self.tensor) == self.address
 
 
 class Value:
@@ -177,6 +183,14 @@ def version_of(tensor: torch.Tensor) -> int:
     try:
         return tensor._version
     except RuntimeError:
+        return 0
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where the tensor's elements lie in memory; 0 where they do not lie in one place."""
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
         return 0
 
 
@@ -355,10 +369,18 @@ class Tape:
         if self.strong:
             self._leaves[id(tensor)] = tensor
 
-    def rewind(self, length: int) -> None:
-        """Forgets what was recorded after the first `length` nodes (of a tape that keeps its nodes)."""
-        if self.strong:
-            del self._nodes[length:]
+    @property
+    def length(self) -> int:
+        """How far it has come, for `rewind`."""
+        return len(self._nodes)
+
+    def rewind(self, length: int) -> list[Node]:
+        """Forgets what was recorded since it had this length (of a tape that keeps its nodes); returns that."""
+        if not self.strong:
+            return []
+        forgotten = self._nodes[length:]
+        del self._nodes[length:]
+        return forgotten
 
     @property
     def held(self) -> list[torch.Tensor]:

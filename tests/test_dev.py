@@ -99,6 +99,7 @@ class Workshop:
         elif kind == "pip":
             self.constraints = Path(command[command.index("--constraint") + 1]).read_text()
             self.installed.append(command[-1])
+            (self.folder / "bin" / "tape-engine").write_text("")
             self.answer(torch=self.torch)
 
     def kinds(self) -> list[str]:
@@ -227,6 +228,14 @@ def test_a_broken_environment_is_made_anew(shop: Workshop, damage: Callable[[Wor
     assert {path.name for path in shop.root.glob(".venv*")} == {".venv", ".venv.lock"}
     shop.environment().ensure(["test"])
     assert shop.kinds() == []
+
+
+def test_a_lost_command_is_installed_again(shop: Workshop) -> None:
+    shop.environment().ensure([])
+    (shop.folder / "bin" / "tape-engine").unlink()
+    shop.kinds()
+    shop.environment().ensure([])
+    assert shop.kinds() == ["pip"]
 
 
 def test_setup_looks_at_every_file(shop: Workshop) -> None:
@@ -572,7 +581,7 @@ class Calls:
         self.extras: list[str] = []
         self.status: Callable[[list[str]], int] = lambda command: 0
 
-    def call(self, environment: Any, command: list[str], cwd: Path | None = None, **more: str) -> int:
+    def call(self, environment: Any, command: list[str], cwd: Path | None = None) -> int:
         self.commands.append([Path(command[0]).name, *command[1:]])
         return self.status(command)
 
@@ -663,8 +672,55 @@ def test_a_failure_is_told_without_a_traceback(
     error: BaseException = dev.Failure("this went wrong")
     assert dev.main(["demo"]) == 1
     assert capfd.readouterr() == ("", "dev.py: this went wrong\n")
+    error = PermissionError("the disk is read-only")
+    assert dev.main(["demo"]) == 1
+    assert capfd.readouterr().err == "dev.py: the disk is read-only\n"
     error = KeyboardInterrupt()
     assert dev.main(["demo"]) == 130
+
+
+def test_an_unclear_wish_is_refused(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(dev.SYSTEM_TORCH, "maybe")
+    assert dev.main(["demo"]) == 1
+    assert capfd.readouterr().err.startswith(f"dev.py: {dev.SYSTEM_TORCH} is 'maybe'.\n  fix: ")
+    assert not calls.commands
+
+
+def test_an_interrupted_command_ends_first(shop: Workshop, tmp_path: Path) -> None:
+    """Ctrl-C reaches the command too; dev.py waits for it to end in its own way, and starts nothing after it."""
+    child = """
+import time
+print("up", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    print("down", flush=True)
+"""
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("dev", {str(ROOT / "dev.py")!r})
+dev = importlib.util.module_from_spec(spec)
+sys.modules["dev"] = dev
+spec.loader.exec_module(dev)
+dev.Environment.ensure = lambda *_, **__: None
+real = dev.call
+dev.call = lambda environment, command, cwd=None: real(environment, [sys.executable, "-c", {child!r}], cwd)
+sys.exit(dev.main(["check"]))
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "up\n"
+    time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=20)
+    assert out == "down\n"
+    assert run.returncode == 130
+    assert err == "check: ruff check\n\ndev.py: interrupted\n"
 
 
 @pytest.mark.parametrize(("code", "status"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 15)", 143)])
@@ -730,6 +786,7 @@ def test_a_real_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             site = next(shop.folder.glob("lib/python*/site-packages"))
             for name in dev.modules_of(["test"]):
                 (site / f"{name}.py").write_text("")
+            (shop.folder / "bin" / "tape-engine").write_text("")
         shop.ran.append(command)
 
     monkeypatch.setattr(dev, "run_shown", run)
@@ -748,7 +805,6 @@ def test_a_real_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_module_is_a_script() -> None:
     assert isinstance(dev, ModuleType)
-    assert os.access(ROOT / "dev.py", os.X_OK)
     done = subprocess.run([sys.executable, ROOT / "dev.py", "--help"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "The one-command loop" in done.stdout

@@ -53,13 +53,13 @@ def clusters(graph: nx.MultiDiGraph[str], hidden: Container[str] = ()) -> Cluste
                 break
             shared += 1
         del open_frames[shared + 1 :]
-        for depth in range(shared + 1, len(scope) + 1):
-            inner = Cluster(scope[:depth])
-            open_frames[-1].members.append(inner)
-            open_frames.append(inner)
-        for leaf in waiting:
-            depth = min(len(graph.nodes[leaf]["scope"]), len(scope))
-            open_frames[depth].members.append(leaf)
+        for depth in range(len(scope) + 1):
+            if depth > shared:
+                inner = Cluster(scope[:depth])
+                open_frames[-1].members.append(inner)
+                open_frames.append(inner)
+            here = [leaf for leaf in waiting if min(len(graph.nodes[leaf]["scope"]), len(scope)) == depth]
+            open_frames[depth].members += here
         waiting.clear()
         open_frames[-1].members.append(key)
     whole.members += waiting

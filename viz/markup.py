@@ -58,8 +58,13 @@ def wrapped(text: str, width: int = 40, most: int = 4) -> list[str]:
 
 
 def html(text: str) -> str:
-    """`text` for an HTML-like label: characters of the markup escaped, those that XML forbids replaced."""
-    return escape(_NOT_XML.sub("\ufffd", text), quote=True).replace("\n", " ")
+    r"""`text` for an HTML-like label: characters of the markup escaped, those that XML forbids replaced.
+
+    A backslash stands alone inside a tag: Graphviz would read ``\N`` as the node's name, and has no way to say
+    that it means a backslash.
+    """
+    escaped = escape(_NOT_XML.sub("\ufffd", text), quote=True)
+    return escaped.replace("\n", " ").replace("\\", "<font>&#92;</font>")
 
 
 def quoted(text: str) -> str:

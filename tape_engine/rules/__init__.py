@@ -55,6 +55,7 @@ from . import (
     resizing,
     sequences,
     shapes,
+    strides,
 )
 
 __all__ = [
@@ -75,4 +76,5 @@ __all__ = [
     "resizing",
     "sequences",
     "shapes",
+    "strides",
 ]

@@ -253,7 +253,7 @@ def masked_fill_tensor_grad(g, out, x, mask, value):
     samples=[sample(spec(2, 3), mask(1, 0, 1)), sample(spec(2, 1), mask(1, 0, 1)), sample(spec(), mask(1, shape=()))],
 )
 def masked_select_grad(g, out, x, mask):
-    whole = torch.zeros_like(torch.broadcast_tensors(stand_in(g, x.shape), mask)[0], dtype=g.dtype)
+    whole = torch.zeros_like(torch.where(mask, stand_in(g, x.shape), 0))
     return _to_shape(whole.masked_scatter(mask, g), x.shape), None
 
 

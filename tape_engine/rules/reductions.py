@@ -340,66 +340,6 @@ running_extreme(aten.cummax.default)
 running_extreme(aten.cummin.default)
 
 
-# -- norms -------------------------------------------------------------------------------------------
-
-
-def _norm(g: Tensor, norm: Tensor, x: Tensor, p: Any, dim: Any, keepdim: bool) -> Tensor:
-    """The gradient of ``(Σ |x|^p)^(1/p)``: ``sgn(x) (|x| / norm)^(p-1)``; 0 at 0, as torch has it."""
-    p = 2.0 if p is None else float(p)
-    g, norm = keep_dims(g, x.ndim, dim, keepdim), keep_dims(norm, x.ndim, dim, keepdim)
-    if p == 0:
-        return torch.zeros_like(x)
-    if p == 1:
-        return x.sgn() * g
-    if p == 2:
-        return torch.where(norm == 0, 0, x / norm) * g
-    if math.isinf(p):
-        size = x.abs()
-        chosen = (size == norm) | (size.isnan() & norm.isnan())
-        return x.sgn() * chosen * (g / chosen.sum(reduced(x.ndim, dim), keepdim=True))
-    if p < 1:
-        return torch.where(x == 0, 0, x.sgn() * x.abs().pow(p - 1)) * (g * norm.pow(1 - p))
-    if p < 2:
-        return x.sgn() * x.abs().pow(p - 1) * torch.where(norm == 0, 0, g / norm.pow(p - 1))
-    return x * x.abs().pow(p - 2) * torch.where(norm == 0, 0, g / norm.pow(p - 1))
-
-
-_orders = [
-    *[sample(spec(2, 3), p) for p in (2, 1, 0, 3, 1.5, 0.5, math.inf, -math.inf)],
-    sample(spec(2, 3, 4), 2, [1]),
-    sample(spec(2, 3, 4), 3, [0, -1], True),
-    sample(spec(2, 3, 4), math.inf, [-1]),
-    sample(spec(2, 3, dtype=C128), 2, [1]),
-    sample(spec(2, 3, dtype=C128), 3, [1]),
-    sample(spec(2, 3, dtype=C128), math.inf, [1]),
-    *[sample(spec(2, 2, values=[0.0, 0.0, 1.0, -1.0]), p, [1]) for p in (2, 1, 3, 1.5, math.inf)],
-]
-
-
-@rule(aten.linalg_vector_norm.default, formula="‖x‖", samples=[*_orders, sample(spec()), sample(spec(0, 3))])
-def linalg_vector_norm_grad(g, out, x, ord=2, dim=None, keepdim=False, *, dtype=None):
-    return _norm(g, out, x, ord, dim, keepdim)
-
-
-@rule(aten.norm.Scalar, samples=[sample(spec(2, 3)), sample(spec(2, 3), 3)])
-def norm_grad(g, out, x, p=2):
-    return _norm(g, out, x, p, None, False)
-
-
-@rule(aten.norm.ScalarOpt_dim, samples=[each for each in _orders if len(each.args) > 2])
-def norm_dim_grad(g, out, x, p, dim, keepdim=False):
-    return _norm(g, out, x, p, dim, keepdim)
-
-
-_distances = [sample(spec(2, 3), spec(2, 3), p) for p in (2, 1, 3, math.inf)]
-
-
-@rule(aten.dist.default, broadcasts=True, samples=[*_distances, sample(spec(2, 1), spec(3))])
-def dist_grad(g, out, a, b, p=2):
-    apart = _norm(g, out, a - b, p, None, False)
-    return apart, -apart
-
-
 declare(
     aten.argmax.default, aten.argmin.default, aten.all.default, aten.all.dim, aten.all.dims, aten.any.default,
     aten.any.dim, aten.any.dims, aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.bincount.default,

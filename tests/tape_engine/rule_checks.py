@@ -14,139 +14,18 @@ Arguments whose data the rule claims not to read are handed to it as bare descri
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import tape_engine as te
-from tape_engine.registry import Op, Sample, Spec
+from tape_engine.registry import Op, Spec
 from tape_engine.tape import Value
+from tests.tape_engine.rule_calls import EXACT, SEED, Call, differentiable, each_tensor, mapped
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
-
-SEED = 7
-EXACT = (torch.float64, torch.complex128)
-
-
-# -- a sample drawn ----------------------------------------------------------------------------------
-
-
-def each_tensor(structure: Any) -> Iterator[Tensor]:
-    """The tensors of nested arguments, in order."""
-    if isinstance(structure, Tensor):
-        yield structure
-    elif isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from each_tensor(item)
-    elif isinstance(structure, dict):
-        for item in structure.values():
-            yield from each_tensor(item)
-
-
-def flat(structure: Any) -> Iterator[Any]:
-    if isinstance(structure, (list, tuple)):
-        for item in structure:
-            yield from flat(item)
-    else:
-        yield structure
-
-
-def mapped(structure: Any, change: Callable[[Any], Any], kind: type) -> Any:
-    """Nested arguments with every object of `kind` changed."""
-    if isinstance(structure, kind):
-        return change(structure)
-    if isinstance(structure, (list, tuple)):
-        return type(structure)(mapped(item, change, kind) for item in structure)
-    if isinstance(structure, dict):
-        return {name: mapped(item, change, kind) for name, item in structure.items()}
-    return structure
-
-
-def differentiable(t: Any) -> bool:
-    return isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
-
-
-@dataclass
-class Call:
-    """An operation with arguments drawn; ``leaves`` are its distinct floating tensors."""
-
-    op: Op
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    kinked: bool = False
-    leaves: list[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        found = {id(t): t for t in each_tensor([*self.args, self.kwargs]) if differentiable(t)}
-        self.leaves = list(found.values())
-
-    def forward(self) -> Any:
-        torch.manual_seed(SEED)  # a random operation draws the same at each call
-        return self.op.forward(*self.args, **self.kwargs)
-
-    @property
-    def exact(self) -> bool:
-        return all(t.dtype in EXACT for t in self.leaves)
-
-    def slots(self) -> list[Any]:
-        """What stands in each tensor's place, tensors of a list each for itself: tensors, numbers, ``None``."""
-        if self.op.is_named:
-            given = [each for one in (*self.args, *self.kwargs.values()) for each in flat(one)]
-            return [each for each in given if each is None or isinstance(each, Tensor)]
-        found: list[Any] = []
-        for place, argument in enumerate(self.op.forward._schema.arguments):  # type: ignore[attr-defined]
-            given = self.args[place] if place < len(self.args) else self.kwargs.get(argument.name)
-            kind = str(argument.type)
-            if kind in ("Tensor", "Optional[Tensor]"):
-                found.append(given)
-            elif kind in ("List[Tensor]", "List[Optional[Tensor]]"):
-                found.extend(given)
-        return found
-
-
-def plain(t: Tensor) -> Tensor:
-    return t
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same elements, each second place of a larger tensor's last dimension."""
-    if t.ndim == 0:
-        return torch.stack([t, t])[1]
-    wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1])
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def draw(op: Op, sample: Sample, layout: Callable[[Tensor], Tensor] = plain) -> Call:
-    generator = torch.Generator().manual_seed(SEED)
-    args, kwargs = mapped([sample.args, sample.kwargs], lambda s: layout(s.draw(generator)), Spec)
-    args, kwargs = op.bind(args, kwargs)
-    return Call(op, args, kwargs, is_kinked(sample))
-
-
-def specs_of(sample: Sample) -> list[Spec]:
-    return [s for s in flat([*sample.args, *sample.kwargs.values()]) if isinstance(s, Spec)]
-
-
-def is_kinked(sample: Sample) -> bool:
-    return any(s.values is not None and (s.dtype.is_floating_point or s.dtype.is_complex) for s in specs_of(sample))
-
-
-def doubled(op: Op, sample: Sample) -> Call | None:
-    """The call with one tensor in two places, where two of them are described alike."""
-    floating = [s for s in specs_of(sample) if s.dtype.is_floating_point or s.dtype.is_complex]
-    if len(set(floating)) == len(floating):
-        return None
-    generator = torch.Generator().manual_seed(SEED)
-    drawn: dict[Spec, Tensor] = {}
-    args, kwargs = mapped(
-        [sample.args, sample.kwargs], lambda s: drawn[s] if s in drawn else drawn.setdefault(s, s.draw(generator)), Spec
-    )
-    args, kwargs = op.bind(args, kwargs)
-    return Call(op, args, kwargs, is_kinked(sample))
 
 
 # -- the rule's gradients, and the references --------------------------------------------------------
@@ -198,9 +77,10 @@ def run_rule(call: Call, g: tuple[Any, ...], out: Any) -> dict[int, Tensor]:
 def joint_shape(slots: list[Any]) -> torch.Size | None:
     """What broadcasting the tensors gives; ``None`` where they do not broadcast."""
     try:
-        return torch.broadcast_shapes(*[s.shape for s in slots if isinstance(s, Tensor)])
+        shape: torch.Size = torch.broadcast_shapes(*[s.shape for s in slots if isinstance(s, Tensor)])  # type: ignore[no-untyped-call]
     except RuntimeError:
         return None
+    return shape
 
 
 def unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
@@ -369,7 +249,7 @@ NO_SECOND = (
 
 def check_recorded(call: Call) -> None:
     """Recorded, swept, and the sweep recorded and swept again, the rules give what torch's autograd gives."""
-    if call.kinked and call.op.is_named:
+    if (call.kinked and call.op.is_named) or (call.op.forward in MISCOMPUTED and call.leaves[0].is_complex()):
         return
     tracked, made = with_grad(call)
     theirs = as_tuple(tracked.forward())
@@ -378,7 +258,7 @@ def check_recorded(call: Call) -> None:
     if not pairs:
         return
     leaves = [t for t in call.leaves if id(t) in made]
-    expected = torch.autograd.grad(
+    expected: tuple[Tensor | None, ...] = torch.autograd.grad(
         [o for o, _ in pairs], list(made.values()), [s for _, s in pairs], allow_unused=True, create_graph=True
     )
     try:
@@ -441,24 +321,19 @@ ONCE = {
     ).split()
 } | {aten._ctc_loss.Tensor}
 
+#: What torch computes wrongly, the forward itself, under any dispatch mode when the numbers are complex.
+MISCOMPUTED = {aten.linalg_pinv.atol_rtol_tensor}
+
 #: Where torch drops the gradients of the further outputs unless the first has one.
 TORCH_NEEDS_FIRST = {aten.native_group_norm.default}
 
 CHECKS = (check_autograd, check_differences, check_second, check_recorded)
 
 
-def calls(op: Op, sample: Sample) -> Iterator[tuple[str, Call]]:
-    yield "plain", draw(op, sample)
-    yield "strided", draw(op, sample, strided)
-    twice = doubled(op, sample)
-    if twice is not None:
-        yield "twice", twice
-
-
 def takes_strides(call: Call) -> bool:
     """Whether the operation can take these strides: a view of them may not exist."""
     try:
-        call.forward()
+        with_grad(call)
     except RuntimeError as error:
         if any(each in str(error) for each in ("view", "with stride 1", "contiguous")):
             return False

@@ -566,6 +566,22 @@ def test_going_on_from_a_swept_tape_needs_no_error_where_no_gradient_is_asked() 
     close(y.g, plain(C) * (y > 0))
 
 
+@pytest.mark.parametrize("asks", ["grad", "backward"])
+def test_a_gradient_that_a_swept_tape_hides_is_refused_not_missing(asks: str) -> None:
+    x, y = rand(3), rand(3)
+    C = te.relu(x).sum()
+    te.backward(C)
+    del x.g
+    D = (C * te.relu(y)).sum()
+    with pytest.raises(te.SweptError):
+        if asks == "grad":
+            te.grad(D, [x, y])
+        else:
+            te.backward(D, wrt=[y, x])
+    assert g_of(x) is None
+    assert g_of(y) is None
+
+
 def test_two_losses_of_one_block() -> None:
     x = rand(3)
     with te.record():
