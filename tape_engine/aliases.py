@@ -184,9 +184,20 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one storage can share an element (told from their first and last)."""
+    """Whether two tensors of one storage share an element; where that is dear to tell, whether they could."""
     (a0, a1), (b0, b1) = _span(a), _span(b)
-    return a0 < b1 and b0 < a1
+    if a1 <= b0 or b1 <= a0:
+        return False
+    if a.dtype != b.dtype or _dense(a) or _dense(b) or max(a.numel(), b.numel()) > 1 << 20:
+        return True
+    cpu = torch.device("cpu")
+    places = [positions(tuple(t.shape), t.stride(), t.storage_offset(), cpu) for t in (a, b)]
+    return bool(torch.isin(*places).any())  # two columns of a matrix, say
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor leaves out nothing between its first element and its last."""
+    return tensor.numel() == extent(tuple(tensor.shape), tensor.stride())
 
 
 def covers(base: torch.Tensor, part: torch.Tensor) -> bool:

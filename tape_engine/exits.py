@@ -5,7 +5,8 @@ A dispatch mode does not hear when values leave the tensors for Python or NumPy,
 the few methods by which that happens are wrapped; the wrappers are taken off with the last block.
 
 - ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``.
-- ``detach_()`` cuts a gradient, which torch does without telling the dispatcher.
+- ``detach_()`` cuts a gradient, which torch does without telling the dispatcher. ``detach()`` and
+  ``.data`` it does tell, but autograd detaches as well, each output that it saves: only the user's is a cut.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
   on a value through which a gradient could pass they warn.
@@ -33,18 +34,25 @@ Tensor = torch.Tensor
 #: Methods that hand a tensor's memory, or its elements, to code that is not torch's.
 LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
 
+_DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
 _open = 0
 _original: dict[tuple[type, str], Any] = {}
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
 _guard: Callable[[Tensor, Any], None] = print
 _cut: Callable[[Tensor], None] = print
+_detach: Callable[[Any, Tensor], Tensor] = print  # type: ignore[assignment]
 
 
-def on_exit(heard: Callable[[], bool], guard: Callable[[Tensor, Any], None], cut: Callable[[Tensor], None]) -> None:
-    """The recorder says here whether it listens, and how a guard and a cut in place are recorded."""
-    global _heard, _guard, _cut
-    _heard, _guard, _cut = heard, guard, cut
+def on_exit(
+    heard: Callable[[], bool],
+    guard: Callable[[Tensor, Any], None],
+    cut: Callable[[Tensor], None],
+    detach: Callable[[Any, Tensor], Tensor],
+) -> None:
+    """The recorder says here whether it listens, and how a guard and a cut, in place or not, are recorded."""
+    global _heard, _guard, _cut, _detach
+    _heard, _guard, _cut, _detach = heard, guard, cut, detach
 
 
 def open_exits() -> None:
@@ -56,6 +64,8 @@ def open_exits() -> None:
             for name in LEAVING:
                 _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
             _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
+            _wrap(Tensor, "detach", _detaching(Tensor.detach))
+            _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _DATA.__set__))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
             _wrap(torch.autograd.Function, "apply", classmethod(_apply))
 
@@ -115,6 +125,13 @@ def _tolist(original: Any) -> Any:
         return result
 
     return tolist
+
+
+def _detaching(original: Any) -> Any:
+    def detach(self: Tensor) -> Tensor:
+        return _detach(original, self) if _heard() else original(self)
+
+    return detach
 
 
 def _detach_(original: Any) -> Any:

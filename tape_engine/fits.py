@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from .errors import DTypeError, InputError, ShapeError, TapeError, message
-from .names import call_site, operand_names, user_frame
+from .names import call_site, operand_texts, user_frame
 from .tape import describe
 
 __all__ = ["lin", "mse", "relu"]
@@ -28,8 +28,8 @@ class _Operands:
         self.op = op
         self.tensors = tensors
         self.frame = user_frame()
-        given = operand_names(self.frame.f_code, self.frame.f_lasti) if self.frame is not None else []
-        self.names = {own: (given[i] if i < len(given) else None) or own for i, own in enumerate(tensors)}
+        given = operand_texts(self.frame.f_code, self.frame.f_lasti) if self.frame is not None else []
+        self.names = {own: given[i] if i < len(given) and len(given[i]) < 40 else own for i, own in enumerate(tensors)}
 
     def refuse(self, kind: type[TapeError], what: str, fix: str | None) -> NoReturn:
         rows = [
@@ -47,7 +47,9 @@ class _Operands:
             try:
                 tried = eval(f"t{expression}", {"t": self.tensors[own].detach(), "torch": torch})  # our own expressions
                 if fits(**{**self.tensors, own: tried}):
-                    return f"{self.names[own]}{expression} in the place of {self.names[own]}"
+                    name = self.names[own]
+                    text = f"{name if name.isidentifier() else f'({name})'}{expression}"
+                    return f"{text} in the place of {name}"
             except (RuntimeError, IndexError, TypeError):
                 continue
         return None
@@ -102,6 +104,10 @@ def _lin_fits(X: Tensor, w: Tensor, b: Tensor | None) -> bool:
     )
 
 
+def _count(dimensions: int) -> str:
+    return f"{dimensions} dimension" + "s" * (dimensions != 1)
+
+
 def lin(X: Any, w: Any, b: Any = None) -> None:
     """Refuses what ``lin(X, w, b)`` cannot take: X (..., N, D), w (D, M), b (M,), (1,) or none.
 
@@ -122,9 +128,9 @@ def lin(X: Any, w: Any, b: Any = None) -> None:
     given = _Operands("lin", X=X, w=w, b=b)
     x_name, w_name, b_name = given.names["X"], given.names["w"], given.names["b"]
     if X.ndim < 2:
-        what = f"{x_name} has {X.ndim} dimensions; it takes rows of features, (N, D) or with more leading dimensions."
+        what = f"{x_name} has {_count(X.ndim)}; it takes rows of features, (N, D) or with more leading dimensions."
     elif w.ndim != 2:
-        what = f"{w_name} has {w.ndim} dimensions; it takes a matrix (D, M)."
+        what = f"{w_name} has {_count(w.ndim)}; it takes a matrix (D, M)."
     elif X.shape[-1] != w.shape[0]:
         what = f"the last dimension of {x_name}, {X.shape[-1]}, is not the first of {w_name}, {w.shape[0]}."
     else:

@@ -7,6 +7,7 @@ file, line, source text and variable names are worked out from them when somebod
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import itertools
 import linecache
@@ -25,8 +26,8 @@ from .tape import Node, Value
 __all__ = ["call_site", "code_line", "local_name", "names_of", "source_segment", "user_frame", "where"]
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_SKIPPED = (_HERE, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, "<frozen ")
-_OPEN = (_HERE + "cli.py",)  # rooms of ours that are user code to the engine
+_SKIPPED = (_HERE, os.path.dirname(os.path.abspath(torch.__file__)) + os.sep, contextlib.__file__, "<frozen ")
+_OPEN = (_HERE + "cli.py", _HERE + "demo.py")  # rooms of ours that are user code to the engine
 _is_user_file: dict[str, bool] = {}
 
 
@@ -84,8 +85,16 @@ def call_site(frame: FrameType | None) -> str | None:
 
 def _site(filename: str, line: int) -> str:
     text = linecache.getline(filename, line).strip()
-    short = filename if filename.startswith("<") else os.path.basename(filename)
-    return f"{short}:{line}" + (f"    {text}" if text else "")
+    return f"{_short(filename)}:{line}" + (f"    {text}" if text else "")
+
+
+def _short(filename: str) -> str:
+    """How messages call a file: its last part; ``In[5]`` for a cell of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cell = None if shell is None else shell.compile.format_code_name(filename)
+    if cell:
+        return str(cell[1]) if isinstance(cell, tuple) else str(cell)
+    return filename if filename.startswith("<") else os.path.basename(filename)
 
 
 def where(node: Node) -> str | None:
@@ -93,8 +102,7 @@ def where(node: Node) -> str | None:
     code, lasti = node.site
     if code is None:
         return None
-    filename = code.co_filename
-    return f"{filename if filename.startswith('<') else os.path.basename(filename)}:{line_of(code, lasti)}"
+    return f"{_short(code.co_filename)}:{line_of(code, lasti)}"
 
 
 def located(node: Node) -> str | None:
@@ -146,6 +154,14 @@ def operand_names(code: CodeType, lasti: int) -> list[str | None]:
         return []
     given = [*call.args, *(keyword.value for keyword in call.keywords)]
     return [spelled(each) for each in given]
+
+
+def operand_texts(code: CodeType, lasti: int) -> list[str]:
+    """The source text of what a call was given, in order, keywords after; nothing if it cannot be told."""
+    call = expression(code, lasti)
+    if not isinstance(call, ast.Call) or any(isinstance(each, ast.Starred) for each in call.args):
+        return []
+    return [ast.unparse(each) for each in (*call.args, *(keyword.value for keyword in call.keywords))]
 
 
 def spelled(expression: ast.expr) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from .registry import Op, find
+from .registry import Op, composite, find
 
 __all__ = ["Plan", "plan_of"]
 
@@ -116,7 +116,7 @@ def _functional(overload: OpOverload) -> OpOverload | None:
         found = [getattr(packet, each) for each in packet.overloads()]
         found = [each for each in found if [(a.name, str(a.type)) for a in each._schema.arguments] == takes]
         for each in sorted(found, key=lambda o: o._overloadname != overload._overloadname):
-            if not each._schema.is_mutable and not each._can_decompose():
+            if not each._schema.is_mutable and not composite(each):
                 return each  # type: ignore[no-any-return]
     return None
 

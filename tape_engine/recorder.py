@@ -15,10 +15,11 @@ from then on. `aliases` follows the other tensors that look into the same storag
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -60,6 +61,7 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         self.quiet = 0  # inside the body of a named operation, a rule, a replay: nothing is heard
+        self.detaching = 0  # inside a detach() of the user's
         self.paused = 0  # inside te.pause(): heard, and left out
         self.opening = False  # named operations run their bodies, which are heard
         self.linking = False  # inside a sweep that is recorded: every binding counts, closed or not
@@ -99,7 +101,15 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         return _leaf(tensor, tape, name=value.name, closed=UNSEEN if value.closed == UNSEEN else "")
     if not unchanged:
         return _leaf(tensor, tape, closed=UNSEEN)
-    if value.constant and tensor.requires_grad and tensor.is_leaf:
+    if tensor.dtype != value.dtype or tensor.shape != value.shape:
+        return _leaf(tensor, tape)  # x.data = y
+    if (
+        tensor.requires_grad
+        and tensor.is_leaf
+        and value.holder is not tensor
+        or value.constant
+        and tensor.requires_grad
+    ):
         return _leaf(tensor, tape)  # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
     if node.tape is not tape.token and (node.swept or value.constant):
         # To go on from a tape that was swept would keep every step of a loop alive, to stop there would cut
@@ -247,6 +257,9 @@ class _Taken:
                 and entry[2].tape is self.tape.token
                 and not entry[1].stale
                 and version_of(argument) in entry[3]
+                and entry[1].dtype is argument.dtype
+                and not entry[1].constant
+                and entry[1].holder is argument
             ):
                 value = entry[1]
             else:
@@ -297,8 +310,9 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             op.check(*args, **kwargs)
         tape = current_tape()
         taken = _Taken(op, tape, args, kwargs)
-        if tape.strict:
+        if tape.strict and not _state.paused:
             _refuse_without_rule(op, taken.inputs)
+        before = torch.get_rng_state() if op.grad is None and op.differentiable else None
         try:
             result = op.forward(*args, **kwargs)
         except Exception as error:
@@ -321,6 +335,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = write(tape, op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=_is_cut())
         node.outputs_tuple = not isinstance(result, Tensor)
         node.gaps = _gaps(result)
+        node.random = before is not None and not torch.equal(before, torch.get_rng_state())
         if op is _stop:
             node.outputs[0].constant = True
         _join_views(node.outputs, made, taken)
@@ -392,6 +407,11 @@ class _Mode(TorchDispatchMode):
             _refuse_without_rule(plan.op, taken.inputs)
         if func is _LIFT:
             return _lift(tape, func, args[0])
+        if func is _DETACH and not _state.detaching:  # autograd saves an output: it is the same value
+            result = func(*args, **kwargs)
+            entry = values_by_tensor.get(id(args[0]))
+            bind(result, taken.inputs[0], None if entry is None else entry[2])
+            return result
         try:
             result = func(*args, **kwargs)
         except BaseException:
@@ -417,6 +437,7 @@ class _Mode(TorchDispatchMode):
 
 
 _LIFT = torch.ops.aten.lift_fresh.default
+_DETACH = torch.ops.aten.detach.default
 
 
 def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
@@ -482,7 +503,7 @@ def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...
     made = [*fresh, *written]
     node = write(tape, plan.op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=_is_cut())
     node.random = plan.random
-    node.outputs_tuple = not isinstance(result, Tensor)
+    node.outputs_tuple = len(made) > 1 or not isinstance(result, Tensor)
     node.mutates = tuple(
         (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k) for k, old in enumerate(before)
     )
@@ -565,37 +586,46 @@ class Recorded(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(not issubclass(cls, each) for each in types):
-            return NotImplemented
+        foreign = [each for each in types if not issubclass(each, Recorded)]
+        if foreign:  # a tensor class of the user's: it has the say, and what it runs is recorded
+            with recording(current_tape()) if current_tape_is_global() and not _state.quiet else nullcontext():
+                return foreign[0].__torch_function__(func, foreign, args, kwargs)
         with DisableTorchFunctionSubclass():
             if _state.quiet or _state.paused or func in _PLAIN or not current_tape_is_global():
                 return func(*args, **kwargs)
             if func in _EXITS:
                 exits.warn_of_exit(args[0], func.__name__)
                 return func(*args, **kwargs)
-            if getattr(func, "__name__", "").endswith("_") and _leaves_only(args, kwargs):
+            if _writes(func) and _leaves_only(args, kwargs):
                 return _update_leaf(func, args, kwargs)
             tape = current_tape()
             with recording(tape):
-                result = func(*args, **kwargs)
-            for tensor in (*_tensors_in(result), *_tensors_in(args), *_tensors_in(list(kwargs.values()))):
+                result = _detach(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
+            if func is Tensor.detach and sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:
+                result.__class__ = type(args[0])  # nn.Parameter(x) insists on it
+            touched = [*_tensors_in(result), *_tensors_in(args), *_tensors_in(list(kwargs.values()))]
+            for tensor in (*touched, *[tensor._base for tensor in touched if tensor._base is not None]):
                 value = bound(tensor)
                 if value is not None and not value.leaf:
                     _mark(tensor, tape)  # what it made, and what it wrote to
             return result
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        with quietly():
-            return repr(self.as_subclass(Tensor))
+        with _as_plain(self):
+            return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        with _as_plain(self):
+            return format(self, spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with quietly():
-            return _plain(self).__reduce_ex__(protocol)
+        with _as_plain(self):
+            return self.__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        with quietly():
-            copied = memo[id(self)] = _plain(self).clone()
-        return copied
+        with _as_plain(self):
+            copied: Tensor = self.__deepcopy__(memo)  # type: ignore[no-untyped-call]
+            return copied
 
 
 class RecordedParameter(Recorded, torch.nn.Parameter):
@@ -606,8 +636,32 @@ class RecordedParameter(Recorded, torch.nn.Parameter):
 _LISTENING: dict[type, type] = {Tensor: Recorded, torch.nn.Parameter: RecordedParameter}
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().as_subclass(Tensor)
+#: Errors and listings call them what the user does.
+Recorded.__name__, RecordedParameter.__name__ = "Tensor", "Parameter"
+
+
+@contextmanager
+def _as_plain(tensor: Tensor) -> Iterator[None]:
+    """`tensor` under torch's own class: printed, copied and written to files as what it is."""
+    kind = type(tensor)
+    with quietly():
+        tensor.__class__ = next(plain for plain, listening in _LISTENING.items() if kind is listening)
+        try:
+            yield
+        finally:
+            tensor.__class__ = kind
+
+
+#: Writes whose names do not end in one underscore.
+_WRITES = {
+    f"__i{name}__" for name in "add sub mul truediv div floordiv mod pow and or xor lshift rshift matmul".split()
+}
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function of torch writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return name in _WRITES or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 #: What asks something of a tensor without computing: never recorded.
@@ -634,6 +688,7 @@ _PLAIN = {
 #: What hands a tensor's memory to code that nothing can follow.
 _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 _PLAIN -= _EXITS
+_DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}
 
 
 def current_tape_is_global() -> bool:
@@ -688,18 +743,25 @@ def listen_to(tensors: Sequence[Tensor], tape: Tape) -> None:
 
 
 def forget_leaves(token: Token | None) -> None:
-    """Ends the listening on a tape's leaves: their recording is over (they are inputs and parameters)."""
-    if token is not None:
-        _forget(token.marked)
+    """Ends the listening on a tape's leaves whose recording is over: they are inputs and parameters."""
+    if token is None or not token.marked:
+        return
+    tape = token.tape()
+    waiting = {v for node in tape.nodes if not node.swept for v in node.inputs if v.marks} if tape else set()
+    _forget(token.marked, waiting)
 
 
-def _forget(marked: list[weakref.ref[Value]]) -> None:
+def _forget(marked: list[weakref.ref[Value]], waiting: Collection[Value] = ()) -> None:
+    kept = []
     for value in (v for ref in marked if (v := ref()) is not None):
+        if value in waiting:
+            kept.append(weakref.ref(value))
+            continue
         value.marks -= 1
         holder = value.holder
         if value.marks == 0 and holder is not None and isinstance(holder, Recorded):
             holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)
-    marked.clear()
+    marked[:] = kept
 
 
 # -- what a user opens and closes -----------------------------------------------------------------------------------
@@ -778,7 +840,6 @@ class record:
         exits.close_exits()
         modules.stop_listening()
         with quietly():
-            tape.drop(_idle(tape))
             open_still = [node for node in tape.nodes if not node.swept]
             if open_still:
                 listen_to(tape.held, tape)
@@ -787,16 +848,6 @@ class record:
                     holder = value._tensor()
                     if holder is not None and bound(holder) is value:
                         _mark(holder, tape)
-
-
-def _idle(tape: Tape) -> set[Node]:
-    """The ``detach`` nodes that nothing reads: torch's autograd makes one for each output that it saves."""
-    nodes = tape.nodes
-    idle = {node for node in nodes if node.op.forward is _DETACH}
-    return idle.difference(source for node in nodes for source in node.sources) if idle else idle
-
-
-_DETACH = torch.ops.aten.detach.default
 
 
 @contextmanager
@@ -876,4 +927,14 @@ def _record_cut(tensor: Tensor) -> None:
         write(tape, _stop, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
 
 
-exits.on_exit(_hears, _record_tolist, _record_cut)
+def _detach(original: Any, tensor: Tensor) -> Tensor:
+    """A ``detach()`` of the user's, which is a cut."""
+    _state.detaching += 1
+    try:
+        result: Tensor = original(tensor)
+    finally:
+        _state.detaching -= 1
+    return result
+
+
+exits.on_exit(_hears, _record_tolist, _record_cut, _detach)

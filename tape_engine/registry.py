@@ -250,7 +250,7 @@ def reads(function: Rule) -> tuple[frozenset[str], tuple[str, ...] | None]:
     read = set(code.co_cellvars) & set(names)
     instructions = list(dis.get_instructions(code))
     for here, after in zip(instructions, [*instructions[1:], None], strict=True):
-        if not here.opname.startswith("LOAD_FAST"):
+        if "LOAD_FAST" not in here.opname:
             continue
         loaded = here.argval if isinstance(here.argval, tuple) else (here.argval,)
         described = (
@@ -379,7 +379,7 @@ def _targets(target: Any) -> list[Op]:
             )
         )
     overloads = [getattr(packet, each) for each in packet.overloads() if not each.endswith("out")]
-    whole = [each for each in overloads if not each._can_decompose() and not each._schema.is_mutable]
+    whole = [each for each in overloads if not composite(each) and not each._schema.is_mutable]
     if not whole:
         raise MissingRuleError(
             message(
@@ -388,6 +388,14 @@ def _targets(target: Any) -> list[Op]:
             )
         )
     return [find(each) for each in whole]
+
+
+def composite(overload: torch._ops.OpOverload) -> bool:
+    """Whether torch runs an overload as several others; also for those that only TorchScript has."""
+    try:
+        return overload._can_decompose()
+    except RuntimeError:
+        return True
 
 
 def find(target: torch._ops.OpOverload) -> Op:

@@ -318,6 +318,7 @@ class Sweep:
         """The values through which a gradient finds its way to those asked for."""
         useful = set(asked)
         for node in self.order:
+            useful.update(value for value in node.inputs if value.closed)  # what they hide may be asked for
             if any(value in useful for value in node.inputs):
                 useful.update(value for value in node.outputs if value.differentiable)
         return useful
@@ -498,6 +499,16 @@ def _misfit(node: Node, value: Value, got: str) -> RuleError:
 def _borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
     """The rule of an operation that has none registered, as ``torch.func.vjp`` gives it."""
 
+    if node.random:
+        raise MissingRuleError(
+            message(
+                f"{node.op.name} has no registered gradient rule, and a borrowed one would run it again and draw "
+                "other random numbers.",
+                where=located(node),
+                fix=recorder.rule_to_add(node.op),
+            )
+        )
+
     def borrowed_grad(g: Any, out: Any, *args: Any, **kwargs: Any) -> list[Tensor | None]:
         tensors = [each for each in _flat((args, list(kwargs.values()))) if isinstance(each, Tensor)]
 
@@ -517,6 +528,7 @@ def _borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
             if need
         ]
         try:
+            _refuse_undifferentiable(forward, chosen)
             _, pull = torch.func.vjp(forward, *chosen)
             found = iter(pull(tuple(each for each in gradients if each is not None)))
         except (RuntimeError, NotImplementedError) as error:
@@ -531,6 +543,14 @@ def _borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
         return [next(found) if need else None for need in needs]
 
     return borrowed_grad
+
+
+def _refuse_undifferentiable(forward: Any, tensors: Sequence[Tensor]) -> None:
+    """Where torch has no derivative ``torch.func.vjp`` returns zeros without a word."""
+    with torch.enable_grad():
+        made = forward(*[tensor.detach().requires_grad_() for tensor in tensors])
+    if not any(each.requires_grad for each in made):
+        raise NotImplementedError("its result does not require a gradient, as torch sees it")
 
 
 def _flat(argument: Any) -> Iterable[Any]:

@@ -145,6 +145,10 @@ class Value:
         return len(self.shape)
 
     @property
+    def layout(self) -> torch.layout:
+        return torch.strided
+
+    @property
     def itemsize(self) -> int:
         return self.dtype.itemsize
 
@@ -306,10 +310,11 @@ class Token:
     ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape.
     """
 
-    __slots__ = ("__weakref__", "marked")
+    __slots__ = ("__weakref__", "marked", "tape")
 
-    def __init__(self) -> None:
+    def __init__(self, tape: Tape) -> None:
         self.marked: list[weakref.ref[Value]] = []
+        self.tape = weakref.ref(tape)
 
 
 class Tape:
@@ -325,7 +330,7 @@ class Tape:
     def __init__(self, *, strong: bool = True, strict: bool = False) -> None:
         self.strong = strong
         self.strict = strict
-        self.token = Token()
+        self.token = Token(self)
         self._nodes: list[Any] = []
         self._leaves: dict[int, torch.Tensor] = {}  # keeps the leaves' tensors: a replay reads them
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches
@@ -386,11 +391,6 @@ class Tape:
     def held(self) -> list[torch.Tensor]:
         """The tensors of the leaves, which the tape keeps."""
         return list(self._leaves.values())
-
-    def drop(self, nodes: set[Node]) -> None:
-        """Forgets some nodes, from which no other node reads."""
-        if nodes:
-            self._nodes = [node for node in self._nodes if node not in nodes]
 
     def clear(self) -> None:
         """Forgets every node."""

@@ -2,7 +2,7 @@
 
 Fresh memory is what makes small and memory-bound steps slow. A buffer is allocated once and written on
 every replay. A result must not be written again while the caller has it, but as soon as nobody refers
-to it any more, its memory can serve again: a loop that only reads ``.g`` rotates between two tensors.
+to its memory any more, that can serve again: a loop that only reads ``.g`` rotates between two.
 """
 
 from __future__ import annotations
@@ -14,39 +14,63 @@ import torch
 
 from ..tape import Value
 
-__all__ = ["buffer", "rotating"]
+__all__ = ["buffer", "laid", "overlapping", "rotating"]
 
 Tensor = torch.Tensor
 
+KEPT_RESULTS = 3  # memories a result rotates between: the one being read, the one on ``.g``, and one more
+
+
+def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether strides may put two elements in one place (as those of an expanded tensor do)."""
+    span = 1
+    for step, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1:
+            if step < span:
+                return True
+            span = step * length
+    return False
+
 
 def buffer(value: Value) -> Tensor:
-    """Memory for a value, of its shape and strides (dense where it was expanded)."""
-    dense = all(step or length < 2 for length, step in zip(value.shape, value.strides, strict=False))
-    if value.strides and dense:
+    """Memory for a value, of its shape and strides (dense where its elements overlapped)."""
+    if value.strides and not overlapping(value.shape, value.strides):
         return torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=value.device)
     return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
-def rotating(value: Value, *, copy: bool = True) -> Callable[[], Tensor]:
-    """A source of result tensors of a value's description: one that nobody refers to, or else a new one.
+def laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`tensor` in the recorded layout: itself, or a copy that has those strides."""
+    if tensor.stride() == strides and not tensor.is_conj() and not tensor.is_neg():
+        return tensor
+    if overlapping(tensor.shape, strides):
+        return tensor.contiguous()
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
-    With ``copy=False`` always the same one.
+
+def rotating(value: Value, *, copy: bool = True) -> Callable[[], Tensor]:
+    """A source of result tensors of a value's description, in memory that nobody else refers to.
+
+    Each is a new tensor, whatever the caller did to the one that was in this memory before. With
+    ``copy=False`` the memory is always the same.
     """
     if not copy:
         only = buffer(value)
-        return lambda: only
-    ring: list[Tensor] = []
+        return only.detach
+    ring: list[tuple[Tensor, torch.UntypedStorage, int]] = []
     uses = torch._C._storage_Use_Count
+    references = sys.getrefcount
 
     def take() -> Tensor:
-        for tensor in ring:
-            # Referred to by `ring`, `tensor` and the call below; its storage by itself and the handle.
-            if sys.getrefcount(tensor) == 3 and uses(tensor.untyped_storage()._cdata) == 2:
-                return tensor
+        for tensor, storage, place in ring:
+            # Our tensor and the handle use the storage; it, `ring`, the loop and the call refer to the handle.
+            if uses(place) == 2 and references(storage) == 4:
+                return tensor.detach()
         tensor = buffer(value)
-        if len(ring) >= 3:
+        storage = tensor.untyped_storage()
+        if len(ring) >= KEPT_RESULTS:
             ring.pop(0)
-        ring.append(tensor)
-        return tensor
+        ring.append((tensor, storage, storage._cdata))
+        return tensor.detach()
 
     return take

@@ -367,7 +367,8 @@ def _pinv(g: Tensor, p: Tensor, x: Tensor) -> Tensor:
 
 
 @rule(
-    aten.linalg_pinv.atol_rtol_tensor, samples=[sample(spec(3, 2)), sample(spec(2, 3))]
+    aten.linalg_pinv.atol_rtol_tensor,
+    samples=[sample(spec(3, 2)), sample(spec(2, 3)), sample(spec(3, 2, dtype=C128))],
 )
 def linalg_pinv_grad(g, out, x, *, atol=None, rtol=None, hermitian=False):
     return _pinv(g, out, x), None, None

@@ -66,7 +66,7 @@ class Call:
         self.leaves = list(found.values())
 
     def forward(self) -> Any:
-        torch.manual_seed(SEED)  # a random operation draws the same at each call
+        torch.default_generator.manual_seed(SEED)  # a random operation draws the same at each call
         return self.op.forward(*self.args, **self.kwargs)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import tracemalloc
 import weakref
 from collections.abc import Callable
 
@@ -241,9 +240,25 @@ def writes_into_one_buffer() -> Callable[[], None]:
 
     def turn() -> None:
         with te.record():
+            buffer.zero_()
             for i in range(3):
-                buffer[i] = torch.sin(x[i]) * buffer[i].detach()
+                buffer[i] = torch.sin(x[i]) + buffer[i - 1]
             C = (buffer * buffer).sum()
+        te.backward(C)
+
+    return turn
+
+
+def counts_and_averages_in_place() -> Callable[[], None]:
+    X, w, Y = rand(4, 3), rand(3, 1), rand(4, 1)
+    count, average = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+
+    def turn() -> None:
+        with te.record():
+            C = F.mse_loss(X @ w, Y)
+            count.add_(1)
+            with torch.no_grad():
+                average.mul_(0.9).add_(0.1 * C)
         te.backward(C)
 
     return turn
@@ -289,54 +304,44 @@ LOOPS: list[Callable[[], Callable[[], None]]] = [
     trains_with_named_operations, trains_parameters_with_an_optimizer, records_and_never_sweeps, evaluates_under_no_grad, adds_up_the_losses,
     adds_up_the_losses_in_place, adds_up_losses_of_blocks, keeps_a_running_state, sweeps_with_grad, steps_in_place_with_grad, takes_second_derivatives,
     penalises_gradients_with_backward, sweeps_with_keep, accumulates, records_blocks_of_a_module, records_blocks_and_never_sweeps,
-    takes_batches_by_slicing, writes_into_one_buffer, raises_and_goes_on, keeps_the_last_loss,
+    takes_batches_by_slicing, writes_into_one_buffer, counts_and_averages_in_place, raises_and_goes_on, keeps_the_last_loss,
 ]  # fmt: skip
+
+
+#: Lists of weak references are cleaned at powers of two, that of the global tape past 1024.
+SLACK = {"tape": 1100, "members": 40, "marked": 40}
 
 
 def census() -> dict[str, int]:
     """How many of the engine's things are alive."""
     gc.collect()
-    alive = {"tensors": 0, "nodes": 0, "values": 0}
-    for each in gc.get_objects():
-        kind = type(each)
-        if issubclass(kind, Tensor):
-            alive["tensors"] += 1
-        elif kind is Node:
-            alive["nodes"] += 1
-    alive["bound"] = len(values_by_tensor)
-    alive["groups"] = len(aliases._by_storage)
-    alive["members"] = sum(len(group.members) for group in aliases._by_storage.values())
-    alive["tape"] = len(te.global_tape()._nodes)
-    alive["marked"] = len(te.global_tape().token.marked)
-    alive.pop("values")
-    return alive
+    kinds = [type(each) for each in gc.get_objects()]
+    return {
+        "tensors": sum(issubclass(kind, Tensor) for kind in kinds),
+        "nodes": kinds.count(Node),
+        "values": kinds.count(Value),
+        "bound": len(values_by_tensor),
+        "groups": len(aliases._by_storage),
+        "members": sum(len(group.members) for group in aliases._by_storage.values()),
+        "tape": len(te.global_tape()._nodes),
+        "marked": len(te.global_tape().token.marked),
+    }
 
 
-def run(make: Callable[[], Callable[[], None]], warm: int, turns: int) -> tuple[dict[str, int], dict[str, int], int]:
-    turn = make()
-    for _ in range(warm):
-        turn()
-    before = census()
-    tracemalloc.start()
-    try:
-        start = tracemalloc.get_traced_memory()[0]
-        for _ in range(turns):
-            turn()
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - start
-    finally:
-        tracemalloc.stop()
-    return before, census(), grown
+def hold_level(before: dict[str, int]) -> None:
+    for what, count in census().items():
+        assert count <= before[what] + SLACK.get(what, 8), f"{what}: {before[what]} before, {count} after"
 
 
 @pytest.mark.parametrize("make", LOOPS, ids=lambda f: f.__name__)
 def test_a_loop_holds_its_level(make: Callable[[], Callable[[], None]]) -> None:
-    before, after, grown = run(make, 40, 160)
-    for what, count in after.items():
-        # the weakly held lists are cleaned at powers of two and past 1024
-        slack = {"tape": 1100, "members": 40, "marked": 40}.get(what, 8)
-        assert count <= before[what] + slack, f"{what}: {before[what]} before, {count} after"
-    assert grown < 160 * 400, f"{grown} bytes in 160 turns"
+    turn = make()
+    for _ in range(40):
+        turn()
+    before = census()
+    for _ in range(120):
+        turn()
+    hold_level(before)
 
 
 @pytest.mark.slow
@@ -348,10 +353,7 @@ def test_20_000_turns_hold_their_level(make: Callable[[], Callable[[], None]]) -
     before, resident = census(), resident_bytes()
     for _ in range(18_000):
         turn()
-    after = census()
-    for what, count in after.items():
-        slack = {"tape": 1100, "members": 40, "marked": 40}.get(what, 8)
-        assert count <= before[what] + slack, f"{what}: {before[what]} before, {count} after"
+    hold_level(before)
     assert resident_bytes() - resident < 6 * 2**20
 
 
@@ -522,10 +524,10 @@ def test_a_long_chain_is_swept_in_linear_work_and_freed(length: int) -> None:
 def test_a_long_chain_on_the_global_tape_is_freed_without_recursion() -> None:
     x = rand(2)
     y = te.relu(x)
-    for _ in range(30_000):
+    for _ in range(20_000):
         y = y + 1
     first = weakref.ref(te.global_tape().nodes[0])
-    assert len(te.global_tape()) == 30_001
+    assert len(te.global_tape()) == 20_001
     te.backward(y.sum())
     close(x.g, (plain(x) > 0).double())
     del y
@@ -547,22 +549,52 @@ def test_a_long_chain_of_writes_is_swept_and_freed() -> None:
     gc.collect()
 
 
-def test_a_long_chain_of_views_and_writes() -> None:
-    x = rand(50)
+def recurrence(x: Tensor, length: int) -> Tensor:
     with te.record():
-        buffer = torch.zeros(2_000, dtype=torch.float64)
-        for i in range(2_000):
+        buffer = torch.zeros(length, dtype=torch.float64)
+        for i in range(length):
             buffer[i] = x[i % 50] * (buffer[i - 1] if i else 1.0)
         C = buffer.sum()
-    te.backward(C)
+    return C
+
+
+def test_a_recurrence_written_into_a_buffer() -> None:
+    x = rand(50)
+    te.backward(recurrence(x, 200))
 
     def same(x: Tensor) -> Tensor:
-        found = []
-        for i in range(2_000):
+        found: list[Tensor] = []
+        for i in range(200):
             found.append(x[i % 50] * (found[-1] if i else 1.0))
         return torch.stack(found).sum()
 
     close(x.g, reference(same, x)[0], 1e-8)
+
+
+def test_the_work_of_writes_into_one_buffer_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    version_of = aliases.version_of
+
+    def counted(tensor: Tensor) -> int:
+        nonlocal calls
+        calls += 1
+        return version_of(tensor)
+
+    monkeypatch.setattr(aliases, "version_of", counted)
+    overlap = aliases.overlap
+
+    def also_counted(a: Tensor, b: Tensor) -> bool:
+        nonlocal calls
+        calls += 1
+        return overlap(a, b)
+
+    monkeypatch.setattr(aliases, "overlap", also_counted)
+    counts = []
+    for length in (100, 400):
+        calls = 0
+        te.backward(recurrence(rand(50), length))
+        counts.append(calls)
+    assert counts[1] <= 6 * counts[0] + 100
 
 
 def test_printing_and_naming_a_long_tape_is_no_trouble() -> None:

@@ -150,6 +150,8 @@ def dot_edges(source: str) -> list[tuple[str, str, str]]:
     return re.findall(r"^\s+(\S+) -> (\S+) \[(.*)\]$", source, re.MULTILINE)
 
 
-def texts(markup: str) -> list[str]:
+def texts(attributes: str) -> list[str]:
     """The texts of a node's HTML-like label, unescaped, without the spaces that only keep lines apart."""
-    return [unescape(each) for each in re.split(r"<[^>]*>", markup) if each.strip()]
+    label = re.search(r"label=<(.*)>, class=", attributes)
+    assert label is not None
+    return [unescape(each) for each in re.split(r"<[^>]*>", label[1]) if each.strip()]

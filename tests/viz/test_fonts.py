@@ -10,6 +10,7 @@ import pytest
 import viz
 from viz import fonts
 from viz.layout import render
+from viz.lettering import font_file
 
 from .examples import article, png_ink
 
@@ -47,7 +48,7 @@ def test_matplotlibs_font_is_taken_where_there_is_one(monkeypatch: pytest.Monkey
     folder = tmp_path / "matplotlib" / "mpl-data" / "fonts" / "ttf"
     folder.mkdir(parents=True)
     (tmp_path / "matplotlib" / "__init__.py").write_text("raise ImportError('it is only looked at')")
-    (folder / "DejaVuSans.ttf").write_bytes(fonts.font_file())
+    (folder / "DejaVuSans.ttf").write_bytes(font_file())
     monkeypatch.syspath_prepend(str(tmp_path))
     environment, remarks = fonts._remedy()
     assert remarks == []

@@ -33,7 +33,8 @@ def tables(data: bytes) -> dict[bytes, bytes]:
 
 def _sum(data: bytes) -> int:
     padded = data + bytes(-len(data) % 4)
-    return sum(word for (word,) in struct.iter_unpack(">I", padded)) % 2**32
+    words: tuple[int, ...] = struct.unpack(f">{len(padded) // 4}I", padded)
+    return sum(words) % 2**32
 
 
 def cmap(table: bytes) -> Iterator[tuple[int, int]]:

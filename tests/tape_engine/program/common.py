@@ -9,6 +9,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 from tests.helpers import close, each_tensor, g_of, plain, reference
 
 import tape_engine as te
@@ -104,3 +106,48 @@ def counted(part: str = "tape_engine") -> Iterator[list[int]]:
         yield count
     finally:
         sys.settrace(before)
+
+
+class Spy(TorchDispatchMode):
+    """Notes every ATen overload that runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[OpOverload] = []
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what ran, without overloads and views."""
+        return [each._schema.name.removeprefix("aten::") for each in self.seen if not is_view(each)]
+
+
+def is_view(overload: OpOverload) -> bool:
+    """Whether an overload computes nothing: its result looks into an argument."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in overload._schema.returns)
+
+
+def out_kernel(overload: OpOverload) -> OpOverload | None:
+    """The overload that computes the same into given memory, where torch has more than a copy for it."""
+    if any(a.is_out for a in overload._schema.arguments):
+        return None
+    wanted = [(a.name, str(a.type)) for a in overload._schema.arguments]
+    for name in overload.overloadpacket.overloads():
+        found: OpOverload = getattr(overload.overloadpacket, name)
+        arguments = found._schema.arguments
+        if torch.Tag.generated in found.tags or not any(a.is_out for a in arguments):
+            continue
+        if [(a.name, str(a.type)) for a in arguments if not a.is_out] == wanted:
+            return found
+    return None
+
+
+def ran(call: Callable[[], Any]) -> Spy:
+    """What a call runs, once what it makes at its first run is there."""
+    call()
+    with Spy() as spy:
+        call()
+    return spy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -150,10 +150,23 @@ def test_there_is_something_to_replay() -> None:
     assert len(OPS) > 250
 
 
-@pytest.mark.parametrize("op", [o for o in OPS if o.forward not in UNDEFINED], ids=title)
-def test_replays(op: Op) -> None:
-    for number, sample in enumerate(op.samples):
+REPLAYED = [each for each in OPS if each.forward not in UNDEFINED]
+
+
+def check_all(op: Op, samples: Sequence[Sample]) -> None:
+    for number, sample in enumerate(samples):
         try:
             check(op, sample)
         except Exception as error:
-            raise AssertionError(f"{title(op)}, sample {number}:\n{type(error).__name__}: {error}") from error
+            raise AssertionError(f"{title(op)}, {number}: {sample}\n{type(error).__name__}: {error}") from error
+
+
+@pytest.mark.parametrize("op", REPLAYED, ids=title)
+def test_replays(op: Op) -> None:
+    check_all(op, op.samples[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [each for each in REPLAYED if len(each.samples) > 2], ids=title)
+def test_replays_further_samples(op: Op) -> None:
+    check_all(op, op.samples[2:])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 import tape_engine as te
 
 Tensor = torch.Tensor
+HERE = Path(__file__).name
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +109,7 @@ def test_guards(branch: Callable[[Tensor], Tensor]) -> None:
             call()
         text = str(caught.value)
         line = next(i for i, s in enumerate(_source(branch), branch.__code__.co_firstlineno) if GUARDED.search(s))
-        assert f"test_program.py:{line}" in text, text
+        assert f"{HERE}:{line}" in text, text
         assert isinstance(caught.value, RuntimeError)
         unchanged(before, *program_inputs)
     close(program(same), branch(same) * torch.ones(3, dtype=F64))  # and it goes on
@@ -116,8 +119,6 @@ GUARDED = re.compile(r"^\s+(if|k =|return x(\.exp\(\) if|\[int| \* (float|\(x|2 
 
 
 def _source(function: Any) -> list[str]:
-    import inspect
-
     return inspect.getsourcelines(function)[0]
 
 
@@ -133,7 +134,7 @@ def test_a_guard_tells_line_and_both_values() -> None:
     assert "2.0" in text
     assert "5.0" in text
     assert "k = int(x[0].item())" in text
-    assert "test_program.py:" in text
+    assert f"{HERE}:" in text
 
 
 def test_a_loop_that_runs_as_often() -> None:
@@ -193,7 +194,7 @@ def test_sizes_that_depend_on_the_elements(name: str) -> None:
         for call in (lambda: program(other), lambda: program.step(other, seed=seed)):  # noqa: B023
             with pytest.raises(te.GuardError) as caught:
                 call()
-            assert "test_program.py:" in str(caught.value)
+            assert f"{HERE}:" in str(caught.value)
         unchanged(before, other, n)
     close(program(like), wanted)
 

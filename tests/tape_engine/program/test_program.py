@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.article import closed_form
 from tests.helpers import agree, close, error_text, g_of, plain, reference
-from tests.tape_engine.program.common import F32, F64, draw, follows, freeze, snapshot, unchanged
+from tests.tape_engine.program.common import F32, F64, Spy, draw, follows, freeze, snapshot, unchanged
 from torch import nn
 
 import tape_engine as te
@@ -570,6 +570,30 @@ def test_a_step_inside_a_block_writes_g_as_outside() -> None:
     except te.TapeError:
         return
     agree([x, w], reference(half_square, x, w))
+
+
+def test_a_replay_inside_nested_blocks() -> None:
+    x, w = draw(4, 3), draw(3, 2)
+    program = freeze(half_square, [x], [w])
+    try:
+        with te.record() as outer, te.record() as inner:
+            program.step(x)
+            program(x)
+    except te.TapeError:
+        return
+    agree([x, w], reference(half_square, x, w))
+    assert len(outer) == 0
+    assert len(inner) <= 2
+
+
+def test_a_replay_under_a_dispatch_mode() -> None:
+    """A counter of operations, a profiler of the user's: it sees what runs, and disturbs nothing."""
+    x, w = draw(4, 3), draw(3, 2)
+    program = freeze(half_square, [x], [w])
+    with Spy() as spy:
+        first = program.step(x)
+    close(first, half_square(x, w))
+    assert "mm" in spy.names
 
 
 def test_replaying_records_nothing() -> None:
