@@ -93,7 +93,7 @@ def warn_of_exit(tensor: Tensor, name: str) -> None:
     """Warns that a recorded value leaves for code through which no gradient can be followed."""
     value = bound(tensor)
     node = None if value is None else value.node
-    if value is None or node is None or node.swept or not value.differentiable or node.cut:
+    if value is None or node is None or node.closed or not value.differentiable or node.cut:
         return
     warnings.warn(
         message(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -111,14 +111,32 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         and tensor.requires_grad
     ):
         return _leaf(tensor, tape)  # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
-    if node.tape is not tape.token and (node.swept or value.constant):
-        # To go on from a tape that was swept would keep every step of a loop alive, to stop there would cut
-        # the gradient in silence: a leaf stands for the value, and the sweep that reaches it says so.
-        stand_in = Value(tensor, constant=value.constant)
-        stand_in.name = value.name or local_name(user_frame(), tensor)
-        stand_in.closed = "" if value.constant else SWEPT
-        return stand_in
+    if node.tape is not tape.token:
+        if not value.differentiable or _is_update(value, node):
+            # no gradient passes, or an optimizer wrote to a parameter: a leaf, so that a counter or a statistic does not chain one step to the next
+            leaf = _leaf(tensor, tape, name=value.name)
+            leaf.constant = value.constant
+            return leaf
+        if node.closed:
+            # To go on from a closed tape would keep every step of a loop alive, to stop there would cut the
+            # gradient in silence: a leaf stands for the value, and the sweep that reaches it says so.
+            stand_in = Value(tensor)
+            stand_in.name = value.name or local_name(user_frame(), tensor)
+            stand_in.closed = SWEPT
+            return stand_in
     return value
+
+
+def _is_update(value: Value, node: Node | None) -> bool:
+    """Whether a value is what writes under ``no_grad`` made of a leaf: the leaf itself, as torch sees it."""
+    if node is None or not node.cut:
+        return False
+    while node is not None and node.cut:
+        place = next((i for i, j in node.mutates if j == value.index), -1)
+        if place < 0:
+            return False
+        value, node = node.inputs[place], node.sources[place]
+    return value.leaf
 
 
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
@@ -241,6 +259,11 @@ class _Taken:
         self.kept: list[Kept | None] = []
         self.args = tuple([self.take(a, op.reads_argument(i)) for i, a in enumerate(args)])
         self.kwargs = {k: self.take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
+
+    def value_of(self, tensor: Tensor) -> Value:
+        """The value of a tensor that the call writes to, which it may have been given as an argument or not."""
+        places = [i for i, given in enumerate(self.tensors) if given is tensor]
+        return self.inputs[places[0]] if places else read(tensor, self.tape)
 
     def undo(self) -> None:
         """After a failed call: views that were read off their bases for it will be read off again."""
@@ -495,7 +518,7 @@ def _record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...
     if tape.strict:
         _refuse_without_rule(plan.op, taken.inputs)
     written = _written(plan, args, kwargs)
-    before = [read(tensor, tape) for tensor in written]
+    before = [taken.value_of(tensor) for tensor in written]
     wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
     spared = [each for tensor, value in zip(written, before, strict=True) for each in aliases.protect(tensor, value)]
     result = func(*args, **kwargs)
@@ -601,8 +624,9 @@ class Recorded(Tensor):
             tape = current_tape()
             with recording(tape):
                 result = _detach(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
-            if func is Tensor.detach and sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__:
-                result.__class__ = type(args[0])  # nn.Parameter(x) insists on it
+            if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
+                in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
+                result.__class__ = type(args[0]) if in_parameter else Recorded  # nn.Parameter(x) insists on it
             touched = [*_tensors_in(result), *_tensors_in(args), *_tensors_in(list(kwargs.values()))]
             for tensor in (*touched, *[tensor._base for tensor in touched if tensor._base is not None]):
                 value = bound(tensor)
@@ -722,10 +746,14 @@ def _mark(tensor: Tensor, tape: Tape) -> None:
         marked = tape.token.marked
         if not marked:  # whatever happens to the tape and its nodes, the listening ends with them
             weakref.finalize(tape.token, _forget, marked)
+        known = marked.get(id(value))
+        if known is not None and known() is value:
+            return
         value.marks += 1
-        marked.append(weakref.ref(value))
+        marked[id(value)] = weakref.ref(value)
         if len(marked) & (len(marked) - 1) == 0:
-            marked[:] = [ref for ref in marked if ref() is not None]
+            for key in [key for key, ref in marked.items() if ref() is None]:
+                del marked[key]
 
 
 def _listen(tape: Tape, node: Node) -> None:
@@ -743,25 +771,18 @@ def listen_to(tensors: Sequence[Tensor], tape: Tape) -> None:
 
 
 def forget_leaves(token: Token | None) -> None:
-    """Ends the listening on a tape's leaves whose recording is over: they are inputs and parameters."""
-    if token is None or not token.marked:
-        return
-    tape = token.tape()
-    waiting = {v for node in tape.nodes if not node.swept for v in node.inputs if v.marks} if tape else set()
-    _forget(token.marked, waiting)
+    """Ends the listening on a tape's leaves: their recording is over (they are inputs and parameters)."""
+    if token is not None:
+        _forget(token.marked)
 
 
-def _forget(marked: list[weakref.ref[Value]], waiting: Collection[Value] = ()) -> None:
-    kept = []
-    for value in (v for ref in marked if (v := ref()) is not None):
-        if value in waiting:
-            kept.append(weakref.ref(value))
-            continue
+def _forget(marked: dict[int, weakref.ref[Value]]) -> None:
+    for value in (v for ref in marked.values() if (v := ref()) is not None):
         value.marks -= 1
         holder = value.holder
         if value.marks == 0 and holder is not None and isinstance(holder, Recorded):
             holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)
-    marked[:] = kept
+    marked.clear()
 
 
 # -- what a user opens and closes -----------------------------------------------------------------------------------
@@ -840,7 +861,7 @@ class record:
         exits.close_exits()
         modules.stop_listening()
         with quietly():
-            open_still = [node for node in tape.nodes if not node.swept]
+            open_still = [node for node in tape.nodes if not node.closed]
             if open_still:
                 listen_to(tape.held, tape)
             for node in open_still:

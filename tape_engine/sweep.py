@@ -74,8 +74,9 @@ def backward(
         wrt: the only tensors (leaves or intermediates) to write ``.g`` on. What they do not need is not
             computed. One that `C` does not depend on is left without ``.g``.
         accumulate: adds to the ``.g`` that is there.
-        keep: goes on with the same tape; otherwise a sweep of the global tape closes it and starts a new
-            one. What was swept lives as long as `C` does.
+        keep: leaves the tape open; otherwise the sweep closes it (and a new global one starts): it can still
+            be swept again, drawn and explained, but no recording goes on from its values. What was swept
+            lives as long as `C` does.
         record: records the sweep itself, so that gradients of gradients follow; implies `keep`.
 
     Raises:
@@ -107,15 +108,16 @@ def backward(
 
 
 def grad(
-    C: Tensor, wrt: Tensor | Sequence[Tensor], seed: Tensor | None = None, *, record: bool = False
+    C: Tensor, wrt: Tensor | Sequence[Tensor], seed: Tensor | None = None, *, keep: bool = False, record: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `C` with respect to `wrt`, as a tuple; writes no ``.g`` and closes no tape.
+    """The gradients of `C` with respect to `wrt`, as a tuple; writes no ``.g``.
 
     Args:
         C: a recorded tensor, of one element unless `seed` is given.
         wrt: a tensor or a sequence of them.
         seed: as in `backward`.
-        record: records the sweep itself, so that gradients of gradients follow.
+        keep: as in `backward`.
+        record: records the sweep itself, so that gradients of gradients follow; implies `keep`.
 
     Returns:
         For each tensor its gradient, of its own shape, dtype and device; ``None`` where `C` does not
@@ -127,15 +129,13 @@ def grad(
     with recorder.quietly():
         targets = _targets(wrt, "te.grad")
         root, node = _root(C, "te.grad")
-        found = {
-            id(tensor): g
-            for tensor, g in Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record)
-            .run()
-            .by_tensor()
-        }
+        sweep = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
+        found = {id(tensor): g for tensor, g in sweep.by_tensor()}
         results = tuple(found.get(id(tensor)) for tensor in targets)
         if record:
             recorder.listen_to([g for g in results if g is not None], current_tape())
+        elif not keep:
+            _close(sweep.order)
         return results
 
 
@@ -383,10 +383,11 @@ def _ancestors(node: Node | None) -> list[Node]:
 
 
 def _close(order: list[Node]) -> None:
-    """Marks the nodes swept, ends the listening on their leaves, and starts a new global tape."""
+    """Closes the tapes that were swept: their leaves listen no more, and a new global tape starts."""
     for node in order:
         node.swept = True
-    for token in {node.tape for node in order}:
+    for token in {node.tape for node in order if node.tape is not None}:
+        token.closed_at = next_in_sequence()
         recorder.forget_leaves(token)
         if token is global_tape().token:
             new_global_tape()

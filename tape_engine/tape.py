@@ -262,6 +262,11 @@ class Node:
         self._lasti = lasti
 
     @property
+    def closed(self) -> bool:
+        """Whether a sweep of its tape came after it: then no new recording may go on from its outputs."""
+        return self.tape is not None and self.seq < self.tape.closed_at
+
+    @property
     def rule(self) -> str:
         """How its gradient is taken: the rule's name, ``borrowed``, ``none`` (declared), or ``cut``."""
         if self.cut:
@@ -307,14 +312,15 @@ def _holds_value(argument: Any) -> bool:
 class Token:
     """What a node knows its tape by; it lives as long as the tape or a node of it.
 
-    ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape.
+    ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``.
+    What was recorded before ``closed_at`` belongs to a sweep that is over.
     """
 
-    __slots__ = ("__weakref__", "marked", "tape")
+    __slots__ = ("__weakref__", "closed_at", "marked")
 
-    def __init__(self, tape: Tape) -> None:
-        self.marked: list[weakref.ref[Value]] = []
-        self.tape = weakref.ref(tape)
+    def __init__(self) -> None:
+        self.marked: dict[int, weakref.ref[Value]] = {}
+        self.closed_at = 0
 
 
 class Tape:
@@ -330,7 +336,7 @@ class Tape:
     def __init__(self, *, strong: bool = True, strict: bool = False) -> None:
         self.strong = strong
         self.strict = strict
-        self.token = Token(self)
+        self.token = Token()
         self._nodes: list[Any] = []
         self._leaves: dict[int, torch.Tensor] = {}  # keeps the leaves' tensors: a replay reads them
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches

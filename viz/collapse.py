@@ -31,7 +31,7 @@ def plan(nodes: Sequence[Node], detail: str = "auto", budget: int = BUDGET) -> l
     Args:
         nodes: the operations, in the order of recording.
         detail: ``"auto"`` keeps to `budget` boxes, ``"scopes"`` makes a box of each call of an outermost scope
-            (the next level down where one scope holds everything); anything else draws every operation.
+            (a level further in where there is only one); anything else draws every operation.
         budget: how many boxes are wanted at most; at least 3.
     """
     if detail not in ("auto", "scopes") or (detail == "auto" and len(nodes) <= budget):
@@ -39,8 +39,8 @@ def plan(nodes: Sequence[Node], detail: str = "auto", budget: int = BUDGET) -> l
     depths = range(1, 1 + max((len(node.scope) for node in nodes), default=0))
     levels = {depth: _boxes(nodes, depth) for depth in depths}
     if detail == "scopes":
-        boxes = next((level for level in levels.values() if len(level) > 1), _single(nodes))
-        return [_named(nodes, box) for box in boxes if _is_group(box)]
+        named = [[_named(nodes, box) for box in level if _is_group(box)] for level in levels.values()]
+        return next((level for level in named if len(level) > 1), named[0] if named else [])
     fitting = [depth for depth, level in levels.items() if len(level) <= budget]
     depth = max(fitting, default=0)
     # Two or three boxes say little: rather one level deeper, with its middle left out.
@@ -97,8 +97,7 @@ def scope_title(scope: Sequence[str]) -> str:
 
 def _middle(nodes: Sequence[Node], boxes: Sequence[Box], groups: Sequence[Group], budget: int) -> Group:
     """One group of all but the first and last few boxes."""
-    head = max(1, (budget - 1) // 2)
-    tail = max(1, budget - 1 - head)
+    head = tail = max(1, budget // 3)  # what is left out is to be worth a box
     # Six turns of a loop tell as much as twenty: of a plain repetition a short head and tail are enough.
     words = [nodes[b[0]].op.name if not _is_group(b) else scope_kind(nodes, b) for b in boxes]
     period = _period(words[head:-tail])

@@ -51,8 +51,9 @@ def draw(
         root: a tape, a program, or a recorded tensor (then: all that it was computed from).
         view: ``"forward"`` shows the values, ``"backward"`` the gradients, ``"both"`` both.
         detail: ``"full"`` draws every operation; ``"shapes"`` too, each as a small card of its name and shapes;
-            ``"scopes"`` draws each call of an outermost scope or module as one; ``"auto"`` draws every operation
-            of a small recording, and of a large one as much as fits about fifty cards.
+            ``"scopes"`` draws each call of an outermost scope or module as one (of those inside it, where there is
+            only one); ``"auto"`` draws every operation of a small recording, and of a large one as much as fits
+            about fifty cards.
         engine: ``"dot"`` (on PATH), ``"pygraphviz"`` (the Graphviz in its wheel), or ``"auto"``: the first of these
             that succeeds.
         rankdir: ``"TB"``, values run from top to bottom, or ``"LR"``, from left to right.

@@ -16,6 +16,7 @@ import torch
 from torch._ops import OpOverload
 
 from ..tape import Node, Value
+from .data import sized_by_elements
 
 __all__ = ["Call", "call_of"]
 
@@ -74,7 +75,7 @@ def _find(node: Node, forward: OpOverload) -> Call:
     shares = any(r.alias_info is not None for r in schema.returns) or name == "_unsafe_view"
     if not schema.name.startswith("aten::") or node.random:
         return Call(forward, f"torch.ops.{forward}", view=shares)
-    out = None if shares or node.gaps else _out_variant(forward)
+    out = None if shares or node.gaps or sized_by_elements(node) else _out_variant(forward)
     ways: list[Call] = []
     for owner, place in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
         function = getattr(owner, name, None)
@@ -143,6 +144,6 @@ def _trial(argument: Any) -> Any:
             return torch.zeros(argument.shape, dtype=argument.dtype, device=argument.device)
         spread = torch.linspace(0.1, 0.9, argument.numel(), device=argument.device)
         return spread.reshape(argument.shape).to(argument.dtype)
-    if isinstance(argument, (list, tuple)):
+    if type(argument) in (list, tuple):
         return type(argument)([_trial(each) for each in argument])
     return argument

@@ -8,7 +8,7 @@ import torch
 
 from ..tape import Node, Value
 
-__all__ = ["DESCRIBED", "SAME", "Frozen"]
+__all__ = ["DESCRIBED", "LIFT", "SAME", "Frozen", "sized_by_elements"]
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -22,8 +22,20 @@ DESCRIBED = {
 }
 
 
+#: ``torch.tensor(...)``: the leaf before it holds what the tensor is made of.
+LIFT = aten.lift_fresh.default
+
 #: Overloads whose result is their argument: nothing needs to run.
-SAME = {aten.detach.default, aten.lift_fresh.default, aten.alias.default}
+SAME = {aten.detach.default, aten.alias.default, LIFT}
+
+
+def sized_by_elements(node: Node) -> bool:
+    """Whether the shape of what a node returns depends on its arguments' elements (``nonzero``, a mask)."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.op.forward, "tags", ()):
+        return False
+    if node.op.forward is aten.index.Tensor:  # by integers, the shape is that of the indices
+        return any(v.dtype in (torch.bool, torch.uint8) for v in node.inputs[1:])
+    return True
 
 
 @dataclass
@@ -31,34 +43,58 @@ class Frozen:
     """What a replay needs to know of a tape.
 
     Attributes:
-        forward, backward: the nodes, in the order in which they run.
+        forward, backward: the nodes, in the order in which they run; named operations are opened up.
+        nodes: the recorded nodes of the forward pass, as they stand on the tape.
+        leaves: the values that these read and do not make, with their tensors (``None``: gone).
         inputs: the leaves that stand for the caller's inputs, in order; ``None`` for one never read.
         given: the tensors that were named as inputs when the tape was frozen.
+        titles: how messages call the inputs.
         live: the other leaves with the tensors they are read from, anew on every replay.
+        constants: those of them that nobody can write to (``torch.tensor(...)`` in the code).
         outputs: the values to return.
+        single: whether one output was asked for, rather than a tuple of them.
         seed: the leaf that stands for the gradient of the first output.
         gradients: each tensor that gets ``.g`` (an input by its place), with the value that is its gradient.
+        unreached: the tensors of `wrt` that the first output does not depend on.
         writes: leaves that the recorded code wrote to, with the value that they hold at its end.
         same: values that are one and the same, by the one that stands for both.
-        names: a name for every value.
-        single: whether one output was asked for, rather than a tuple of them.
+        names: a name for every value, by its ``id``.
+        held: tensors that must live as long as this does: those of leaves found on the way.
     """
 
-    forward: list[Node]
+    nodes: list[Node]
+    leaves: dict[Value, Tensor | None]
     inputs: list[Value | None]
     given: list[Tensor]
-    live: dict[Value, Tensor]
+    titles: list[str]
     outputs: list[Value]
     single: bool
     seed: Value
+    forward: list[Node] = field(default_factory=list)
     backward: list[Node] = field(default_factory=list)
+    live: dict[Value, Tensor] = field(default_factory=dict)
+    constants: set[Value] = field(default_factory=set)
     gradients: list[tuple[int | Tensor, Value]] = field(default_factory=list)
+    unreached: list[int | Tensor] = field(default_factory=list)
     writes: list[tuple[Value, Value]] = field(default_factory=list)
     same: dict[Value, Value] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    held: list[Tensor] = field(default_factory=list)
 
     def canonical(self, value: Value) -> Value:
         """The value that stands for `value`."""
         while (other := self.same.get(value, value)) is not value:
             value = other
         return value
+
+    @property
+    def read_anew(self) -> list[tuple[Value, Tensor]]:
+        """The live references: leaves with the user's own tensors."""
+        return [(value, tensor) for value, tensor in self.live.items() if value not in self.constants]
+
+    def title(self, value: Value) -> str | None:
+        """How messages call a leaf: the user's name, if it is known."""
+        for leaf, title in zip(self.inputs, self.titles, strict=True):
+            if leaf is value:
+                return title
+        return self.names.get(id(value)) or value.name

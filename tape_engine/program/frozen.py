@@ -8,18 +8,17 @@ other), so that forward and backward are one list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..aliases import extent
-from ..errors import DTypeError, NotRecordedError, ShapeError, message
+from ..errors import NotRecordedError, ShapeError, message
 from ..names import call_site, local_name, names_of, user_frame
-from ..recorder import quietly, recording
+from ..recorder import SWEPT, quietly, read, recording
 from ..sweep import Sweep
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
-from .data import DESCRIBED, SAME, Frozen
+from .data import DESCRIBED, LIFT, SAME, Frozen, sized_by_elements
+from .opened import opened
 from .passes.dead import drop_dead
 
 __all__ = ["freeze_nodes"]
@@ -27,38 +26,45 @@ __all__ = ["freeze_nodes"]
 Tensor = torch.Tensor
 
 
-def freeze_nodes(tape: Tape, inputs: Sequence[Tensor], outputs: Sequence[Tensor], wrt: Any, *, single: bool) -> Frozen:
-    """Freezes `tape` from `inputs` to `outputs`, with the sweep from the first output to `wrt`.
+def freeze_nodes(
+    tape: Tape, inputs: Sequence[Tensor], outputs: Sequence[Tensor], targets: list[Tensor] | None, *, single: bool
+) -> Frozen:
+    """Freezes `tape` from `inputs` to `outputs`, with the sweep from the first output to `targets`.
 
     Raises:
-        NotRecordedError: for an output that is not on the tape.
-        DTypeError: for an input, output or `wrt` that is no tensor.
+        NotRecordedError: for an output that is not on the tape, an input that was computed on it, a leaf that
+            changed between two readings, or is gone.
         ShapeError: for two inputs that are the same tensor.
     """
-    made = [_output(each) for each in outputs]
-    nodes = _needed(tape, [value for value, _ in made])
+    end = Tape(strong=True)  # what has to be read off once more at the end of the recording
+    made = [_output(each, tape, end) for each in outputs]
+    nodes = [*_needed(tape, made, end), *end.nodes]
     leaves = _leaves(nodes, [value for value, _ in made])
-    rim = _inputs(inputs, leaves)
     seed_tensor = torch.ones_like(outputs[0], memory_format=torch.contiguous_format).as_subclass(Tensor)
     seed = Value(seed_tensor)
     seed.name = "seed"
+    titles = [local_name(user_frame(), each) or f"input{i}" for i, each in enumerate(inputs)]
     frozen = Frozen(
-        forward=[],
-        inputs=rim,
+        nodes=nodes,
+        leaves=leaves,
+        inputs=_inputs(inputs, leaves, titles),
         given=list(inputs),
-        live={},
+        titles=titles,
         outputs=[value for value, _ in made],
         single=single,
         seed=seed,
         names=names_of(nodes),
     )
-    frozen.forward = [each for node in nodes for each in _opened(node, frozen)]
-    frozen.writes = _writes(nodes, leaves)
-    root, source = made[0]
-    if root.differentiable:
+    _join_readings(frozen)
+    frozen.forward = [each for node in nodes for each in opened(node, frozen)]
+    frozen.writes = _writes(nodes, leaves, tape)
+    if made[0][0].differentiable:
         bind(seed_tensor, seed, None)
-        _record_sweep(frozen, root, source, seed_tensor, wrt)
+        _record_sweep(frozen, *made[0], seed_tensor, targets)
         unbind(seed_tensor)
+    if targets is not None:
+        reached = {id(frozen.given[t] if isinstance(t, int) else t) for t, _ in frozen.gradients}
+        frozen.unreached = [_target(each, frozen) for each in targets if id(each) not in reached]
     _merge_same(frozen)
     _find_live(frozen)
     return frozen
@@ -67,38 +73,49 @@ def freeze_nodes(tape: Tape, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
 # -- the rim -----------------------------------------------------------------------------------------------
 
 
-def _output(tensor: Any) -> tuple[Value, Node | None]:
-    if not isinstance(tensor, Tensor):
-        raise DTypeError(
-            message(f"tape.program: an output is {type(tensor).__name__}, not a tensor.", where=call_site(user_frame()))
-        )
+def _refuse(what: str, tensor: Tensor, name: str, fix: str) -> NotRecordedError:
+    return NotRecordedError(message(what, where=call_site(user_frame()), operands=[(name, describe(tensor))], fix=fix))
+
+
+def _output(tensor: Tensor, tape: Tape, end: Tape) -> tuple[Value, Node | None]:
+    """The value that an output holds now, and the node that made it."""
     entry = values_by_tensor.get(id(tensor))
-    if entry is None:
+    if entry is not None and entry[1].stale:  # a view whose base was written to since
+        with quietly():
+            read(tensor, end)
+        entry = values_by_tensor[id(tensor)]
+    _, value, node, _ = entry or (None, None, None, None)
+    tokens = (tape.token, end.token)
+    on_tape = node.tape in tokens if node is not None else any(value is v for n in tape.nodes for v in n.inputs)
+    if value is None or not on_tape:
         name = local_name(user_frame(), tensor) or "an output"
-        raise NotRecordedError(
-            message(
-                f"tape.program: {name} is not on the tape.",
-                where=call_site(user_frame()),
-                operands=[(name, describe(tensor))],
-                fix="give a tensor that was computed inside the recording",
-            )
-        )
-    return entry[1], entry[2]
+        fix = "give a tensor that was computed inside the recording"
+        raise _refuse(f"tape.program: {name} is not on the tape.", tensor, name, fix)
+    return value, node
 
 
-def _needed(tape: Tape, outputs: list[Value]) -> list[Node]:
-    """The nodes that the outputs depend on, those with an effect of their own, and those of other tapes before them."""
+def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape) -> list[Node]:
+    """The nodes that the outputs depend on, and for a ``te.record()`` block those with an effect of their own.
+
+    The global tape holds what other code does as well: of that, only what the outputs depend on is meant.
+    """
     nodes = tape.nodes
     on_tape = set(nodes)
-    wanted = [node for node in nodes if node.random or node.mutates or node.result is not None]
-    wanted += [source for value in outputs if (source := value.node) is not None]
+    wanted = [node for _, node in outputs if node is not None] + [s for n in end.nodes for s in n.sources if s]
+    if tape.strong:
+        rim = {id(tensor) for tensor in tape.held}
+        for node in nodes:
+            guards = node.result is not None or sized_by_elements(node)
+            writes = any(i < 0 for i, _ in node.mutates) or any(id(v.holder) in rim for v in node.outputs)
+            if guards or writes or node.random:
+                wanted.append(node)
     seen: set[Node] = set()
     while wanted:
         node = wanted.pop()
-        if node in seen:
+        if node in seen or (tape.strong and node not in on_tape):
             continue
         seen.add(node)
-        wanted += [source for source in node.sources if source is not None and (source in on_tape or not tape.strong)]
+        wanted += [source for source in node.sources if source is not None]
     return sorted(seen, key=lambda node: node.seq)
 
 
@@ -109,48 +126,62 @@ def _leaves(nodes: list[Node], outputs: list[Value]) -> dict[Value, Tensor | Non
     return {value: value.holder for value in read if value not in made}
 
 
-def _inputs(inputs: Sequence[Tensor], leaves: dict[Value, Tensor | None]) -> list[Value | None]:
+def _inputs(inputs: Sequence[Tensor], leaves: dict[Value, Tensor | None], titles: list[str]) -> list[Value | None]:
+    by_holder = {id(holder): value for value, holder in reversed(leaves.items()) if holder is not None}
     found: list[Value | None] = []
-    for tensor in inputs:
-        if not isinstance(tensor, Tensor):
-            raise DTypeError(
-                message(
-                    f"tape.program: an input is {type(tensor).__name__}, not a tensor.", where=call_site(user_frame())
-                )
-            )
-        value = next((v for v, holder in leaves.items() if holder is tensor), None)
-        if value is not None and value in found:
-            name = local_name(user_frame(), tensor) or "a tensor"
+    for i, (tensor, name) in enumerate(zip(inputs, titles, strict=True)):
+        if any(tensor is other for other in inputs[:i]):
             raise ShapeError(
                 message(f"tape.program: {name} is given as an input twice.", where=call_site(user_frame()))
             )
-        if value is None and bound(tensor) is not None and not bound(tensor).leaf:  # type: ignore[union-attr]
-            name = local_name(user_frame(), tensor) or "an input"
-            raise NotRecordedError(
-                message(
-                    f"tape.program: {name} was computed inside the recording, so it cannot be an input of its replay.",
-                    where=call_site(user_frame()),
-                    operands=[(name, describe(tensor))],
-                    fix="give the tensors that the recorded code was given",
-                )
-            )
+        value = by_holder.get(id(tensor))
+        held = bound(tensor)
+        if value is None and held is not None and held.node is not None:
+            what = f"tape.program: {name} was computed inside the recording, so it cannot be an input of its replay."
+            raise _refuse(what, tensor, name, "give the tensors that the recorded code was given")
         found.append(value)
     return found
 
 
-def _writes(nodes: list[Node], leaves: dict[Value, Tensor | None]) -> list[tuple[Value, Value]]:
-    """The leaves that were written to, each with the value that its tensor held at the end."""
-    first: dict[Value, Value] = {}
+def _join_readings(frozen: Frozen) -> None:
+    """One leaf for each tensor that was read; refuses one that the tape has seen in two states without the change.
+
+    Several leaves stand for one tensor where it comes from a tape that was swept, or was written to unheard.
+    """
+    first: dict[int, Value] = {}
+    for value, holder in frozen.leaves.items():
+        if holder is None:
+            continue
+        other = first.setdefault(id(holder), value)
+        if other is value:
+            continue
+        if not all(v.constant or v.closed == SWEPT for v in (value, other)):
+            name = frozen.title(other) or "a tensor"
+            what = f"tape.program: {name} was read, changed in a way that the tape does not hold, and read again."
+            fix = f"write to {name} inside the recording and outside te.pause(), or to a copy: {name}.clone()"
+            raise _refuse(what, holder, name, fix)
+        frozen.same[value] = other
+
+
+def _writes(nodes: list[Node], leaves: dict[Value, Tensor | None], tape: Tape) -> list[tuple[Value, Value]]:
+    """The leaves whose tensors were written to, each with the value that its tensor held at the end.
+
+    In the order of the writes: of tensors that share memory, the later write holds what all of it became.
+    """
+    by_holder = {id(holder): value for value, holder in reversed(leaves.items()) if holder is not None}
+    made = {id(v.holder): node for node in reversed(tape.nodes) for v in node.outputs}
     last: dict[Value, Value] = {}
     for node in nodes:
-        steps = [(node.inputs[i], node.outputs[j]) for i, j in node.mutates if i >= 0]
-        if node.op.name == "write_view":
-            steps.append((node.inputs[0], node.outputs[0]))
-        for before, after in steps:
-            origin = first.get(before, before)
-            if origin in leaves:
-                first[after] = origin
-                last[origin] = after
+        for value in node.outputs:
+            holder = value.holder
+            if holder is None or value.stale:
+                continue
+            if id(holder) not in by_holder and made.get(id(holder)) is node and any(i < 0 for i, _ in node.mutates):
+                by_holder[id(holder)] = Value(holder)  # out= onto a tensor of the caller's, never read before
+            leaf = by_holder.get(id(holder))
+            if leaf is not None:
+                last.pop(leaf, None)
+                last[leaf] = value
     return list(last.items())
 
 
@@ -160,6 +191,8 @@ def _merge_same(frozen: Frozen) -> None:
         for node in nodes:
             if node.op.forward in SAME:
                 frozen.same[frozen.canonical(node.outputs[0])] = frozen.canonical(node.inputs[0])
+                if node.op.forward is LIFT:
+                    frozen.constants.add(frozen.canonical(node.inputs[0]))
         nodes[:] = [node for node in nodes if node.op.forward not in SAME]
 
 
@@ -169,7 +202,7 @@ def _find_live(frozen: Frozen) -> None:
     made = {frozen.canonical(value) for node in nodes for value in node.outputs}
     rim = {value for value in (*frozen.inputs, frozen.seed) if value is not None}
     read = [v for node in nodes if node.op.forward not in DESCRIBED for v in node.inputs]
-    read += [*frozen.outputs, *(value for _, value in frozen.gradients)]
+    read += [*frozen.outputs, *(value for _, value in frozen.gradients), *(leaf for leaf, _ in frozen.writes)]
     for value in map(frozen.canonical, read):
         if value in made or value in rim or value in frozen.live:
             continue
@@ -186,99 +219,38 @@ def _find_live(frozen: Frozen) -> None:
                 )
             )
         frozen.live[value] = holder
-
-
-# -- named operations, opened up ----------------------------------------------------------------------------
-
-
-def _opened(node: Node, frozen: Frozen) -> list[Node]:
-    """The torch operations of which a named operation consists; the node itself if they cannot be told.
-
-    The body runs once, on stand-ins of the recorded shapes, so that it needs neither the values of the
-    recording nor a change to any tensor.
-    """
-    if not node.op.is_named:
-        return [node]
-    inner = Tape(strong=True)
-    pairs = [(_stand_in(value), value) for value in node.inputs]
-    contents = iter([tensor for tensor, _ in pairs])
-    args = [_refill(each, contents) for each in node.args]
-    kwargs = {name: _refill(each, contents) for name, each in node.kwargs.items()}
-    state = torch.get_rng_state()
-    push_tape(inner)
-    try:
-        for (tensor, value), source in zip(pairs, node.sources, strict=True):
-            bind(tensor, value, source)
-        with torch.no_grad(), recording(inner, sweep=True, opening=True):
-            result = node.op.forward(*args, **kwargs)
-    except Exception:  # a body that needs its real arguments is run as it is
-        return [node]
-    finally:
-        pop_tape(inner)
-        torch.set_rng_state(state)
-    made = [result] if isinstance(result, Tensor) else list(result)
-    values = [bound(tensor) for tensor in made]
-    steps = inner.nodes
-    sound = {value for step in steps for value in step.outputs} | set(node.inputs)
-    foreign = [v for step in steps for v in step.inputs if v not in sound]
-    unsound = foreign or any(step.random or step.result is not None or step.mutates for step in steps)
-    if unsound or len(values) != len(node.outputs) or any(value is None or value not in sound for value in values):
-        return [node]
-    for original, value in zip(node.outputs, values, strict=True):
-        assert value is not None
-        if value in frozen.same or value in frozen.outputs:
-            return [node]
-        if value in node.inputs:
-            frozen.same[original] = value
-        else:
-            frozen.same[value] = original
-    for step in steps:
-        step._code, step._lasti, step.scope = node._code, node._lasti, node.scope
-    return steps
-
-
-def _stand_in(value: Value) -> Tensor:
-    """Zeros of a value's shape and strides."""
-    size = extent(value.shape, value.strides) if value.strides else value.numel()
-    flat = torch.zeros(size, dtype=value.dtype, device=value.device)
-    return flat.as_strided(value.shape, value.strides) if value.strides else flat.reshape(value.shape)
-
-
-def _refill(argument: Any, contents: Any) -> Any:
-    if isinstance(argument, Value):
-        return next(contents)
-    if isinstance(argument, (list, tuple)):
-        return type(argument)([_refill(each, contents) for each in argument])
-    return argument
+    frozen.constants &= frozen.live.keys()
 
 
 # -- the sweep, recorded ---------------------------------------------------------------------------------------
 
 
-def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor, wrt: Any) -> None:
-    targets = None if wrt is None else [wrt] if isinstance(wrt, Tensor) else list(wrt)
-    for each in targets or []:
-        if not isinstance(each, Tensor):
-            raise DTypeError(
-                message(f"tape.program: wrt takes tensors, not {type(each).__name__}.", where=call_site(user_frame()))
-            )
+def _target(tensor: Tensor, frozen: Frozen) -> int | Tensor:
+    """A tensor that gets ``.g``: the caller's input, by its place, or itself."""
+    return next((i for i, given in enumerate(frozen.given) if given is tensor), tensor)
+
+
+def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor, targets: list[Tensor] | None) -> None:
+    """Records the sweep from the first output; by default to the leaves of the forward pass, and no further."""
+    if targets is None:
+        targets = [holder for value, holder in frozen.leaves.items() if holder is not None and value.differentiable]
     inner = Tape(strong=True)
     push_tape(inner)
     try:
         with quietly():
             sweep = Sweep(root, source, seed, targets=targets, record=True, structure=True).run()
-            found = sweep.by_tensor()
-            leaves = {id(v.holder) for node in sweep.order for v in node.inputs if v.leaf}
+            with recording(inner, sweep=True), torch.no_grad():
+                found = sweep.by_tensor()
             for tensor, g in found:
                 value = bound(g)
-                if value is None or (targets is None and id(tensor) not in leaves):
-                    continue
-                place = next((i for i, given in enumerate(frozen.given) if given is tensor), None)
-                frozen.gradients.append((tensor if place is None else place, value))
+                if value is not None:
+                    frozen.gradients.append((_target(tensor, frozen), value))
             arrivals = [(value, bound(g)) for value, g in sweep.arrivals]
     finally:
         pop_tape(inner)
-    frozen.backward = [each for node in inner.nodes for each in _opened(node, frozen)]
+    frozen.backward = [each for node in inner.nodes for each in opened(node, frozen)]
+    made = {value for node in (*frozen.forward, *frozen.backward) for value in node.outputs}
+    frozen.held += [h for n in inner.nodes for v in n.inputs if v not in made and (h := v.holder) is not None]
     names = frozen.names
     for value, g_value in arrivals:
         if g_value is not None and id(value) in names:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..errors import DTypeError, InputError, MissingRuleError, ShapeError, message
-from ..names import call_site, local_name, user_frame
+from ..errors import DTypeError, MissingRuleError, message
+from ..names import call_site, user_frame
 from ..recorder import forget_leaves, quietly
-from ..tape import Tape, describe, on_freeze
-from .backends import python
+from ..tape import Tape, Value, bind, describe, on_freeze
+from .again import is_recorded, run_recorded
 from .data import Frozen
 from .frozen import freeze_nodes
+from .function import Function
+from .given import Given
 
 __all__ = ["Program", "freeze"]
 
 Tensor = torch.Tensor
 
 BACKENDS = ("auto", "python")
+
+STEPPED = "was returned by program.step, which sweeps by itself and is not recorded"
 
 
 class Program:
@@ -40,27 +42,33 @@ class Program:
         self.tape = tape
         self._frozen = frozen
         self._copy = copy
-        self._forward = _Function(frozen, with_sweep=False)
-        self._step = _Function(frozen, with_sweep=True)
-        self._specs = [_Spec(frozen, i) for i in range(len(frozen.given))]
-        self._live = [(value, tensor) for value, tensor in frozen.live.items() if value.leaf]
+        self._given = Given(frozen)
+        self._forward = Function(frozen, with_sweep=False, copy=copy)
+        self._step = Function(frozen, with_sweep=True, copy=copy)
 
     # -- what a user calls -------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Replays the forward pass on `inputs`; returns the outputs, which belong to the caller.
 
+        Inside a recording the replay is recorded as well, so that gradients pass through it.
+
         Raises:
             InputError: naming every input (and live tensor) whose shape, dtype or device differs.
             GuardError: where a decision of the recorded code comes out differently.
         """
-        self._check(inputs)
-        with quietly(), torch.no_grad(), self._forward.borrowed(self._copy) as run:
-            outputs, _ = run(*inputs)
+        self._given.check(inputs)
+        if is_recorded(inputs, self._given.live):
+            outputs = run_recorded(self._frozen, inputs)
+        else:
+            with quietly(), torch.no_grad():
+                outputs, _ = self._forward(*inputs)
         return outputs[0] if self._frozen.single else outputs
 
     def step(self, *inputs: Tensor, seed: Tensor | None = None, accumulate: bool = False) -> Any:
         """Replays the forward pass and the sweep; returns the outputs, and writes ``.g`` on the `wrt` values.
+
+        A tensor that stands in several places, as two inputs or as an input and a parameter, gets the sum.
 
         Args:
             inputs: as many as were frozen, of the recorded shapes, dtypes and devices.
@@ -68,11 +76,13 @@ class Program:
             accumulate: adds to the ``.g`` that is there.
 
         Raises:
-            ShapeError: if the first output has several elements and no seed, or the seed another shape.
+            ShapeError: if the first output has several elements and no seed, the seed another shape, or a ``.g``
+                that is to be added to another one than its tensor.
             InputError, GuardError: as calling the program. Whatever is raised, no ``.g`` has changed.
         """
-        self._check(inputs)
-        if not self._frozen.gradients:
+        frozen, given = self._frozen, self._given
+        given.check(inputs)
+        if not frozen.gradients:
             raise MissingRuleError(
                 message(
                     "program.step: the output depends on no value that could have a gradient.",
@@ -80,17 +90,32 @@ class Program:
                     fix="call the program itself: program(...)",
                 )
             )
+        targets = [inputs[t] if isinstance(t, int) else t for t, _ in frozen.gradients]
         with quietly(), torch.no_grad():
-            seed = self._seed(seed)
-            with self._step.borrowed(self._copy) as run:
-                outputs, gradients = run(*inputs, seed)
-            targets = [inputs[t] if isinstance(t, int) else t for t, _ in self._frozen.gradients]
-            if accumulate:
-                olds = [getattr(tensor, "g", None) for tensor in targets]
-                gradients = [g if old is None else old + g for old, g in zip(olds, gradients, strict=True)]
-            for tensor, g in zip(targets, gradients, strict=True):
-                tensor.g = g  # type: ignore[attr-defined]
-        return outputs[0] if self._frozen.single else outputs
+            seed = given.seed(seed, self._step.one)
+            olds = given.olds(targets) if accumulate else ()
+            if not self._copy:  # the replay writes where they lie
+                olds = [None if old is None else old.clone() for old in olds]
+            outputs, gradients = self._step(*inputs, seed)
+            for old, g in zip(olds, gradients, strict=False):
+                if old is not None:
+                    g.add_(old)
+            self._write(targets, gradients)
+            for target in () if accumulate else frozen.unreached:
+                vars(inputs[target] if isinstance(target, int) else target).pop("g", None)
+        if is_recorded(inputs, given.live):
+            for output in outputs:
+                value = Value(output)
+                value.closed = STEPPED
+                bind(output, value, None)
+        return outputs[0] if frozen.single else outputs
+
+    def _write(self, targets: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Leaves its gradient on each target, the sum on one that stands in several places."""
+        written: dict[int, Tensor] = {}
+        for tensor, g in zip(targets, gradients, strict=True):
+            before = written.get(id(tensor))
+            written[id(tensor)] = tensor.g = g if before is None else before.add_(g)  # type: ignore[attr-defined]
 
     @property
     def code(self) -> str:
@@ -100,17 +125,16 @@ class Program:
     @property
     def params(self) -> dict[str, Tensor]:
         """The live tensors, by name."""
-        names = self._frozen.names
-        return {names.get(id(value)) or value.name or f"live{i}": t for i, (value, t) in enumerate(self._live)}
+        return {self._frozen.title(v) or f"live{i}": tensor for i, (v, tensor) in enumerate(self._given.live)}
 
     def __str__(self) -> str:
         frozen = self._frozen
         source = (self._step if frozen.gradients else self._forward).source
         kept = sum(value.nbytes for value in source.buffers.values())
-        rows = [("input", spec.name, spec.text) for spec in self._specs]
+        rows = [("input", name, describe(given)) for name, given in zip(frozen.titles, frozen.given, strict=True)]
         rows += [("live", name, describe(tensor)) for name, tensor in self.params.items()]
         rows += [("output", frozen.names.get(id(v)) or "output", describe(v)) for v in frozen.outputs]
-        rows += [(".g", spec_name(frozen, target), describe(g)) for target, g in frozen.gradients]
+        rows += [(".g", self._title(target), describe(g)) for target, g in frozen.gradients]
         lines = [f"  {kind:<6}  {name:<12}  {text}" for kind, name, text in rows]
         head = (
             f"program: {len(frozen.forward)} operations forward, {len(frozen.backward)} in the sweep; "
@@ -118,151 +142,16 @@ class Program:
         )
         return "\n".join([head, *lines])
 
+    def _title(self, target: int | Tensor) -> str:
+        """How messages call a tensor that gets ``.g``."""
+        if isinstance(target, int):
+            return self._frozen.titles[target]
+        values = (v for node in self._frozen.nodes for v in (*node.inputs, *node.outputs))
+        found = next((v for v in values if v.holder is target), None)
+        return (found is not None and self._frozen.title(found)) or "value"
+
     def __repr__(self) -> str:
         return f"<program of {len(self._frozen.forward)} operations forward, {len(self._frozen.backward)} in the sweep>"
-
-    # -- what is given -----------------------------------------------------------------------------------
-
-    def _check(self, inputs: Sequence[Any]) -> None:
-        """Refuses inputs (or live tensors) that are not as recorded, naming all that differ."""
-        specs = self._specs
-        if len(inputs) == len(specs):
-            for tensor, spec in zip(inputs, specs, strict=True):
-                if not spec.fits(tensor):
-                    break
-            else:
-                for value, tensor in self._live:
-                    if tensor.shape != value.shape or tensor.dtype != value.dtype:
-                        break
-                else:
-                    return
-        self._refuse(inputs)
-
-    def _refuse(self, inputs: Sequence[Any]) -> None:
-        specs = self._specs
-        if len(inputs) != len(specs):
-            what = f"the program takes {len(specs)} inputs ({', '.join(s.name for s in specs)}), not {len(inputs)}."
-            raise InputError(message(what, where=call_site(user_frame())))
-        rows = [
-            (spec.name, f"recorded {spec.text}, given {_described(tensor)}")
-            for tensor, spec in zip(inputs, specs, strict=True)
-            if not spec.fits(tensor)
-        ]
-        rows += [
-            (name, f"recorded {describe(value)}, now {describe(tensor)}")
-            for (name, tensor), (value, _) in zip(self.params.items(), self._live, strict=True)
-            if tensor.shape != value.shape or tensor.dtype != value.dtype
-        ]
-        raise InputError(
-            message(
-                f"{len(rows)} {'tensor does' if len(rows) == 1 else 'tensors do'} not fit what was recorded.",
-                where=call_site(user_frame()),
-                operands=rows,
-                fix="give inputs of the recorded shape, dtype and device, or record again on these",
-            )
-        )
-
-    def _seed(self, seed: Tensor | None) -> Tensor:
-        wanted = self._frozen.seed
-        name = self._frozen.names.get(id(self._frozen.outputs[0])) or "the output"
-        if seed is None:
-            if wanted.numel() != 1:
-                raise ShapeError(
-                    message(
-                        f"program.step: {name} has {wanted.numel()} elements; its gradient needs a seed of its shape.",
-                        where=call_site(user_frame()),
-                        operands=[(name, describe(wanted))],
-                        fix=f"program.step(..., seed=torch.ones({tuple(wanted.shape)}))",
-                    )
-                )
-            return self._step.one
-        if not isinstance(seed, Tensor):
-            raise DTypeError(
-                message(f"the seed must be a tensor, not {type(seed).__name__}.", where=call_site(user_frame()))
-            )
-        if seed.shape != wanted.shape:
-            raise ShapeError(
-                message(
-                    f"program.step: the seed has another shape than {name}.",
-                    where=call_site(user_frame()),
-                    operands=[(name, describe(wanted)), ("seed", describe(seed))],
-                    fix=f"give a seed of shape {tuple(wanted.shape)}",
-                )
-            )
-        return seed.to(wanted.device, wanted.dtype)
-
-
-def spec_name(frozen: Frozen, target: int | Tensor) -> str:
-    """How messages call a tensor that gets ``.g``."""
-    if isinstance(target, int):
-        value = frozen.inputs[target]
-    else:
-        value = next((v for v, tensor in frozen.live.items() if tensor is target), None)
-    return (frozen.names.get(id(value)) if value is not None else None) or "value"
-
-
-class _Spec:
-    """What an input must be."""
-
-    def __init__(self, frozen: Frozen, i: int) -> None:
-        given = frozen.given[i]
-        value = frozen.inputs[i]
-        self.shape, self.dtype, self.device = given.shape, given.dtype, given.device
-        self.name = (frozen.names.get(id(value)) if value is not None else None) or f"input {i}"
-        self.text = describe(given)
-
-    def fits(self, tensor: Any) -> bool:
-        return (
-            isinstance(tensor, Tensor)
-            and tensor.shape == self.shape
-            and tensor.dtype == self.dtype
-            and tensor.device == self.device
-        )
-
-
-def _described(given: Any) -> str:
-    return describe(given) if isinstance(given, Tensor) else f"{type(given).__name__}, not a tensor"
-
-
-class _Function:
-    """A generated function in as many copies as replays run at once."""
-
-    def __init__(self, frozen: Frozen, *, with_sweep: bool) -> None:
-        self._frozen = frozen
-        self._with_sweep = with_sweep
-        self._source: python.Source | None = None
-        self._idle: list[Callable[..., Any]] = []
-        self._lock = threading.Lock()
-        self._one: Tensor | None = None
-
-    @property
-    def source(self) -> python.Source:
-        """The generated source; made at its first use."""
-        with self._lock:
-            if self._source is None:
-                with quietly(), torch.no_grad():
-                    self._source = python.generate(self._frozen, with_sweep=self._with_sweep)
-            return self._source
-
-    @property
-    def one(self) -> Tensor:
-        """The seed of a sweep from one element."""
-        if self._one is None:
-            seed = self._frozen.seed
-            self._one = torch.ones(seed.shape, dtype=seed.dtype, device=seed.device)
-        return self._one
-
-    @contextmanager
-    def borrowed(self, copy: bool) -> Iterator[Callable[..., Any]]:
-        """A copy of the function that no other replay uses meanwhile."""
-        try:
-            run = self._idle.pop()  # atomic: no two threads get the same
-        except IndexError:
-            run = self.source.function(copy=copy)
-        try:
-            yield run
-        finally:
-            self._idle.append(run)
 
 
 def freeze(
@@ -284,11 +173,13 @@ def freeze(
         wrt: the tensors on which `Program.step` writes ``.g``; by default every leaf that has one.
         backend: ``"auto"`` or ``"python"``.
         copy: results belong to the caller. With ``copy=False`` a replay may write over what an earlier
-            one returned, ``.g`` included.
+            one returned, ``.g`` included; such a result must not be given as an input then.
 
     Raises:
         DTypeError: for an argument of another type.
-        NotRecordedError: for an output that is not on the tape, or an input that was computed on it.
+        NotRecordedError: for an output that is not on the tape, an input that was computed on it, or a tensor
+            whose change between two readings the tape does not hold.
+        ShapeError: for an input that is given twice.
     """
     if backend not in BACKENDS:
         raise DTypeError(
@@ -297,8 +188,8 @@ def freeze(
                 where=call_site(user_frame()),
             )
         )
-    single = isinstance(outputs, Tensor)
-    wanted = [outputs] if single else list(outputs) if isinstance(outputs, (tuple, list)) else []
+    given = _tensors(inputs, "inputs", "the tensors that a replay is given anew")
+    wanted = _tensors(outputs, "outputs", "a tensor of the tape or a tuple of them")
     if not wanted:
         raise DTypeError(
             message(
@@ -307,14 +198,29 @@ def freeze(
                 fix="tape.program(inputs=(X, Y), outputs=C)",
             )
         )
-    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
     with quietly():
-        frozen = freeze_nodes(tape, given, wanted, wrt, single=single)
-        forget_leaves(tape.token)
-    for i, (value, tensor) in enumerate(zip(frozen.inputs, frozen.given, strict=True)):
-        if value is not None:
-            frozen.names.setdefault(id(value), local_name(user_frame(), tensor) or f"input{i}")
+        frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
+        if tape.strong:  # its block is closed, its leaves are inputs and parameters of the replay from now on
+            forget_leaves(tape.token)
     return Program(tape, frozen, copy=copy)
+
+
+def _tensors(argument: Any, name: str, wanted: str) -> list[Tensor]:
+    """The tensors of an argument that is one, or a tuple or list of them."""
+    if isinstance(argument, Tensor):
+        return [argument]
+    listed = isinstance(argument, (tuple, list))
+    wrong = next((each for each in argument if not isinstance(each, Tensor)), None) if listed else argument
+    if not listed or wrong is not None:
+        raise DTypeError(
+            message(
+                f"tape.program: {name} takes {wanted}, not {type(wrong).__name__}.",
+                where=call_site(user_frame()),
+                fix="tape.program(inputs=(X, Y), outputs=C, wrt=[w])",
+            )
+        )
+    return list(argument)
 
 
 on_freeze(freeze)

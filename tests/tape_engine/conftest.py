@@ -1,4 +1,4 @@
-"""What every test of the engine starts from, and leaves behind: an empty global tape, and nothing open."""
+"""What every test of the engine starts from, and leaves behind: an empty global tape, nothing open, the rules as they were."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import tape_engine as te
-from tape_engine import modules, recorder
+from tape_engine import modules, recorder, registry
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +19,20 @@ def nothing_open() -> Iterator[None]:
     state = recorder._state
     assert (state.quiet, state.paused, state.scope) == (0, 0, ()), "the recorder was left quiet, paused or in a scope"
     assert modules._listeners == 0, "module calls are still listened to"
+
+
+@pytest.fixture(autouse=True)
+def rules_as_they_were() -> Iterator[None]:
+    """Takes the named operations that a test makes off the table, and puts back the rules that it replaces."""
+    named = list(registry._named)
+    before = [(each, dict(vars(each))) for each in registry.ops()]
+    yield
+    registry._named[:] = named
+    known = {id(each) for each, _ in before}
+    for target, each in list(registry._by_target.items()):
+        if id(each) not in known and each.grad is not None:
+            del registry._by_target[target]
+    for each, attributes in before:
+        if vars(each) != attributes:
+            vars(each).clear()
+            vars(each).update(attributes)

@@ -64,6 +64,12 @@ def test_one_scope_around_everything_is_no_picture() -> None:
     assert [g.title for g in plan(nodes, "scopes")] == [f"layer.{i}" for i in range(200)]
 
 
+def test_one_scope_and_a_loss_outside_of_it_are_no_picture_either() -> None:
+    nodes = [*(step("relu", "Net", f"layer.{i}") for i in range(3) for _ in range(2)), step("mse")]
+    assert [g.title for g in plan(nodes, "scopes")] == ["layer.0", "layer.1", "layer.2"]
+    assert [g.title for g in plan([step("relu", "Net")] * 5, "scopes")] == ["Net"]
+
+
 def test_a_scope_that_is_entered_again_is_a_box_each_time() -> None:
     nodes = [step("relu", "a"), step("relu", "a"), step("add"), step("relu", "a"), step("relu", "a")]
     assert [(g.start, g.stop) for g in plan(nodes, "scopes")] == [(0, 2), (3, 5)]

@@ -109,7 +109,7 @@ def test_a_long_chain_is_drawn_in_time_with_its_ends(tmp_path: Path) -> None:
 def test_scopes() -> None:
     picture = viz.draw(residual(), detail="scopes")
     groups = [facts["formula"] for _, facts in picture.graph.nodes(data=True) if facts["kind"] == "group"]
-    assert groups == ["Residual"]
+    assert groups == ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]
     assert picture.warnings == []  # it was asked for
 
 

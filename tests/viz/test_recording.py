@@ -98,6 +98,19 @@ def test_no_gradient_passes_a_cut() -> None:
     assert not [e for e in graph.out_edges("op0", data=True) if e[2]["direction"] == "backward"]
 
 
+def test_none_passes_what_is_declared_to_have_no_gradient() -> None:
+    x, y = torch.randn(3), torch.randn(3)
+    with te.record() as tape:
+        zeros = torch.zeros_like(x * 2)  # what it was made of is gone, so that its `.g` cannot be looked at
+        loss = (zeros + y).sum()
+    kept.append(zeros)
+    te.backward(loss)
+    facts = viz.graph(tape).nodes
+    assert (facts["op1"]["op"], facts["op1"]["rule"]) == ("zeros_like", "none")
+    assert (facts["leaf0"]["g_shape"], facts["op0"]["g_shape"]) == (None, None)
+    assert facts["leaf1"]["g_shape"] == (3,)
+
+
 def test_what_cannot_be_drawn_is_named_with_its_shape() -> None:
     stranger = torch.zeros(2, 5)
     with pytest.raises(te.NotRecordedError) as found:

@@ -131,7 +131,9 @@ def test_many_ports_share_one() -> None:
     assert {"i7", "b7", "v0", "g0"} == {a for a in anchors["op20"] if a[1:] in ("7", "0") and a not in ("i0", "b0")}
     assert "+13 more" in texts(dot_nodes(source)["op20"])
     assert "+17 more" in texts(dot_nodes(source)["op21"])
-    for tail, head, _ in dot_edges(source):
+    ends = [(tail, head) for tail, head, _ in dot_edges(source)]
+    assert len(ends) == len(set(ends))  # of all that go to a shared port from one place, one line
+    for tail, head in ends:
         assert tail.split(":")[1] in anchors[tail.split(":")[0]]
         assert head.split(":")[1] in anchors[head.split(":")[0]]
 

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from ...errors import GuardError, message
 from ...names import code_line, located, where
 from ...tape import Node, Value
-from ..buffers import buffer, rotating
+from ..buffers import buffer, laid, rotating
 from ..calls import COPIES, Call, call_of
-from ..data import Frozen
-from ..passes import drop_dead, fold_constants
+from ..data import Frozen, sized_by_elements
+from ..guards import check_guard, check_shape
+from ..passes import drop_dead, fold_constants, laid_out
+from ..passes.dead import VIEWS
 
 __all__ = ["Source", "generate"]
 
@@ -49,11 +50,11 @@ class Source:
     def function(self, *, copy: bool = True) -> Callable[..., Any]:
         """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
         space = dict(self.constants)
-        for name, value in self.buffers.items():
-            space[name] = buffer(value)
-        for name, value in self.results.items():
-            space[name] = rotating(value, copy=copy)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
+            for name, value in self.buffers.items():
+                space[name] = buffer(value)
+            for name, value in self.results.items():
+                space[name] = rotating(value, copy=copy)
             for name, call, args, kwargs in self.views:
                 space[name] = call(
                     *[_filled(each, space) for each in args], **{k: _filled(v, space) for k, v in kwargs.items()}
@@ -80,7 +81,7 @@ def _filled(argument: Any, space: dict[str, Any]) -> Any:
         return space[argument.name]
     if isinstance(argument, _Like):
         return buffer(argument.value)
-    if isinstance(argument, (list, tuple)):
+    if type(argument) in (list, tuple):
         return type(argument)([_filled(each, space) for each in argument])
     return argument
 
@@ -96,14 +97,16 @@ class _Writer:
         self.with_sweep = with_sweep
         self.nodes = drop_dead(frozen, with_sweep=with_sweep)
         self.folded = fold_constants(frozen, self.nodes)
+        self.laid = laid_out(frozen, self.nodes)
         self.names: dict[Value, str] = {}
-        self.used: set[str] = set(keyword.kwlist) | {"torch", "guard", "results"}
-        self.space: dict[str, Any] = {"torch": torch, "guard": _guard, "measured": _measured}
+        self.space: dict[str, Any] = {"torch": torch, "guard": check_guard, "measured": check_shape, "laid": laid}
+        self.used = dict.fromkeys([*keyword.kwlist, *self.space], 1)  # how often each name was asked for
+        self.known: dict[tuple[str, int], str] = {}  # the names of what every copy of the function shares
         self.buffers: dict[str, Value] = {}
         self.results: dict[str, Value] = {}
         self.views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
-        self.static: set[Value] = set()  # values that lie in the same memory on every replay
-        self.dead_ends: set[Value] = set()
+        self.static = set(frozen.constants)  # values that lie in the same memory on every replay
+        self.given: set[Value] = set()  # results in the caller's memory that were returned
         self.lines: list[str] = []
 
     # -- names -------------------------------------------------------------------------------------------
@@ -117,52 +120,48 @@ class _Writer:
         return found
 
     def unused(self, wanted: str) -> str:
+        """An identifier that nothing else bears: `wanted`, or `wanted` with a number."""
         wanted = re.sub(r"\W", "_", wanted)
         wanted = wanted if wanted and not wanted[0].isdigit() else f"p_{wanted}"
-        found, count = wanted, 1
+        found = wanted
         while found in self.used:
-            count += 1
+            self.used[wanted] = count = self.used.get(wanted, 0) + 1
             found = f"{wanted}_{count}"
-        self.used.add(found)
+        self.used[found] = 1
         return found
 
     def shared(self, wanted: str, thing: Any) -> str:
         """A name for something that every copy of the function shares."""
-        for name, known in self.space.items():
-            if known is thing and name.startswith(re.sub(r"\W", "_", wanted)):
-                return name
-        name = self.unused(wanted)
-        self.space[name] = thing
+        name = self.known.get((wanted, id(thing)))
+        if name is None:
+            name = self.known[wanted, id(thing)] = self.unused(wanted)
+            self.space[name] = thing  # which keeps it alive, so that its id stays its own
         return name
 
     # -- the function ------------------------------------------------------------------------------------
 
     def write(self) -> Source:
         frozen = self.frozen
-        inputs = [self.name(v) if v is not None else self.unused("unused") for v in frozen.inputs]
+        inputs = [self.unused(title) for title in frozen.titles]
+        rim = {value: name for value, name in zip(frozen.inputs, inputs, strict=True) if value is not None}
         seed = self.name(frozen.seed) if self.with_sweep else None
         for value, tensor in frozen.live.items():
-            name = self.name(value, "live")
-            self.space[name] = tensor
+            rim[value] = self.unused(frozen.names.get(id(value)) or value.name or "live")
+            self.space[rim[value]] = tensor
+        for value, name in rim.items():
+            self.names[value] = name
+            if value in self.laid:
+                self.names[value] = self.unused(f"{name}_laid")
+                self.lines.append(f"{self.names[value]} = laid({name}, {value.strides})")
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.mine = self._results({*wanted, *gradients})
-        forward = set(frozen.forward)
-        turned = False
-        site: Any = None
-        for node in self.nodes:
-            if not turned and node not in forward:
-                turned = True
-                self.lines += ["", "# the reverse sweep"]
-                site = None
-            if node.site != site and node.site[0] is not None and not turned and node not in self.folded:
-                site = node.site
-                self.lines.append(f"# {code_line(node) or node.op.name}    ({where(node)})")
-            self.node(node)
+        self._nodes()
+        # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
+        returned = ", ".join([self.owned(v) for v in wanted])
+        swept = ", ".join([self.owned(g) for g in gradients])
         for leaf, after in frozen.writes:
-            self.lines.append(f"{self.name(leaf)}.copy_({self.name(after)})")
-        returned = ", ".join(self.owned(v) for v in wanted)
-        swept = ", ".join(self.owned(g) for g in gradients)
+            self.lines.append(f"{rim[frozen.canonical(leaf)]}.copy_({self.name(after)})")
         self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
         title = "step" if self.with_sweep else "forward"
@@ -170,6 +169,20 @@ class _Writer:
         module = compile(text, f"<program.{title}>", "exec")
         code = next(each for each in module.co_consts if isinstance(each, CodeType))
         return Source(text, code, self.space, self.buffers, self.results, self.views)
+
+    def _nodes(self) -> None:
+        """The lines of all nodes, each of the user's lines as a comment above its own."""
+        forward = set(self.frozen.forward)
+        turned = False
+        site: Any = None
+        for node in self.nodes:
+            if not turned and node not in forward:
+                turned = True
+                self.lines += ["", "# the reverse sweep"]
+            if node.site != site and node.site[0] is not None and not turned and node not in self.folded:
+                site = node.site
+                self.lines.append(f"# {code_line(node) or node.op.name}    ({where(node)})")
+            self.node(node)
 
     def _results(self, wanted: set[Value]) -> set[Value]:
         """Those of the wanted values that can be written straight into memory that the caller gets."""
@@ -184,13 +197,14 @@ class _Writer:
         return mine
 
     def owned(self, value: Value) -> str:
-        """An expression for a result: the caller's own memory, or a copy."""
-        if value in self.mine and value not in self.dead_ends:
-            self.dead_ends.add(value)
+        """The name of a result: the caller's own memory, or a copy."""
+        if value in self.mine and value not in self.given:
+            self.given.add(value)
             return self.name(value)
-        take = self.unused("result")
+        name, take = self.unused("result"), self.unused("new_result")
         self.results[take] = value
-        return f"{take}().copy_({self.name(value)})"
+        self.lines.append(f"{name} = {take}().copy_({self.name(value)})")
+        return name
 
     # -- one node ----------------------------------------------------------------------------------------
 
@@ -246,7 +260,7 @@ class _Writer:
         if call.title.startswith("torch.Tensor."):
             function, arguments = f"{arguments[0]}.{call.title.rpartition('.')[2]}", arguments[1:]
         self.lines.append(f"{made} = {function}({', '.join(arguments)})")
-        if torch.Tag.dynamic_output_shape in getattr(node.op.forward, "tags", ()):
+        if sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS):
             for name, value in zip(names, node.outputs, strict=True):
                 self.lines.append(f"measured({name}, {tuple(value.shape)}, {self.shared('site', located(node))})")
 
@@ -267,7 +281,7 @@ class _Writer:
             value = self.frozen.canonical(argument)
             # of a value that is not static, an operation run once reads no more than the description
             return _Name(self.names[value]) if value in self.static else _Like(value)
-        if isinstance(argument, (list, tuple)):
+        if type(argument) in (list, tuple):
             return type(argument)([self.stored(each) for each in argument])
         return argument
 
@@ -282,12 +296,12 @@ class _Writer:
         """The text of an argument."""
         if isinstance(argument, Value):
             return self.name(argument)
-        if isinstance(argument, (list, tuple)):
+        if type(argument) in (list, tuple):
             inside = ", ".join(self.argument(each) for each in argument)
             return f"[{inside}]" if isinstance(argument, list) else f"({inside}{',' if len(argument) == 1 else ''})"
-        if isinstance(argument, (int, bool, str)) or argument is None:
+        if type(argument) in (int, bool, str) or argument is None:
             return repr(argument)
-        if isinstance(argument, float) and argument == argument and abs(argument) != float("inf"):
+        if type(argument) is float and argument == argument and abs(argument) != float("inf"):
             return repr(argument)
         if isinstance(argument, (torch.dtype, torch.layout, torch.memory_format)):
             return str(argument) if str(argument).startswith("torch.") else self.shared("param", argument)
@@ -296,30 +310,3 @@ class _Writer:
 
 def _item(result: Any, i: int) -> Any:
     return result[i]
-
-
-# -- what the generated code calls ---------------------------------------------------------------------------
-
-
-def _guard(now: Any, recorded: Any, site: str | None) -> None:
-    if now == recorded or (now != now and recorded != recorded):
-        return
-    raise GuardError(
-        message(
-            f"a decision of the recorded code comes out differently: {recorded!r} when recorded, {now!r} now.",
-            where=site,
-            fix="record the code again on these inputs",
-        )
-    )
-
-
-def _measured(tensor: Tensor, shape: tuple[int, ...], site: str | None) -> None:
-    if tuple(tensor.shape) != shape:
-        raise GuardError(
-            message(
-                f"a shape that depends on the elements comes out differently: {shape} when recorded, "
-                f"{tuple(tensor.shape)} now.",
-                where=site,
-                fix="record the code again on these inputs",
-            )
-        )

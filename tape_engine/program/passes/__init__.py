@@ -1,8 +1,9 @@
-"""The passes: each takes a frozen tape and makes it smaller, one file a pass."""
+"""The passes: each tells something of a frozen tape that makes its replay smaller or right, one file a pass."""
 
 from __future__ import annotations
 
 from .dead import drop_dead
 from .fold import fold_constants
+from .layout import laid_out
 
-__all__ = ["drop_dead", "fold_constants"]
+__all__ = ["drop_dead", "fold_constants", "laid_out"]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from ...aliases import read_view, write_view
 from ...tape import Node, Value
-from ..data import Frozen
+from ..data import Frozen, sized_by_elements
 
 __all__ = ["drop_dead"]
+
+VIEWS = (read_view, write_view)
 
 
 def drop_dead(frozen: Frozen, *, with_sweep: bool) -> list[Node]:
     """The nodes that a replay has to run, in order; with the sweep or without it.
 
     Random operations stay even if nothing reads them: running the code would draw from the generator
-    too, and what is drawn after them must be the same. So do guards, and named operations that were
-    not opened up, whose bodies may have effects.
+    too, and what is drawn after them must be the same. So do guards, among them the operations whose result
+    has another shape on other elements, and named operations that were not opened up, whose bodies may
+    have effects.
     """
     needed: set[Value] = {frozen.canonical(value) for value in frozen.outputs}
     needed |= {frozen.canonical(after) for _, after in frozen.writes}
@@ -23,7 +27,8 @@ def drop_dead(frozen: Frozen, *, with_sweep: bool) -> list[Node]:
         nodes += frozen.backward
     kept = []
     for node in reversed(nodes):
-        effect = node.random or node.result is not None or (node.op.is_named and not node.op.name.endswith("_view"))
+        guards = node.result is not None or sized_by_elements(node)
+        effect = node.random or guards or (node.op.is_named and node.op not in VIEWS)
         if effect or any(frozen.canonical(value) in needed for value in node.outputs):
             kept.append(node)
             needed.update(frozen.canonical(value) for value in node.inputs)

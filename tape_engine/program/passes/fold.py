@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from ...tape import Node, Value
-from ..data import DESCRIBED, Frozen
+from ..data import DESCRIBED, Frozen, sized_by_elements
 
 __all__ = ["fold_constants"]
 
 
 def fold_constants(frozen: Frozen, nodes: list[Node]) -> set[Node]:
     """The nodes whose outputs are the same on every replay."""
-    constant: set[Value] = set()
+    constant: set[Value] = set(frozen.constants)
     folded: set[Node] = set()
     for node in nodes:
-        if node.random or node.op.is_named or node.result is not None:
+        if node.random or node.op.is_named or node.result is not None or sized_by_elements(node):
             continue
         described = node.op.forward in DESCRIBED
         if described or all(frozen.canonical(value) in constant for value in node.inputs):

@@ -242,6 +242,21 @@ def test_results_go_into_kept_memory(function: Callable[..., Tensor]) -> None:
     follows(program, function, [draw(3, 3)], [w])
 
 
+def test_views_written_through_allocate_nothing() -> None:
+    x, w = draw(3, 3), draw(3, 3)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        h = x @ w
+        h[0] *= 2
+        h[:, 1] += x[:, 0]
+        return h.square().sum()
+
+    program = freeze(function, [x], [w])
+    spy = ran(lambda: program(x))
+    assert not {"empty_strided", "clone", "zeros", "empty", "new_empty_strided"} & set(spy.names), program.code
+    follows(program, function, [draw(3, 3)], [w])
+
+
 def test_common_calls_are_the_quick_ones() -> None:
     """The builtins of torch, not overloads, which take twice as long."""
     x, w = draw(3, 3), draw(3, 3)

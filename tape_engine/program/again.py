@@ -1,0 +1,105 @@
+"""A replay inside another recording: the frozen nodes are run one by one, and recorded like any other code.
+
+So a gradient passes through a program, masks that were drawn stay what they were, effects stay effects, and
+a recording with programs in it can be frozen itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch._C import DisableTorchFunctionSubclass
+
+from .. import recorder
+from ..errors import NotRecordedError, message
+from ..names import located
+from ..recorder import Recorded, listen_to, recording, scope
+from ..tape import Node, Value, current_tape
+from .buffers import laid
+from .data import LIFT, Frozen
+from .guards import check_guard, check_shape
+from .passes import laid_out
+
+__all__ = ["is_recorded", "run_recorded"]
+
+Tensor = torch.Tensor
+
+
+def is_recorded(inputs: Sequence[Tensor], live: Sequence[tuple[Value, Tensor]]) -> bool:
+    """Whether a tape would record a plain torch operation on these tensors now."""
+    if recorder._state.quiet:  # inside the body of a named operation, or a rule
+        return False
+    if current_tape().strong:
+        return True
+    return any(isinstance(t, Recorded) for t in inputs) or any(isinstance(t, Recorded) for _, t in live)
+
+
+def run_recorded(frozen: Frozen, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a replay that is recorded on the current tape.
+
+    Raises:
+        GuardError: where a decision comes out differently; nothing was written then.
+    """
+    tape = current_tape()
+    length = len(tape)
+    held: dict[Value, Tensor] = {v: t for v, t in frozen.leaves.items() if t is not None}
+    held.update((leaf, leaf.holder) for leaf, _ in frozen.writes if leaf.holder is not None)
+    for value, holder in frozen.leaves.items():
+        place = next((i for i, given in enumerate(frozen.given) if given is holder), None)
+        if place is not None:
+            held[value] = inputs[place]
+    try:
+        # What the block around records by itself; outside of one, an operation at a time is listened to.
+        with scope("program"), nullcontext() if tape.strong else recording(tape), DisableTorchFunctionSubclass():
+            targets = dict(held)
+            for value in laid_out(frozen, frozen.nodes):
+                held[value] = laid(held[value], value.strides)
+            for node in frozen.nodes:
+                _run(node, held)
+            outputs = tuple([held[value] for value in frozen.outputs])
+            for leaf, after in frozen.writes:
+                tensor = targets[leaf]
+                with torch.no_grad() if tensor.requires_grad else nullcontext():
+                    tensor.copy_(held[after])
+    except BaseException:
+        tape.rewind(length)
+        raise
+    listen_to(outputs, tape)
+    return outputs
+
+
+def _run(node: Node, held: dict[Value, Tensor]) -> None:
+    contents = iter([_content(value, held) for value in node.inputs])
+    args = _refilled(node.args, contents)
+    kwargs = {name: _refilled(each, contents) for name, each in node.kwargs.items()}
+    if node.op.forward is LIFT:
+        held[node.outputs[0]] = args[0].clone()
+        return
+    with torch.no_grad() if node.cut else nullcontext():
+        result = (node.op if node.op.is_named and node.result is None else node.op.forward)(*args, **kwargs)
+    if node.result is not None:
+        check_guard(result, node.result, located(node))
+        return
+    made = [result] if isinstance(result, Tensor) else [each for each in result if each is not None]
+    for value, tensor in zip(node.outputs, made, strict=True):
+        if value.shape != tensor.shape:
+            check_shape(tensor, value.shape, located(node))
+        held[value] = tensor
+
+
+def _content(value: Value, held: dict[Value, Tensor]) -> Tensor:
+    found = held.get(value)
+    if found is None:
+        raise NotRecordedError(message("a tensor that the program reads is gone.", fix="keep it, or record again"))
+    return found
+
+
+def _refilled(argument: Any, contents: Iterator[Tensor]) -> Any:
+    if isinstance(argument, Value):
+        return next(contents)
+    if type(argument) in (list, tuple):
+        return type(argument)([_refilled(each, contents) for each in argument])
+    return argument

@@ -1,0 +1,53 @@
+"""A generated function in as many copies as replays run at once: each has buffers of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..recorder import quietly
+from .backends import python
+from .data import Frozen
+
+__all__ = ["Function"]
+
+
+class Function:
+    """The forward pass of a frozen tape as a Python function, or that and the sweep.
+
+    Attributes:
+        source: the generated source; made at its first use.
+        one: the seed of a sweep from one element.
+    """
+
+    def __init__(self, frozen: Frozen, *, with_sweep: bool, copy: bool) -> None:
+        self._frozen = frozen
+        self._with_sweep = with_sweep
+        self._copy = copy
+        self._source: python.Source | None = None
+        self._idle: list[Callable[..., Any]] = []
+        self._lock = threading.Lock()
+        with torch.inference_mode(False):
+            self.one = torch.ones(frozen.seed.shape, dtype=frozen.seed.dtype, device=frozen.seed.device)
+
+    @property
+    def source(self) -> python.Source:
+        with self._lock:
+            if self._source is None:
+                with quietly(), torch.inference_mode(False), torch.no_grad():
+                    self._source = python.generate(self._frozen, with_sweep=self._with_sweep)
+            return self._source
+
+    def __call__(self, *arguments: torch.Tensor) -> Any:
+        """Runs a copy of the function that no other replay uses meanwhile."""
+        try:
+            run = self._idle.pop()  # atomic: no two threads get the same
+        except IndexError:
+            run = self.source.function(copy=self._copy)
+        try:
+            return run(*arguments)
+        finally:
+            self._idle.append(run)

@@ -1,0 +1,181 @@
+"""What a replay is given: inputs and live tensors must be what was recorded, or the call is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..aliases import overlap, same_storage
+from ..errors import DTypeError, InputError, ShapeError, message
+from ..names import call_site, user_frame
+from ..tape import describe
+from .data import Frozen
+
+__all__ = ["Given"]
+
+Tensor = torch.Tensor
+
+
+class Given:
+    """The checks of a replay's arguments.
+
+    Attributes:
+        live: the live tensors, with the values that they stand for.
+    """
+
+    def __init__(self, frozen: Frozen) -> None:
+        self._frozen = frozen
+        self._specs = [(given.shape, given.dtype, given.device) for given in frozen.given]
+        self.live = frozen.read_anew
+        self._held = [(tensor, value.shape, value.dtype, value.device) for value, tensor in self.live]
+        self._written = self._write_targets()
+        self._shared = self._sharing(frozen.given)
+
+    # -- shapes, dtypes, devices ---------------------------------------------------------------------------
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Refuses inputs (or live tensors) that are not as recorded, naming all that differ.
+
+        Raises:
+            InputError: also where tensors share memory in another way than the recorded ones, and one is written to.
+        """
+        if len(inputs) != len(self._specs):
+            self._refuse(inputs)
+        for tensor, (shape, dtype, device) in zip(inputs, self._specs, strict=True):
+            if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                self._refuse(inputs)
+            if tensor.dtype != dtype or tensor.device != device or tensor.layout != torch.strided:
+                self._refuse(inputs)
+        for tensor, shape, dtype, device in self._held:
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+                self._refuse(inputs)
+        if self._written and self._sharing(inputs) != self._shared:
+            self._refuse_sharing()
+
+    def _refuse(self, inputs: Sequence[Any]) -> None:
+        frozen = self._frozen
+        titles = frozen.titles
+        if len(inputs) != len(titles):
+            what = f"the program takes {len(titles)} inputs ({', '.join(titles)}), not {len(inputs)}."
+            raise InputError(message(what, where=call_site(user_frame())))
+        rows = [
+            (name, f"recorded {describe(given)}, given {_described(tensor, given)}")
+            for name, given, tensor in zip(titles, frozen.given, inputs, strict=True)
+            if not _fits(tensor, given)
+        ]
+        rows += [
+            (frozen.title(value) or "live", f"recorded {describe(value)}, now {describe(tensor)}")
+            for value, tensor in self.live
+            if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device
+        ]
+        raise InputError(
+            message(
+                f"{len(rows)} {'tensor does' if len(rows) == 1 else 'tensors do'} not fit what was recorded.",
+                where=call_site(user_frame()),
+                operands=rows,
+                fix="give inputs of the recorded shape, dtype and device, or record again on these",
+            )
+        )
+
+    # -- shared memory ---------------------------------------------------------------------------------------
+
+    def _write_targets(self) -> list[int | Tensor]:
+        """The tensors that a replay writes to: inputs by their place, live ones."""
+        places = {value: i for i, value in enumerate(self._frozen.inputs) if value is not None}
+        leaves = [self._frozen.canonical(leaf) for leaf, _ in self._frozen.writes]
+        return [places[leaf] if leaf in places else self._frozen.live[leaf] for leaf in leaves]
+
+    def _sharing(self, inputs: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Which tensors that are written to share memory with which inputs, or, if inputs themselves, with others."""
+        found = []
+        for k, target in enumerate(self._written):
+            place = target if isinstance(target, int) else -1
+            written = inputs[place] if isinstance(target, int) else target
+            others = [*inputs, *(t for _, t in self.live)] if isinstance(target, int) else inputs
+            for i, other in enumerate(others):
+                if i != place and same_storage(written, other) and overlap(written, other):
+                    found.append((k, i))
+        return found
+
+    def _refuse_sharing(self) -> None:
+        raise InputError(
+            message(
+                "a tensor that the recorded code writes to shares memory with another in another way than recorded.",
+                where=call_site(user_frame()),
+                fix="give a copy: .clone()",
+            )
+        )
+
+    # -- the seed, and what is there to be added to --------------------------------------------------------------
+
+    def seed(self, seed: Tensor | None, one: Tensor) -> Tensor:
+        """The gradient of the first output: `seed`, checked, or `one`.
+
+        Raises:
+            ShapeError: if the first output has several elements and no seed, or the seed another shape.
+            DTypeError: for a seed that is no tensor, or complex where the output is real.
+        """
+        wanted = self._frozen.seed
+        if seed is None and wanted.numel() == 1:
+            return one
+        name = self._frozen.names.get(id(self._frozen.outputs[0])) or "the output"
+        where = call_site(user_frame())
+        row = (name, describe(wanted))
+        if seed is None:
+            what = f"program.step: {name} has {wanted.numel()} elements; its gradient needs a seed of its shape."
+            fix = f"program.step(..., seed=torch.ones({tuple(wanted.shape)}))"
+            raise ShapeError(message(what, where=where, operands=[row], fix=fix))
+        if not isinstance(seed, Tensor):
+            raise DTypeError(message(f"the seed must be a tensor, not {type(seed).__name__}.", where=where))
+        rows = [row, ("seed", describe(seed))]
+        if seed.shape != wanted.shape:
+            what, fix = (
+                f"program.step: the seed has another shape than {name}.",
+                f"give a seed of shape {tuple(wanted.shape)}",
+            )
+            raise ShapeError(message(what, where=where, operands=rows, fix=fix))
+        if seed.is_complex() and not wanted.is_complex():
+            what = f"program.step: the seed is complex, and {name} is real."
+            raise DTypeError(message(what, where=where, operands=rows, fix="give a real seed, such as seed.real"))
+        return seed.to(wanted.device, wanted.dtype)
+
+    def olds(self, targets: Sequence[Tensor]) -> list[Tensor | None]:
+        """The ``.g`` of the targets, which a sweep adds to.
+
+        Raises:
+            ShapeError, DTypeError: for one that is not a tensor of the gradient's shape.
+        """
+        found = []
+        for tensor, (_, g) in zip(targets, self._frozen.gradients, strict=True):
+            old = getattr(tensor, "g", None)
+            if old is not None and (not isinstance(old, Tensor) or old.shape != g.shape):
+                kind = ShapeError if isinstance(old, Tensor) else DTypeError
+                raise kind(
+                    message(
+                        "accumulate=True: the .g that is there cannot be added to.",
+                        where=call_site(user_frame()),
+                        operands=[(".g", _described(old, g)), ("new .g", describe(g))],
+                        fix="del it before the sweep",
+                    )
+                )
+            found.append(old)
+        return found
+
+
+def _fits(tensor: Any, given: Tensor) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.shape == given.shape
+        and tensor.dtype == given.dtype
+        and tensor.device == given.device
+        and tensor.layout == given.layout
+    )
+
+
+def _described(tensor: Any, like: Any) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"{type(tensor).__name__}, not a tensor"
+    layout = "" if tensor.layout == torch.strided else f"  {str(tensor.layout).removeprefix('torch.')}"
+    return describe(tensor) + layout
