@@ -81,15 +81,18 @@ def _as_tensor(given: Any, name: str) -> str | None:
     return f"torch.as_tensor({name})"
 
 
-def _same_dtype(op: str, **operands: Any) -> None:
+def _same_dtype(op: str, wanted: torch.dtype, **operands: Any) -> None:
+    """Every operand is of the dtype `wanted`; where that is an integer dtype, of the first that is not."""
     present = {own: each for own, each in operands.items() if each is not None}
-    wanted = [each.dtype for each in present.values() if each.dtype.is_floating_point or each.dtype.is_complex]
-    for own, each in present.items():
-        if not wanted or each.dtype != wanted[-1]:
-            given = _Operands(op, **operands)
-            dtype = wanted[-1] if wanted else torch.float32
-            what = "its operands have different dtypes." if wanted else f"{given.names[own]} is of an integer dtype."
-            given.refuse(DTypeError, what, f"{given.names[own]}.to({dtype})")
+    if not (wanted.is_floating_point or wanted.is_complex):
+        able = [each.dtype for each in present.values() if each.dtype.is_floating_point or each.dtype.is_complex]
+        wanted = able[0] if able else torch.float32
+    off = next((own for own, each in present.items() if each.dtype != wanted), None)
+    if off is not None:
+        given = _Operands(op, **operands)
+        same = len({each.dtype for each in present.values()}) == 1
+        what = f"{given.names[off]} is of an integer dtype." if same else "its operands have different dtypes."
+        given.refuse(DTypeError, what, f"{given.names[off]}.to({wanted})")
 
 
 # -- lin ---------------------------------------------------------------------------------------------
@@ -124,7 +127,7 @@ def lin(X: Any, w: Any, b: Any = None) -> None:
             and (w.dtype.is_floating_point or w.dtype.is_complex)
         ):
             return
-        _same_dtype("lin", X=X, b=b, w=w)
+        _same_dtype("lin", w.dtype, X=X, w=w, b=b)
     given = _Operands("lin", X=X, w=w, b=b)
     x_name, w_name, b_name = given.names["X"], given.names["w"], given.names["b"]
     if X.ndim < 2:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-__all__ = ["listen", "parameter_name", "stop_listening"]
+__all__ = ["close_scope", "listen", "open_scope", "parameter_name", "path", "stop_listening"]
 
 
 class _Here(threading.local):
     def __init__(self) -> None:
         self.listening = 0
-        self.path: list[str] = []
+        self.path: list[str] = []  # of scopes, the user's own and those of modules
+        self.depth = 0  # of module calls
         self.names: dict[int, str] = {}  # of the modules inside the outermost one called
         self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
 
@@ -32,20 +33,22 @@ _hooks: list[Any] = []
 def _enter(module: torch.nn.Module, args: Any) -> None:
     if not _here.listening:
         return
-    if not _here.path:
+    if not _here.depth:
         _here.names = {id(inside): name for name, inside in module.named_modules()}
         _here.parameters.update({id(p): (name, p) for name, p in module.named_parameters()})
         _here.parameters.update({id(b): (name, b) for name, b in module.named_buffers()})
+    _here.depth += 1
     _here.path.append(_here.names.get(id(module)) or type(module).__name__)
 
 
 def _leave(module: torch.nn.Module, args: Any, result: Any) -> None:
-    if _here.listening and _here.path:
+    if _here.listening and _here.depth:
+        _here.depth -= 1
         _here.path.pop()
 
 
-def listen() -> None:
-    """Begins to follow module calls on this thread; may be nested."""
+def listen() -> int:
+    """Begins to follow module calls on this thread; may be nested. Returns what `stop_listening` takes."""
     global _listeners
     with _lock:
         _listeners += 1
@@ -53,14 +56,16 @@ def listen() -> None:
             _hooks.append(register_module_forward_pre_hook(_enter))
             _hooks.append(register_module_forward_hook(_leave, always_call=True))
     _here.listening += 1
+    return len(_here.path)
 
 
-def stop_listening() -> None:
-    """Ends what `listen` began."""
+def stop_listening(length: int) -> None:
+    """Ends what `listen` began, with the scopes that an exception left open."""
     global _listeners
     _here.listening -= 1
+    del _here.path[length:]
     if not _here.listening:
-        _here.path.clear()
+        _here.depth = 0
         _here.parameters.clear()
     with _lock:
         _listeners -= 1
@@ -69,8 +74,19 @@ def stop_listening() -> None:
                 _hooks.pop().remove()
 
 
+def open_scope(name: str) -> int:
+    """Begins a scope of the user's; returns what `close_scope` takes."""
+    _here.path.append(name)
+    return len(_here.path) - 1
+
+
+def close_scope(length: int) -> None:
+    """Ends what `open_scope` began."""
+    del _here.path[length:]
+
+
 def path() -> tuple[str, ...]:
-    """The module calls that are running, outermost first."""
+    """The scopes that are open, outermost first."""
     return tuple(_here.path) if _here.path else ()
 
 

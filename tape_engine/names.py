@@ -65,7 +65,7 @@ def local_name(frame: FrameType | None, tensor: torch.Tensor) -> str | None:
 
 def _name_in(names: dict[str, Any], tensor: torch.Tensor) -> str | None:
     for name, held in names.items():
-        if held is tensor and not name.startswith("_"):
+        if held is tensor and name.isidentifier() and not name.startswith("_"):
             return name
     return None
 
@@ -194,7 +194,7 @@ def _raw_names(nodes: list[Node]) -> dict[int, str]:
     names: dict[int, str] = {}
     for value in (v for node in nodes for v in node.inputs if v.leaf and v.name):
         names[id(value)] = value.name or ""
-    for here, after in zip(nodes, [*nodes[1:], None], strict=True):
+    for here, after in zip(nodes, [*nodes[1:], None], strict=False):
         code, lasti = here.site
         if code is None:
             continue

@@ -366,34 +366,46 @@ def _targets(target: Any) -> list[Op]:
     if isinstance(target, Op):
         return [target]
     if isinstance(target, torch._ops.OpOverload):
-        return [find(target)]
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return [find(getattr(target, each)) for each in target.overloads() if not each.endswith("out")]
-    packet = getattr(torch.ops.aten, getattr(target, "__name__", " "), None) if callable(target) else None
-    if packet is None:
-        raise DTypeError(
-            message(
-                f"{target!r} is not an operation: a rule is registered for a named operation, an ATen overload "
-                "or a torch function.",
-                fix="te.rule(torch.ops.aten.flip.default)",
-            )
-        )
-    overloads = [getattr(packet, each) for each in packet.overloads() if not each.endswith("out")]
-    whole = [each for each in overloads if not composite(each) and not each._schema.is_mutable]
+        overloads = [target]
+    else:
+        packet = target if isinstance(target, torch._ops.OpOverloadPacket) else _packet(target)
+        overloads = [getattr(packet, each) for each in packet.overloads()] if packet else []
+    whole = [each for each in overloads if not composite(each)]
+    if not isinstance(target, torch._ops.OpOverload):
+        whole = [each for each in whole if not each._schema.is_mutable and not each._overloadname.endswith("out")]
     if not whole:
+        title = getattr(target, "__name__", str(target))
         raise MissingRuleError(
             message(
-                f"torch.{packet.__name__} runs as several operations, and it is those that have the rules.",
-                fix=f"record it and look at print(tape), or make one operation of it: te.op(torch.{packet.__name__})",
+                f"{title} runs as several operations, and it is those that have the rules.",
+                fix=f"record it and look at print(tape), or make one operation of it: te.op({title})",
             )
         )
     return [find(each) for each in whole]
 
 
+def _packet(target: Any) -> Any:
+    """The ATen operation behind a function of torch; ``None`` for one that has none of its name."""
+    name = getattr(target, "__name__", "")
+    owners = (torch, torch.Tensor, torch.nn.functional, torch.special, torch.linalg, torch.fft, torch._C._nn)
+    if not name or not any(
+        getattr(owner, each, None) is target for owner in owners for each in (name, name.partition("_")[2])
+    ):
+        raise DTypeError(
+            message(
+                f"{target!r} is not an operation: a rule is registered for a named operation, an ATen overload "
+                "or a torch function.",
+                fix="te.rule(torch.ops.aten.flip.default); of a function of your own te.op makes an operation",
+            )
+        )
+    return getattr(torch.ops.aten, name, None)
+
+
 def composite(overload: torch._ops.OpOverload) -> bool:
     """Whether torch runs an overload as several others; also for those that only TorchScript has."""
     try:
-        return overload._can_decompose()
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CPU")
+        return overload._can_decompose() and not has_kernel
     except RuntimeError:
         return True
 

@@ -48,6 +48,9 @@ def _without(rule: Rule, needs: tuple[bool, ...]) -> Rule | None:
         return None
     if any(isinstance(each, ast.Starred) for each in last.value.elts):
         return None
+    dropped = [each for each, need in zip(last.value.elts, needs, strict=True) if not need]
+    if any(isinstance(inside, ast.NamedExpr) for each in dropped for inside in ast.walk(each)):
+        return None
     pairs = zip(last.value.elts, needs, strict=True)
     last.value.elts = [each if need else ast.copy_location(ast.Constant(None), each) for each, need in pairs]
     definition.body = _alive(definition.body)
@@ -81,11 +84,14 @@ def _alive(body: list[ast.stmt]) -> list[ast.stmt]:
     kept: list[ast.stmt] = []
     read: set[str] = set()
     for statement in reversed(body):
-        if isinstance(statement, ast.Assign):
-            targets = {n.id for t in statement.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-            plain = all(isinstance(n, (ast.Name, ast.Tuple, ast.List)) for t in statement.targets for n in [t])
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            written = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            targets = {n.id for t in written for n in ast.walk(t) if isinstance(n, ast.Name)}
+            plain = all(isinstance(t, (ast.Name, ast.Tuple, ast.List)) for t in written)
             if plain and not targets & read:
                 continue
+            if plain:
+                read -= targets
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
         kept.append(statement)

@@ -12,7 +12,7 @@ broadcast, giving each gradient its value's dtype, and checking that a rule retu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from . import recorder
 from .errors import (
     DTypeError,
-    MissingRuleError,
     NotRecordedError,
     OverwrittenError,
     RuleError,
@@ -30,6 +29,7 @@ from .errors import (
     TapeError,
     message,
 )
+from .gradients import borrowed, fitted, in_order, refill
 from .names import call_site, local_name, located, user_frame
 from .specialise import specialise
 from .tape import (
@@ -212,7 +212,7 @@ class Sweep:
             return
         for value, contribution in zip(node.inputs, self._apply(node, g, needs), strict=True):
             if contribution is not None and self._needs(value):
-                self._add(value, _fitted(contribution, value, node), node)
+                self._add(value, fitted(contribution, value, node), node)
 
     def _arrive(self, value: Value) -> Tensor | None:
         """The complete gradient of a value: all that used it have been passed."""
@@ -235,15 +235,7 @@ class Sweep:
 
     def _add(self, value: Value, contribution: Tensor, reader: Node) -> None:
         if value.closed and not self.structure:
-            kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
-            raise kind(
-                message(
-                    f"the gradient reaches {value.name or 'a value'}, which {value.closed}.",
-                    where=located(reader),
-                    operands=[(value.name or "value", describe(value))],
-                    fix=_way_around(value),
-                )
-            )
+            raise _closed_error(value, located(reader))
         before = self.pending.get(value)
         if before is None:
             self.pending[value] = contribution
@@ -258,10 +250,10 @@ class Sweep:
         op = node.op
         outputs = [self._contents(node, len(node.inputs) + i, value) for i, value in enumerate(node.outputs)]
         inputs = iter([self._contents(node, i, value) for i, value in enumerate(node.inputs)])
-        args = [_refill(each, inputs) for each in node.args]
-        kwargs = {name: _refill(each, inputs) for name, each in node.kwargs.items()}
+        args = [refill(each, inputs) for each in node.args]
+        kwargs = {name: refill(each, inputs) for name, each in node.kwargs.items()}
         out, g_out = node.returned(outputs), node.returned(g)
-        rule = _borrowed(node, needs) if op.grad is None else specialise(op.grad, needs)
+        rule = borrowed(node, needs) if op.grad is None else specialise(op.grad, needs)
         try:
             returned = rule(g_out, out, *args, **kwargs)
         except TapeError:
@@ -275,7 +267,7 @@ class Sweep:
                     operands=_described(node, g),
                 )
             ) from error
-        return _in_order(returned, node)
+        return in_order(returned, node)
 
     def _contents(self, node: Node, i: int, value: Value) -> Any:
         """What the rule is given for a value: its contents if it reads them, otherwise its description."""
@@ -317,8 +309,11 @@ class Sweep:
     def _useful(self, asked: set[Value]) -> set[Value]:
         """The values through which a gradient finds its way to those asked for."""
         useful = set(asked)
+        # a tensor that is not found here may lie behind a closed value: then that has to say so
+        hidden = self.targets is not None and self.targets > {id(value.holder) for value in asked}
         for node in self.order:
-            useful.update(value for value in node.inputs if value.closed)  # what they hide may be asked for
+            if hidden:
+                useful.update(value for value in node.inputs if value.closed)
             if any(value in useful for value in node.inputs):
                 useful.update(value for value in node.outputs if value.differentiable)
         return useful
@@ -399,178 +394,6 @@ def _written_unseen(value: Value) -> bool:
     return holder is not None and not value.leaf and bound(holder) is value and not unwritten(holder)
 
 
-def _refill(argument: Any, contents: Any) -> Any:
-    """`argument` with the contents of values in their place, in order."""
-    if isinstance(argument, Value):
-        return next(contents)
-    if isinstance(argument, (list, tuple)):
-        return type(argument)([_refill(each, contents) for each in argument])
-    return argument
-
-
-# -- what a rule returned ---------------------------------------------------------------------------------
-
-
-def _in_order(returned: Any, node: Node) -> list[Tensor | None]:
-    """One gradient for each input of the node.
-
-    A rule may leave out the optional tensor arguments that were not given, or return None for them.
-    """
-    given = list(returned) if isinstance(returned, (tuple, list)) else [returned]
-    if len(given) == len(node.inputs):
-        return given
-    places = [isinstance(each, Value) for each in _tensor_arguments(node)]
-    if len(given) == len(places):
-        return [g for g, is_value in zip(given, places, strict=True) if is_value]
-    raise RuleError(
-        message(
-            f"the rule {node.rule} of {node.op.name} returned {len(given)} gradients for {len(node.inputs)} tensor arguments.",
-            where=located(node),
-            operands=[(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)],
-            fix="return one gradient for each tensor argument, in order, None for one that is not differentiable",
-        )
-    )
-
-
-def _tensor_arguments(node: Node) -> Iterable[Any]:
-    """What was given for each argument that may be a tensor: a value, None, or a number in its place."""
-    if node.op.is_named:
-        return (
-            each for each in _flat((node.args, list(node.kwargs.values()))) if each is None or isinstance(each, Value)
-        )
-    found: list[Any] = []
-    for i, argument in enumerate(node.op.forward._schema.arguments):
-        if "Tensor" in str(argument.type):
-            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            found += _flat(given)
-    return found
-
-
-def _fitted(contribution: Tensor, value: Value, node: Node) -> Tensor:
-    """A contribution in the shape, dtype and device of its value: un-broadcast, cast, checked."""
-    if not isinstance(contribution, Tensor):
-        raise _misfit(node, value, f"{type(contribution).__name__}, not a tensor or None")
-    if contribution.shape != value.shape:
-        if not _may_unbroadcast(contribution, value, node):
-            raise _misfit(node, value, f"a gradient of shape {tuple(contribution.shape)}")
-        contribution = _unbroadcast(contribution, value.shape)
-    if contribution.dtype != value.dtype:
-        if contribution.dtype.is_complex and not value.dtype.is_complex:
-            contribution = contribution.real
-        contribution = contribution.to(value.dtype)
-    if contribution.device != value.device:
-        contribution = contribution.to(value.device)
-    return contribution
-
-
-def _may_unbroadcast(contribution: Tensor, value: Value, node: Node) -> bool:
-    allowed = node.op.broadcasts
-    try:
-        if allowed is None:
-            together = torch.broadcast_shapes(*(v.shape for v in node.inputs))
-            allowed = len(node.outputs) == 1 and together == node.outputs[0].shape
-        return allowed and torch.broadcast_shapes(contribution.shape, value.shape) == contribution.shape
-    except RuntimeError:
-        return False
-
-
-def _unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
-    """The sum of `g` over the dimensions along which a tensor of `shape` was repeated to its shape."""
-    extra = g.ndim - len(shape)
-    repeated = [i for i in range(g.ndim) if i < extra or (shape[i - extra] == 1 and g.shape[i] != 1)]
-    if len(repeated) == extra:
-        return g.sum(repeated) if extra else g
-    return g.sum(repeated, keepdim=True).reshape(shape)
-
-
-def _misfit(node: Node, value: Value, got: str) -> RuleError:
-    i = next(k for k, each in enumerate(node.inputs) if each is value)
-    names = [*node.op.parameters, *(f"argument {k}" for k in range(len(node.inputs)))]
-    name = names[i] if node.op.is_named or i < len(node.op.parameters) else f"argument {i}"
-    return RuleError(
-        message(
-            f"the rule {node.rule} of {node.op.name} returned {got} for {name}, which has shape {tuple(value.shape)}.",
-            where=located(node),
-            operands=[(n, describe(v)) for n, v in zip(names, node.inputs, strict=False)],
-            fix=f"return for {name} a gradient of shape {tuple(value.shape)}",
-        )
-    )
-
-
-def _borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
-    """The rule of an operation that has none registered, as ``torch.func.vjp`` gives it."""
-
-    if node.random:
-        raise MissingRuleError(
-            message(
-                f"{node.op.name} has no registered gradient rule, and a borrowed one would run it again and draw "
-                "other random numbers.",
-                where=located(node),
-                fix=recorder.rule_to_add(node.op),
-            )
-        )
-
-    def borrowed_grad(g: Any, out: Any, *args: Any, **kwargs: Any) -> list[Tensor | None]:
-        tensors = [each for each in _flat((args, list(kwargs.values()))) if isinstance(each, Tensor)]
-
-        def forward(*chosen: Tensor) -> Any:
-            left = iter(chosen)
-            contents = iter([next(left) if need else tensor for tensor, need in zip(tensors, needs, strict=True)])
-            filled = [_swap(each, contents) for each in args]
-            named = {name: _swap(each, contents) for name, each in kwargs.items()}
-            result = node.op.forward(*filled, **named)
-            made = list(result) if isinstance(result, (tuple, list)) else [result]
-            return tuple(each for each, gradient in zip(made, gradients, strict=False) if gradient is not None)
-
-        gradients = list(g) if isinstance(g, (tuple, list)) else [g]
-        chosen = [
-            tensor.detach() if tensor.grad_fn is not None else tensor
-            for tensor, need in zip(tensors, needs, strict=True)
-            if need
-        ]
-        try:
-            _refuse_undifferentiable(forward, chosen)
-            _, pull = torch.func.vjp(forward, *chosen)
-            found = iter(pull(tuple(each for each in gradients if each is not None)))
-        except (RuntimeError, NotImplementedError) as error:
-            raise MissingRuleError(
-                message(
-                    f"{node.op.name} has no registered gradient rule, and torch has none to borrow: {error}",
-                    where=located(node),
-                    operands=[(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)],
-                    fix=recorder.rule_to_add(node.op),
-                )
-            ) from error
-        return [next(found) if need else None for need in needs]
-
-    return borrowed_grad
-
-
-def _refuse_undifferentiable(forward: Any, tensors: Sequence[Tensor]) -> None:
-    """Where torch has no derivative ``torch.func.vjp`` returns zeros without a word."""
-    with torch.enable_grad():
-        made = forward(*[tensor.detach().requires_grad_() for tensor in tensors])
-    if not any(each.requires_grad for each in made):
-        raise NotImplementedError("its result does not require a gradient, as torch sees it")
-
-
-def _flat(argument: Any) -> Iterable[Any]:
-    if isinstance(argument, (tuple, list)):
-        for each in argument:
-            yield from _flat(each)
-    else:
-        yield argument
-
-
-def _swap(argument: Any, contents: Any) -> Any:
-    """`argument` with the next of `contents` in the place of each tensor."""
-    if isinstance(argument, Tensor):
-        return next(contents)
-    if isinstance(argument, (tuple, list)):
-        return type(argument)([_swap(each, contents) for each in argument])
-    return argument
-
-
 # -- what a user gave -------------------------------------------------------------------------------------
 
 
@@ -623,6 +446,8 @@ def _root(C: Tensor, caller: str) -> tuple[Value, Node | None]:
                 fix=f"compute {name} outside that block",
             )
         )
+    if value.closed:
+        raise _closed_error(value, call_site(frame))
     return value, node
 
 
@@ -685,6 +510,20 @@ def _sum(tensor: Tensor, g: Tensor) -> Tensor:
 def _described(node: Node, g: list[Tensor | None]) -> list[tuple[str, str]]:
     rows = [("g", describe(each)) for each in g if each is not None]
     return rows + [(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)]
+
+
+def _closed_error(value: Value, where: str | None) -> TapeError:
+    """What says that no gradient may pass into a value."""
+    kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
+    name = value.name or "a value"
+    return kind(
+        message(
+            f"the gradient reaches {name}, which {value.closed}.",
+            where=where,
+            operands=[(value.name or "value", describe(value))],
+            fix=_way_around(value),
+        )
+    )
 
 
 def _way_around(value: Value) -> str:

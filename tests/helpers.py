@@ -5,13 +5,16 @@ from __future__ import annotations
 import linecache
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch._C import DisableTorchFunctionSubclass
 
-Tensor = torch.Tensor
+if TYPE_CHECKING:
+    Tensor = Any  # torch's own annotations know no `.g`
+else:
+    Tensor = torch.Tensor
 
 
 def plain(t: Tensor) -> Tensor:
@@ -26,7 +29,7 @@ def close(got: Tensor | None, wanted: Tensor | None, tol: float = 1e-10) -> None
         assert got is None
         return
     assert got is not None, "no gradient"
-    assert isinstance(got, Tensor)
+    assert isinstance(got, torch.Tensor)
     assert got.shape == wanted.shape
     assert got.dtype == wanted.dtype
     got, wanted = plain(got), plain(wanted)
@@ -89,7 +92,7 @@ def unshared(*tensors: Tensor) -> None:
 
 def each_tensor(structure: Any) -> list[Tensor]:
     """The tensors of nested tuples and lists, in order."""
-    if isinstance(structure, Tensor):
+    if isinstance(structure, torch.Tensor):
         return [structure]
     if isinstance(structure, (tuple, list)):
         return [t for item in structure for t in each_tensor(item)]

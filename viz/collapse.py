@@ -98,7 +98,7 @@ def scope_title(scope: Sequence[str]) -> str:
 def _middle(nodes: Sequence[Node], boxes: Sequence[Box], groups: Sequence[Group], budget: int) -> Group:
     """One group of all but the first and last few boxes."""
     head = tail = max(1, budget // 3)  # what is left out is to be worth a box
-    # Six turns of a loop tell as much as twenty: of a plain repetition a short head and tail are enough.
+    # Of a plain repetition, two turns at either end tell as much as twenty.
     words = [nodes[b[0]].op.name if not _is_group(b) else scope_kind(nodes, b) for b in boxes]
     period = _period(words[head:-tail])
     if period and period <= head:

@@ -157,7 +157,7 @@ def _run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **environment},
-            # A session of its own: `dot` may be a script, and what that started has to be ended as well.
+            # A group of its own: `dot` may be a script, and what that started has to be ended as well.
             start_new_session=os.name == "posix",
         )
     except OSError as failure:  # not a program after all

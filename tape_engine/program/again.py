@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 
 def is_recorded(inputs: Sequence[Tensor], live: Sequence[tuple[Value, Tensor]]) -> bool:
     """Whether a tape would record a plain torch operation on these tensors now."""
-    if recorder._state.quiet:  # inside the body of a named operation, or a rule
+    if recorder.is_quiet():  # inside the body of a named operation, or a rule
         return False
     if current_tape().strong:
         return True

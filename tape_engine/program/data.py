@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..aliases import read_view, write_view
 from ..tape import Node, Value
 
-__all__ = ["DESCRIBED", "LIFT", "SAME", "Frozen", "sized_by_elements"]
+__all__ = ["DESCRIBED", "LIFT", "SAME", "VIEWS", "Frozen", "sized_by_elements"]
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -27,6 +28,9 @@ LIFT = aten.lift_fresh.default
 
 #: Overloads whose result is their argument: nothing needs to run.
 SAME = {aten.detach.default, aten.alias.default, LIFT}
+
+#: The named operations that look into memory and write to it: nothing in them can differ from call to call.
+VIEWS = (read_view, write_view)
 
 
 def sized_by_elements(node: Node) -> bool:

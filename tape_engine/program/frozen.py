@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..aliases import write_view
 from ..errors import NotRecordedError, ShapeError, message
 from ..names import call_site, local_name, names_of, user_frame
 from ..recorder import SWEPT, quietly, read, recording
@@ -39,15 +40,16 @@ def freeze_nodes(
     end = Tape(strong=True)  # what has to be read off once more at the end of the recording
     made = [_output(each, tape, end) for each in outputs]
     nodes = [*_needed(tape, made, end), *end.nodes]
-    leaves = _leaves(nodes, [value for value, _ in made])
+    leaves = _leaves(nodes, [value for value, _ in made], tape)
     seed_tensor = torch.ones_like(outputs[0], memory_format=torch.contiguous_format).as_subclass(Tensor)
     seed = Value(seed_tensor)
     seed.name = "seed"
     titles = [local_name(user_frame(), each) or f"input{i}" for i, each in enumerate(inputs)]
+    rim = _inputs(inputs, leaves, titles)
     frozen = Frozen(
         nodes=nodes,
         leaves=leaves,
-        inputs=_inputs(inputs, leaves, titles),
+        inputs=rim,
         given=list(inputs),
         titles=titles,
         outputs=[value for value, _ in made],
@@ -57,7 +59,7 @@ def freeze_nodes(
     )
     _join_readings(frozen)
     frozen.forward = [each for node in nodes for each in opened(node, frozen)]
-    frozen.writes = _writes(nodes, leaves, tape)
+    frozen.writes = _writes(nodes, leaves, rim)
     if made[0][0].differentiable:
         bind(seed_tensor, seed, None)
         _record_sweep(frozen, *made[0], seed_tensor, targets)
@@ -85,8 +87,10 @@ def _output(tensor: Tensor, tape: Tape, end: Tape) -> tuple[Value, Node | None]:
             read(tensor, end)
         entry = values_by_tensor[id(tensor)]
     _, value, node, _ = entry or (None, None, None, None)
-    tokens = (tape.token, end.token)
-    on_tape = node.tape in tokens if node is not None else any(value is v for n in tape.nodes for v in n.inputs)
+    if node is None:
+        on_tape = any(value is v for n in tape.nodes for v in n.inputs)
+    else:
+        on_tape = node.tape is end.token or (node.tape is tape.token and (not tape.strong or node in tape.nodes))
     if value is None or not on_tape:
         name = local_name(user_frame(), tensor) or "an output"
         fix = "give a tensor that was computed inside the recording"
@@ -119,11 +123,21 @@ def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape)
     return sorted(seen, key=lambda node: node.seq)
 
 
-def _leaves(nodes: list[Node], outputs: list[Value]) -> dict[Value, Tensor | None]:
-    """The values that the nodes read and none of them makes, with their tensors."""
+def _leaves(nodes: list[Node], outputs: list[Value], tape: Tape) -> dict[Value, Tensor | None]:
+    """The values that the nodes read and none of them makes, with their tensors.
+
+    Among them those of the caller's tensors that are written to without being read (``out=``).
+    """
     made = {value for node in nodes for value in node.outputs}
     read = [value for node in nodes for value in node.inputs] + outputs
-    return {value: value.holder for value in read if value not in made}
+    leaves = {value: value.holder for value in read if value not in made}
+    known = {id(holder) for holder in leaves.values() if holder is not None}
+    first = {id(v.holder): node for node in reversed(tape.nodes) for v in node.outputs}
+    for node in nodes:
+        for holder in [node.outputs[j].holder for i, j in node.mutates if i < 0]:
+            if holder is not None and id(holder) not in known and first.get(id(holder)) is node:
+                leaves[Value(holder)] = holder
+    return leaves
 
 
 def _inputs(inputs: Sequence[Tensor], leaves: dict[Value, Tensor | None], titles: list[str]) -> list[Value | None]:
@@ -136,6 +150,8 @@ def _inputs(inputs: Sequence[Tensor], leaves: dict[Value, Tensor | None], titles
             )
         value = by_holder.get(id(tensor))
         held = bound(tensor)
+        if value is not None and value.name and name == f"input{i}":
+            titles[i] = value.name
         if value is None and held is not None and held.node is not None:
             what = f"tape.program: {name} was computed inside the recording, so it cannot be an input of its replay."
             raise _refuse(what, tensor, name, "give the tensors that the recorded code was given")
@@ -163,26 +179,34 @@ def _join_readings(frozen: Frozen) -> None:
         frozen.same[value] = other
 
 
-def _writes(nodes: list[Node], leaves: dict[Value, Tensor | None], tape: Tape) -> list[tuple[Value, Value]]:
+def _writes(
+    nodes: list[Node], leaves: dict[Value, Tensor | None], rim: list[Value | None]
+) -> list[tuple[Value, Value]]:
     """The leaves whose tensors were written to, each with the value that its tensor held at the end.
 
     In the order of the writes: of tensors that share memory, the later write holds what all of it became.
     """
     by_holder = {id(holder): value for value, holder in reversed(leaves.items()) if holder is not None}
-    made = {id(v.holder): node for node in reversed(tape.nodes) for v in node.outputs}
     last: dict[Value, Value] = {}
     for node in nodes:
         for value in node.outputs:
             holder = value.holder
             if holder is None or value.stale:
                 continue
-            if id(holder) not in by_holder and made.get(id(holder)) is node and any(i < 0 for i, _ in node.mutates):
-                by_holder[id(holder)] = Value(holder)  # out= onto a tensor of the caller's, never read before
             leaf = by_holder.get(id(holder))
             if leaf is not None:
                 last.pop(leaf, None)
                 last[leaf] = value
-    return list(last.items())
+    return [(leaf, value) for leaf, value in last.items() if not _covered(leaf, nodes, rim)]
+
+
+def _covered(leaf: Value, nodes: list[Node], rim: list[Value | None]) -> bool:
+    """Whether a leaf is but the base of a written input, and nobody reads it: the write to the input will do."""
+    base = leaf.holder
+    if base is None or leaf in rim or not any(v.holder._base is base for v in rim if v and v.holder is not None):
+        return False
+    states = {leaf, *(v for node in nodes for v in node.outputs if v.holder is base)}
+    return all(node.op is write_view for node in nodes for v in node.inputs if v in states)
 
 
 def _merge_same(frozen: Frozen) -> None:

@@ -28,6 +28,7 @@ class Function:
         self._with_sweep = with_sweep
         self._copy = copy
         self._source: python.Source | None = None
+        self._device = frozen.seed.device.type
         self._idle: list[Callable[..., Any]] = []
         self._lock = threading.Lock()
         with torch.inference_mode(False):
@@ -48,6 +49,9 @@ class Function:
         except IndexError:
             run = self.source.function(copy=self._copy)
         try:
+            if torch.is_autocast_enabled(self._device):  # casts that the code made are recorded; no others are meant
+                with torch.autocast(self._device, enabled=False):
+                    return run(*arguments)
             return run(*arguments)
         finally:
             self._idle.append(run)

@@ -17,6 +17,8 @@ __all__ = ["Given"]
 
 Tensor = torch.Tensor
 
+STRIDED = torch.strided
+
 
 class Given:
     """The checks of a replay's arguments.
@@ -43,13 +45,17 @@ class Given:
         """
         if len(inputs) != len(self._specs):
             self._refuse(inputs)
-        for tensor, (shape, dtype, device) in zip(inputs, self._specs, strict=True):
-            if not isinstance(tensor, Tensor) or tensor.shape != shape:
-                self._refuse(inputs)
-            if tensor.dtype != dtype or tensor.device != device or tensor.layout != torch.strided:
+        for tensor, (shape, dtype, device) in zip(inputs, self._specs):  # noqa: B905 - as many, and each µs counts
+            if (
+                not isinstance(tensor, Tensor)
+                or tensor.shape != shape
+                or tensor.dtype is not dtype
+                or tensor.device != device
+                or tensor.layout is not STRIDED
+            ):
                 self._refuse(inputs)
         for tensor, shape, dtype, device in self._held:
-            if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 self._refuse(inputs)
         if self._written and self._sharing(inputs) != self._shared:
             self._refuse_sharing()

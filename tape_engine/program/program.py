@@ -93,14 +93,11 @@ class Program:
         targets = [inputs[t] if isinstance(t, int) else t for t, _ in frozen.gradients]
         with quietly(), torch.no_grad():
             seed = given.seed(seed, self._step.one)
-            olds = given.olds(targets) if accumulate else ()
-            if not self._copy:  # the replay writes where they lie
+            olds = given.olds(targets) if accumulate else None
+            if olds is not None and not self._copy:  # the replay writes where they lie
                 olds = [None if old is None else old.clone() for old in olds]
             outputs, gradients = self._step(*inputs, seed)
-            for old, g in zip(olds, gradients, strict=False):
-                if old is not None:
-                    g.add_(old)
-            self._write(targets, gradients)
+            _write(targets, gradients, olds)
             for target in () if accumulate else frozen.unreached:
                 vars(inputs[target] if isinstance(target, int) else target).pop("g", None)
         if is_recorded(inputs, given.live):
@@ -109,13 +106,6 @@ class Program:
                 value.closed = STEPPED
                 bind(output, value, None)
         return outputs[0] if frozen.single else outputs
-
-    def _write(self, targets: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """Leaves its gradient on each target, the sum on one that stands in several places."""
-        written: dict[int, Tensor] = {}
-        for tensor, g in zip(targets, gradients, strict=True):
-            before = written.get(id(tensor))
-            written[id(tensor)] = tensor.g = g if before is None else before.add_(g)  # type: ignore[attr-defined]
 
     @property
     def code(self) -> str:
@@ -152,6 +142,18 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<program of {len(self._frozen.forward)} operations forward, {len(self._frozen.backward)} in the sweep>"
+
+
+def _write(targets: Sequence[Tensor], gradients: Sequence[Tensor], olds: Sequence[Tensor | None] | None) -> None:
+    """Leaves its gradient on each target, the sum on one that stands in several places, added to the old one."""
+    written: dict[int, Tensor] = {}
+    for i, (tensor, g) in enumerate(zip(targets, gradients, strict=True)):
+        before = written.get(id(tensor))
+        if before is not None:
+            before.add_(g)
+            continue
+        old = None if olds is None else olds[i]
+        written[id(tensor)] = tensor.g = g if old is None else g.add_(old)  # type: ignore[attr-defined]
 
 
 def freeze(
@@ -203,7 +205,7 @@ def freeze(
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
         if tape.strong:  # its block is closed, its leaves are inputs and parameters of the replay from now on
             forget_leaves(tape.token)
-    return Program(tape, frozen, copy=copy)
+        return Program(tape, frozen, copy=copy)
 
 
 def _tensors(argument: Any, name: str, wanted: str) -> list[Tensor]:

@@ -16,8 +16,10 @@ def nothing_open() -> Iterator[None]:
     te.global_tape().clear()
     yield
     assert te.current_tape() is te.global_tape(), "a tape was left open"
-    state = recorder._state
-    assert (state.quiet, state.paused, state.scope) == (0, 0, ()), "the recorder was left quiet, paused or in a scope"
+    state = recorder.state.state
+    assert (state.quiet, state.paused, modules.path()) == (0, 0, ()), (
+        "the recorder was left quiet, paused or in a scope"
+    )
     assert modules._listeners == 0, "module calls are still listened to"
 
 

@@ -10,16 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import agree, close, g_of, plain, reference
 
 import tape_engine as te
 from tape_engine import aliases
+from tests.helpers import Tensor, agree, close, g_of, plain, reference
 
-Tensor = torch.Tensor
 F = torch.nn.functional
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Any:
     return torch.randn(shape, dtype=dtype)
 
 
@@ -937,7 +936,10 @@ def run_commands(commands: list[tuple[str, int, int]], x: Tensor, s: Tensor) -> 
 
 def check_commands(commands: list[tuple[str, int, int]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    start = [torch.rand(2, 3, dtype=torch.float64, generator=generator) + 0.3, torch.rand(3, dtype=torch.float64, generator=generator) + 0.4]
+    start = [
+        torch.rand(2, 3, dtype=torch.float64, generator=generator) + 0.3,
+        torch.rand(3, dtype=torch.float64, generator=generator) + 0.4,
+    ]
     x, s = map(plain, start)
     expected = run_commands(commands, *map(plain, start))
     with te.record():
@@ -972,7 +974,14 @@ def test_more_random_programs_of_writes(commands: list[tuple[str, int, int]], se
 
 @pytest.mark.parametrize(
     ("shape", "size", "stride", "offset"),
-    [((4, 3), (2, 3), (3, 1), 3), ((4, 3), (3,), (4,), 0), ((5,), (3, 2), (1, 1), 1), ((4,), (), (), 2), ((3,), (0,), (1,), 0), ((2, 3), (3, 2), (1, 3), 0)],
+    [
+        ((4, 3), (2, 3), (3, 1), 3),
+        ((4, 3), (3,), (4,), 0),
+        ((5,), (3, 2), (1, 1), 1),
+        ((4,), (), (), 2),
+        ((3,), (0,), (1,), 0),
+        ((2, 3), (3, 2), (1, 3), 0),
+    ],
 )
 def test_read_view_and_write_view(shape: Any, size: Any, stride: Any, offset: int) -> None:
     base = rand(*shape)
@@ -989,7 +998,18 @@ def test_read_view_and_write_view(shape: Any, size: Any, stride: Any, offset: in
 
 def test_overlap_is_never_missed() -> None:
     base = torch.arange(24.0).reshape(4, 6)
-    views = [base, base[0], base[1:3], base[:, 0], base[:, 3:], base[::2, ::2], base.t()[2], base.view(-1)[5:7], base[2:2], base[3, 5]]
+    views = [
+        base,
+        base[0],
+        base[1:3],
+        base[:, 0],
+        base[:, 3:],
+        base[::2, ::2],
+        base.t()[2],
+        base.view(-1)[5:7],
+        base[2:2],
+        base[3, 5],
+    ]
     for a in views:
         for b in views:
             addresses = [set() if t.numel() == 0 else {t.data_ptr() + 4 * k for k in _offsets(t)} for t in (a, b)]

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.article import VERSIONS, closed_form
-from tests.helpers import agree, close, g_of, plain, reference, unshared
 
 import tape_engine as te
+from tests.article import VERSIONS, closed_form
+from tests.helpers import Tensor, agree, close, g_of, plain, reference, unshared
 
-Tensor = torch.Tensor
 Ways = Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]]
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 
@@ -185,7 +184,13 @@ def test_gradients_of_300_mnist_digits(way: Ways) -> None:
     assert 0.1 < X.mean() < 0.2
     w = torch.randn(784, 1, dtype=torch.float64) / math.sqrt(784)
     hold_against_article(way, X, w, torch.full((1,), 0.1, dtype=torch.float64), Y)
-    hold_against_article(way, plain(X), torch.randn(784, 10, dtype=torch.float64), torch.randn(10).double(), torch.eye(10).double()[labels.long()])
+    hold_against_article(
+        way,
+        plain(X),
+        torch.randn(784, 10, dtype=torch.float64),
+        torch.randn(10).double(),
+        torch.eye(10).double()[labels.long()],
+    )
 
 
 def test_an_nn_linear() -> None:
@@ -279,7 +284,16 @@ def test_mse_averages_over_all_elements() -> None:
     close(Y.g, -wanted)
 
 
-FITTING = [((5, 1), (5,)), ((5, 1), (5, 1)), ((5,), (5,)), ((4, 3), (4, 3)), ((), ()), ((1, 1), (1,)), ((2, 3, 4), (2, 3, 4)), ((1,), (1,))]
+FITTING = [
+    ((5, 1), (5,)),
+    ((5, 1), (5, 1)),
+    ((5,), (5,)),
+    ((4, 3), (4, 3)),
+    ((), ()),
+    ((1, 1), (1,)),
+    ((2, 3, 4), (2, 3, 4)),
+    ((1,), (1,)),
+]
 
 
 @pytest.mark.parametrize(("of_U", "of_Y"), FITTING)
@@ -293,7 +307,23 @@ def test_mse_takes_these_pairs(of_U: tuple[int, ...], of_Y: tuple[int, ...]) -> 
     close(Y.g, wanted[1])
 
 
-SHAPES = [(), (1,), (5,), (1, 1), (5, 1), (1, 5), (5, 5), (5, 1, 1), (1, 5, 1), (2, 5, 1), (5, 2), (2, 5), (0,), (0, 1), (1, 0)]
+SHAPES = [
+    (),
+    (1,),
+    (5,),
+    (1, 1),
+    (5, 1),
+    (1, 5),
+    (5, 5),
+    (5, 1, 1),
+    (1, 5, 1),
+    (2, 5, 1),
+    (5, 2),
+    (2, 5),
+    (0,),
+    (0, 1),
+    (1, 0),
+]
 
 
 @pytest.mark.parametrize("of_U", SHAPES)

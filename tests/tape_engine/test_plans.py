@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import plain
 
 from tape_engine.plans import Plan, plan_of
+from tests.helpers import Tensor, plain
 
-Tensor = torch.Tensor
 aten = torch.ops.aten
 
 
@@ -140,6 +139,14 @@ def test_what_draws_from_a_generator(overload: Any, random: bool) -> None:
     assert plan_of(overload).random is random
 
 
-@pytest.mark.parametrize(("overload", "guard"), [(aten._local_scalar_dense.default, True), (aten.equal.default, True), (aten.eq.Tensor, False), (aten.nonzero.default, False)])
+@pytest.mark.parametrize(
+    ("overload", "guard"),
+    [
+        (aten._local_scalar_dense.default, True),
+        (aten.equal.default, True),
+        (aten.eq.Tensor, False),
+        (aten.nonzero.default, False),
+    ],
+)
 def test_what_asks_a_value_out_of_the_tensors(overload: Any, guard: bool) -> None:
     assert plan_of(overload).guard is guard

@@ -14,17 +14,16 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from tests.helpers import agree, close, g_of, plain, reference
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tape_engine as te
+from tests.helpers import Tensor, agree, close, g_of, plain, reference
 
-Tensor = torch.Tensor
 F = torch.nn.functional
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Any:
     return torch.randn(shape, dtype=dtype)
 
 
@@ -175,7 +174,17 @@ def unseen_side_effects(x: Tensor) -> Any:
     seen = []
     for row in x:
         seen.append(float(row.sum()))
-    return seen, [len(x), x.shape, x.dtype, x.tolist(), int(x.argmax()), bool((x > 0).any()), f"{x.mean():.3f}", repr(x), str(x)]
+    return seen, [
+        len(x),
+        x.shape,
+        x.dtype,
+        x.tolist(),
+        int(x.argmax()),
+        bool((x > 0).any()),
+        f"{x.mean():.3f}",
+        repr(x),
+        str(x),
+    ]
 
 
 def in_place(x: Tensor) -> Any:
@@ -192,7 +201,16 @@ def in_place(x: Tensor) -> Any:
 
 def views(x: Tensor) -> Any:
     y = x[1:]
-    return y, y._base is x, x.t().stride(), x.expand(2, 3, 4).stride(), x.view(-1).data_ptr() == x.data_ptr(), x.reshape(4, 3), x.unfold(0, 2, 1), x.split(2)
+    return (
+        y,
+        y._base is x,
+        x.t().stride(),
+        x.expand(2, 3, 4).stride(),
+        x.view(-1).data_ptr() == x.data_ptr(),
+        x.reshape(4, 3),
+        x.unfold(0, 2, 1),
+        x.split(2),
+    )
 
 
 def random_numbers(x: Tensor) -> Any:
@@ -208,27 +226,82 @@ def random_numbers(x: Tensor) -> Any:
 
 def tuples(x: Tensor) -> Any:
     best = x.max(1)
-    return best, best.values, best[1], x.topk(2), x.sort(), torch.unbind(x), x.chunk(3), torch.linalg.svd(x), torch.std_mean(x), x.aminmax()
+    return (
+        best,
+        best.values,
+        best[1],
+        x.topk(2),
+        x.sort(),
+        torch.unbind(x),
+        x.chunk(3),
+        torch.linalg.svd(x),
+        torch.std_mean(x),
+        x.aminmax(),
+    )
 
 
 def integers(x: Tensor) -> Any:
     i = torch.arange(4)
     m = x > 0
-    return i // 2, i << 1, ~m, m & (x < 1), m.sum(), i.bincount(), x[m], x[:, i % 2], m.nonzero(), i.float() / 3, x.argsort(), torch.where(m), i.unique(return_counts=True)
+    return (
+        i // 2,
+        i << 1,
+        ~m,
+        m & (x < 1),
+        m.sum(),
+        i.bincount(),
+        x[m],
+        x[:, i % 2],
+        m.nonzero(),
+        i.float() / 3,
+        x.argsort(),
+        torch.where(m),
+        i.unique(return_counts=True),
+    )
 
 
 def complexes(x: Tensor) -> Any:
     z = torch.complex(x, x.flip(0))
-    return z, z.conj(), z.real, torch.fft.fft(x), torch.view_as_real(z), z.abs(), z.conj().is_conj(), torch.linalg.eigvals(x[:, :3])
+    return (
+        z,
+        z.conj(),
+        z.real,
+        torch.fft.fft(x),
+        torch.view_as_real(z),
+        z.abs(),
+        z.conj().is_conj(),
+        torch.linalg.eigvals(x[:, :3]),
+    )
 
 
 def zero_and_scalar(x: Tensor) -> Any:
     e = x[:0]
-    return e.sum(), e.mean(), e @ torch.ones(4, 2), x.sum(), x.sum().item(), torch.tensor(3.0) * x[0, 0], torch.zeros(0, 3).max(1), torch.cat([e, x]), x.new_zeros(())
+    return (
+        e.sum(),
+        e.mean(),
+        e @ torch.ones(4, 2),
+        x.sum(),
+        x.sum().item(),
+        torch.tensor(3.0) * x[0, 0],
+        torch.zeros(0, 3).max(1),
+        torch.cat([e, x]),
+        x.new_zeros(()),
+    )
 
 
 def factories(x: Tensor) -> Any:
-    return torch.zeros(2), torch.ones_like(x), torch.full((2,), 3), torch.arange(3.0), torch.eye(2), torch.tensor([[1.0, 2.0]]), torch.linspace(0, 1, 5), x.new_tensor([1, 2]), torch.empty(0), torch.as_tensor([1, 2])
+    return (
+        torch.zeros(2),
+        torch.ones_like(x),
+        torch.full((2,), 3),
+        torch.arange(3.0),
+        torch.eye(2),
+        torch.tensor([[1.0, 2.0]]),
+        torch.linspace(0, 1, 5),
+        x.new_tensor([1, 2]),
+        torch.empty(0),
+        torch.as_tensor([1, 2]),
+    )
 
 
 def control_flow(x: Tensor) -> Any:
@@ -236,7 +309,15 @@ def control_flow(x: Tensor) -> Any:
         x = x * 2
     while x.norm() < 100:
         x = x * 3
-    return x, [i for i in torch.arange(3)], max(x[0]), sorted(x[0].tolist()), x in [x], torch.equal(x, x), torch.allclose(x, x + 1e-9)
+    return (
+        x,
+        [i for i in torch.arange(3)],
+        max(x[0]),
+        sorted(x[0].tolist()),
+        x in [x],
+        torch.equal(x, x),
+        torch.allclose(x, x + 1e-9),
+    )
 
 
 def autograd_inside(x: Tensor) -> Any:
@@ -274,14 +355,32 @@ def layers(x: Tensor) -> Any:
     encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     conv = nn.Conv1d(3, 2, 3)
     embedded = nn.Embedding(5, 4)(torch.tensor([[0, 3]]))
-    return out, state, net(x), lstm(x[None]), attention(x[None], x[None], x[None]), encoder(x[None]), encoder.eval()(x[None]), conv(x[None]), embedded, F.scaled_dot_product_attention(x[None], x[None], x[None])
+    return (
+        out,
+        state,
+        net(x),
+        lstm(x[None]),
+        attention(x[None], x[None], x[None]),
+        encoder(x[None]),
+        encoder.eval()(x[None]),
+        conv(x[None]),
+        embedded,
+        F.scaled_dot_product_attention(x[None], x[None], x[None]),
+    )
 
 
 def deep_copies(x: Tensor) -> Any:
     buffer = io.BytesIO()
     torch.save(x, buffer)
     buffer.seek(0)
-    return copy.deepcopy(x), copy.copy(x), pickle.loads(pickle.dumps(x)), torch.load(buffer), x.numpy(force=True).tolist(), torch.from_numpy(numpy.asarray(x.tolist()))
+    return (
+        copy.deepcopy(x),
+        copy.copy(x),
+        pickle.loads(pickle.dumps(x)),
+        torch.load(buffer),
+        x.numpy(force=True).tolist(),
+        torch.from_numpy(numpy.asarray(x.tolist())),
+    )
 
 
 def autocast(x: Tensor) -> Any:
@@ -290,11 +389,22 @@ def autocast(x: Tensor) -> Any:
 
 
 def vectorised(x: Tensor) -> Any:
-    return torch.func.vmap(lambda r: r * r.sum())(x), torch.func.grad(lambda t: (t**3).sum())(x), torch.func.jacrev(torch.sin)(x[0])
+    return (
+        torch.func.vmap(lambda r: r * r.sum())(x),
+        torch.func.grad(lambda t: (t**3).sum())(x),
+        torch.func.jacrev(torch.sin)(x[0]),
+    )
 
 
 def einsums(x: Tensor) -> Any:
-    return torch.einsum("ij,kj->ik", x, x), torch.tensordot(x, x, ([1], [1])), x.matmul(x.t()).det(), torch.linalg.solve(x @ x.t() + torch.eye(3), x), torch.cdist(x, x), torch.kron(x, x)
+    return (
+        torch.einsum("ij,kj->ik", x, x),
+        torch.tensordot(x, x, ([1], [1])),
+        x.matmul(x.t()).det(),
+        torch.linalg.solve(x @ x.t() + torch.eye(3), x),
+        torch.cdist(x, x),
+        torch.kron(x, x),
+    )
 
 
 def sparse(x: Tensor) -> Any:
@@ -318,9 +428,14 @@ snippets = pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda f: f.__name__
 
 
 def same(got: Any, wanted: Any) -> None:
-    if isinstance(wanted, Tensor):
-        assert isinstance(got, Tensor)
-        assert (got.shape, got.dtype, got.layout, got.device) == (wanted.shape, wanted.dtype, wanted.layout, wanted.device)
+    if isinstance(wanted, torch.Tensor):
+        assert isinstance(got, torch.Tensor)
+        assert (got.shape, got.dtype, got.layout, got.device) == (
+            wanted.shape,
+            wanted.dtype,
+            wanted.layout,
+            wanted.device,
+        )
         if wanted.layout == torch.strided:
             assert got.stride() == wanted.stride()
         assert got.requires_grad == wanted.requires_grad
@@ -355,7 +470,14 @@ def start() -> Tensor:
 
 
 def state_of_torch() -> list[Any]:
-    return [torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()]
+    return [
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch._C._len_torch_dispatch_stack(),
+        torch._C._len_torch_function_stack(),
+    ]
 
 
 @pytest.fixture
@@ -377,7 +499,9 @@ def test_a_block_changes_no_result(snippet: Callable[[Tensor], Any], expected: t
 
 @pytest.mark.filterwarnings("ignore")
 @snippets
-def test_a_nested_and_paused_block_changes_no_result(snippet: Callable[[Tensor], Any], expected: tuple[Any, list[Any]]) -> None:
+def test_a_nested_and_paused_block_changes_no_result(
+    snippet: Callable[[Tensor], Any], expected: tuple[Any, list[Any]]
+) -> None:
     for context in (te.pause, te.record, lambda: te.scope("here")):
         x = start()
         with te.record(), context():
@@ -388,7 +512,9 @@ def test_a_nested_and_paused_block_changes_no_result(snippet: Callable[[Tensor],
 
 @pytest.mark.filterwarnings("ignore")
 @snippets
-def test_a_recorded_tensor_outside_a_block_gives_the_same_results(snippet: Callable[[Tensor], Any], expected: tuple[Any, list[Any]]) -> None:
+def test_a_recorded_tensor_outside_a_block_gives_the_same_results(
+    snippet: Callable[[Tensor], Any], expected: tuple[Any, list[Any]]
+) -> None:
     x = start()
     with te.record():
         hold = x * 1.0  # from here on x is known to a tape that is not swept
@@ -405,7 +531,9 @@ def test_a_recorded_tensor_outside_a_block_gives_the_same_results(snippet: Calla
 
 @pytest.mark.filterwarnings("ignore")
 @snippets
-def test_in_the_body_of_a_named_operation_nothing_changes(snippet: Callable[[Tensor], Any], expected: tuple[Any, list[Any]]) -> None:
+def test_in_the_body_of_a_named_operation_nothing_changes(
+    snippet: Callable[[Tensor], Any], expected: tuple[Any, list[Any]]
+) -> None:
     found = []
 
     @te.op
@@ -570,7 +698,7 @@ def test_a_user_s_own_modes_hear_the_same_operations() -> None:
 
 
 def test_tensor_subclasses_of_the_user_work_beside_recorded_tensors() -> None:
-    class Mine(Tensor):
+    class Mine(torch.Tensor):
         pass
 
     mine, x = rand(3).as_subclass(Mine), rand(3)
@@ -616,10 +744,19 @@ def test_numpy_reads_recorded_tensors() -> None:
 # -- what leaves the tensors is never silent ----------------------------------------------------------------------------------
 
 
-LEAVING: list[Callable[[Tensor], Any]] = [lambda t: t.numpy(), numpy.asarray, lambda t: t.data_ptr(), lambda t: t.__dlpack__(), torch.from_dlpack, numpy.from_dlpack]
+LEAVING: list[Callable[[Tensor], Any]] = [
+    lambda t: t.numpy(),
+    numpy.asarray,
+    lambda t: t.data_ptr(),
+    lambda t: t.__dlpack__(),
+    torch.from_dlpack,
+    numpy.from_dlpack,
+]
 
 
-@pytest.mark.parametrize("leave", LEAVING, ids=["numpy", "asarray", "data_ptr", "__dlpack__", "torch dlpack", "numpy dlpack"])
+@pytest.mark.parametrize(
+    "leave", LEAVING, ids=["numpy", "asarray", "data_ptr", "__dlpack__", "torch dlpack", "numpy dlpack"]
+)
 @pytest.mark.parametrize("where", ["block", "after", "global"])
 def test_values_that_leave_warn_or_raise(leave: Callable[[Tensor], Any], where: str) -> None:
     x = rand(3)
@@ -670,13 +807,55 @@ def test_printing_and_formatting_need_no_warning() -> None:
 def test_plain_operations_on_a_recorded_value_are_recorded() -> None:
     def f(x: Tensor) -> Tensor:
         y = torch.relu(x)
-        parts = [y * 2, 2 * y, 1 - y, y / 3, 3 / (y + 1), -y, y**2, 2**y, y - 1, y % 3, abs(y), y @ y.t(), y[0] + y[:, :1], torch.stack([y, y])[0]]
-        return sum(p.sum() for p in parts) + y.mean() + torch.cat([y, y]).pow(2).sum() + y.max() + (y > 1).double().mul(y).sum()
+        parts = [
+            y * 2,
+            2 * y,
+            1 - y,
+            y / 3,
+            3 / (y + 1),
+            -y,
+            y**2,
+            2**y,
+            y - 1,
+            y % 3,
+            abs(y),
+            y @ y.t(),
+            y[0] + y[:, :1],
+            torch.stack([y, y])[0],
+        ]
+        return (
+            sum(p.sum() for p in parts)
+            + y.mean()
+            + torch.cat([y, y]).pow(2).sum()
+            + y.max()
+            + (y > 1).double().mul(y).sum()
+        )
 
     x = rand(3, 3)
     y = te.relu(x)
-    parts = [y * 2, 2 * y, 1 - y, y / 3, 3 / (y + 1), -y, y**2, 2**y, y - 1, y % 3, abs(y), y @ y.t(), y[0] + y[:, :1], torch.stack([y, y])[0]]
-    C = sum(p.sum() for p in parts) + y.mean() + torch.cat([y, y]).pow(2).sum() + y.max() + (y > 1).double().mul(y).sum()
+    parts = [
+        y * 2,
+        2 * y,
+        1 - y,
+        y / 3,
+        3 / (y + 1),
+        -y,
+        y**2,
+        2**y,
+        y - 1,
+        y % 3,
+        abs(y),
+        y @ y.t(),
+        y[0] + y[:, :1],
+        torch.stack([y, y])[0],
+    ]
+    C = (
+        sum(p.sum() for p in parts)
+        + y.mean()
+        + torch.cat([y, y]).pow(2).sum()
+        + y.max()
+        + (y > 1).double().mul(y).sum()
+    )
     te.backward(C)
     agree([x], reference(f, x))
 
@@ -685,7 +864,12 @@ def test_plain_operations_on_a_recorded_leaf_are_recorded() -> None:
     X, w, b, Y = rand(5, 3), rand(3, 2), rand(2), rand(5, 2)
     C = te.mse(te.lin(X, w, b), Y) + 0.1 * (w**2).sum() + b.abs().sum() + (X[0] * 2).sum()
     te.backward(C)
-    agree([X, w, b], reference(lambda X, w, b: F.mse_loss(X @ w + b, Y) + 0.1 * (w**2).sum() + b.abs().sum() + 2 * X[0].sum(), X, w, b))
+    agree(
+        [X, w, b],
+        reference(
+            lambda X, w, b: F.mse_loss(X @ w + b, Y) + 0.1 * (w**2).sum() + b.abs().sum() + 2 * X[0].sum(), X, w, b
+        ),
+    )
 
 
 def test_weight_decay_on_parameters_is_recorded() -> None:
@@ -811,7 +995,7 @@ def test_loops_and_conditions_over_recorded_values() -> None:
         if element > 0.1:
             total = total + element * i
     total = total + sum(y)
-    assert isinstance(total, Tensor)
+    assert isinstance(total, torch.Tensor)
     te.backward(total)
 
     def same_thing(x: Tensor) -> Tensor:
@@ -935,7 +1119,9 @@ def test_strict_refuses_an_operation_without_a_rule_at_once() -> None:
         C = doubled.sum()
     text = str(caught.value)
     assert isinstance(caught.value, NotImplementedError)
-    assert text.startswith("secret has no registered gradient rule, and this recording is strict.\n  at test_recorder.py:")
+    assert text.startswith(
+        "secret has no registered gradient rule, and this recording is strict.\n  at test_recorder.py:"
+    )
     assert "secret(doubled, 3)" in text
     assert "(3,)  float64" in text
     assert "@te.rule(secret) on def secret_grad(g, out, x, power): ..." in text
@@ -1190,7 +1376,11 @@ def test_recording_in_several_threads_at_once() -> None:
 
     in_threads(*[work(k) for k in range(6)])
     for k, (w, w_g, weight, weight_g, bias) in results.items():
-        wanted = reference(lambda w, weight, k=k, bias=bias: ((torch.tanh(expected @ w) @ weight.t() + bias) * (k + 1)).pow(2).sum(), w, weight)
+        wanted = reference(
+            lambda w, weight, k=k, bias=bias: ((torch.tanh(expected @ w) @ weight.t() + bias) * (k + 1)).pow(2).sum(),
+            w,
+            weight,
+        )
         close(w_g, wanted[0])
         close(weight_g, wanted[1])
     assert torch.equal(plain(shared), expected)

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import agree, close, g_of, plain, reference
 
 import tape_engine as te
 from tape_engine import registry
 from tape_engine.registry import reads
+from tests.helpers import Tensor, agree, close, g_of, plain, reference
 
-Tensor = torch.Tensor
 aten = torch.ops.aten
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Any:
     return torch.randn(shape, dtype=dtype)
 
 
@@ -34,7 +33,9 @@ def test_the_example_of_the_page() -> None:
     def lin_grad(g: Tensor, Z: Tensor, X: Tensor, w: Tensor, b: Tensor) -> Any:
         return g @ w.t(), X.t() @ g, g.sum(0)
 
-    assert lin_grad(torch.ones(1, 1), None, torch.ones(1, 1), torch.ones(1, 1), None)[0].item() == 1.0  # still a function
+    assert (
+        lin_grad(torch.ones(1, 1), None, torch.ones(1, 1), torch.ones(1, 1), None)[0].item() == 1.0
+    )  # still a function
     X, w, b = rand(4, 3), rand(3, 2), rand(2)
     with te.record() as tape:
         Z = lin(X, w, b)
@@ -83,11 +84,15 @@ def test_named_operations_inside_named_operations_are_part_of_their_body() -> No
 
 def scale_op() -> Any:
     @te.op
-    def scale(x: Tensor, factor: float = 2.0, *, shift: float = 0.0, name: str = "n", other: Tensor | None = None) -> Tensor:
+    def scale(
+        x: Tensor, factor: float = 2.0, *, shift: float = 0.0, name: str = "n", other: Tensor | None = None
+    ) -> Tensor:
         return x * factor + shift + (0.0 if other is None else other)
 
     @scale.rule
-    def scale_grad(g: Tensor, out: Tensor, x: Tensor, factor: float, *, shift: float, name: str, other: Tensor | None) -> Any:
+    def scale_grad(
+        g: Tensor, out: Tensor, x: Tensor, factor: float, *, shift: float, name: str, other: Tensor | None
+    ) -> Any:
         assert isinstance(factor, float)
         assert isinstance(name, str)
         return g * factor, None if other is None else g
@@ -97,7 +102,13 @@ def scale_op() -> Any:
 
 @pytest.mark.parametrize(
     ("args", "kwargs", "factor"),
-    [((), {}, 2.0), ((3.0,), {}, 3.0), ((), {"factor": 3.0}, 3.0), ((3.0,), {"shift": 1.0}, 3.0), ((), {"name": "m", "shift": -1.0, "factor": 4.0}, 4.0)],
+    [
+        ((), {}, 2.0),
+        ((3.0,), {}, 3.0),
+        ((), {"factor": 3.0}, 3.0),
+        ((3.0,), {"shift": 1.0}, 3.0),
+        ((), {"name": "m", "shift": -1.0, "factor": 4.0}, 4.0),
+    ],
 )
 def test_keywords_and_defaults(args: tuple[Any, ...], kwargs: dict[str, Any], factor: float) -> None:
     scale = scale_op()
@@ -129,7 +140,13 @@ def test_params_are_the_arguments_that_are_not_tensors() -> None:
 
 def test_arguments_of_every_kind() -> None:
     @te.op
-    def mix(tensors: list[Tensor], weights: tuple[float, ...], table: dict[str, int], function: Callable[[Tensor], Tensor], nothing: None) -> Tensor:
+    def mix(
+        tensors: list[Tensor],
+        weights: tuple[float, ...],
+        table: dict[str, int],
+        function: Callable[[Tensor], Tensor],
+        nothing: None,
+    ) -> Tensor:
         assert table == {"a": 1}
         assert nothing is None
         return sum(w * function(t) for w, t in zip(weights, tensors, strict=True))  # type: ignore[return-value]
@@ -201,7 +218,10 @@ def test_named_tuples_and_lists_come_back_as_they_are() -> None:
     close(x.g, torch.full((3,), 2.0).double())
 
 
-@pytest.mark.parametrize("way", [lambda x: x, lambda x: x.view(3, 1), lambda x: x[1:], lambda x: x.t(), lambda x: x.detach(), lambda x: x.add_(0)])
+@pytest.mark.parametrize(
+    "way",
+    [lambda x: x, lambda x: x.view(3, 1), lambda x: x[1:], lambda x: x.t(), lambda x: x.detach(), lambda x: x.add_(0)],
+)
 def test_an_operation_that_returns_its_input_or_a_view_of_it(way: Callable[[Tensor], Tensor]) -> None:
     made = te.op(way, name="same")
 
@@ -292,7 +312,13 @@ def test_te_op_of_builtins_lambdas_partials_methods_and_modules() -> None:
             return x * 3
 
     wanted = [torch.sin(x), x * 2, x**3, x * 3, torch.nn.Hardswish()(x)]
-    functions = [torch.sin, lambda x: x * 2, functools.partial(torch.pow, exponent=3), Model().forward, torch.nn.Hardswish()]
+    functions = [
+        torch.sin,
+        lambda x: x * 2,
+        functools.partial(torch.pow, exponent=3),
+        Model().forward,
+        torch.nn.Hardswish(),
+    ]
     for function, value in zip(functions, wanted, strict=True):
         made = te.op(function)
         assert made.name
@@ -586,12 +612,37 @@ def test_a_rule_for_an_operation_of_torch(target: Any) -> None:
     close(x.g, torch.tensor([20.0, 10.0, 0.0]).double())
 
 
-@pytest.mark.parametrize("target", [torch.add, torch.sum, torch.mean, torch.mm, torch.Tensor.exp, torch.exp, torch.nn.functional.gelu, torch.special.i0e], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.add,
+        torch.sum,
+        torch.mean,
+        torch.mm,
+        torch.Tensor.exp,
+        torch.exp,
+        torch.nn.functional.gelu,
+        torch.special.i0e,
+    ],
+    ids=lambda t: t.__name__,
+)
 def test_functions_of_torch_are_taken_as_targets(target: Any) -> None:
     te.rule(target)(lambda g, out, *args: None)
 
 
-@pytest.mark.parametrize("target", [torch.einsum, torch.matmul, torch.nn.functional.linear, torch.nn.functional.cross_entropy, aten.matmul.default, aten.linear, torch.square], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.einsum,
+        torch.matmul,
+        torch.nn.functional.linear,
+        torch.nn.functional.cross_entropy,
+        aten.matmul.default,
+        aten.linear,
+        torch.square,
+    ],
+    ids=str,
+)
 def test_a_function_that_runs_as_several_operations_is_refused(target: Any) -> None:
     with pytest.raises(te.MissingRuleError) as caught:
         te.rule(target)(lambda g, out, *args: None)
@@ -609,7 +660,9 @@ def relu(x: Tensor) -> Tensor:
     return x.clamp_min(0)
 
 
-@pytest.mark.parametrize("target", [3, None, "flip", a_plain_function, relu, len, torch.nn.ReLU, torch.nn.ReLU(), abs], ids=str)
+@pytest.mark.parametrize(
+    "target", [3, None, "flip", a_plain_function, relu, len, torch.nn.ReLU, torch.nn.ReLU(), abs], ids=str
+)
 def test_what_is_no_operation_is_refused(target: Any) -> None:
     before = [(each, each.grad) for each in registry.ops()]
     with pytest.raises(te.DTypeError, match="not an operation") as caught:

@@ -23,7 +23,11 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 F = torch.nn.functional
 
-OPS = [each for each in registry.ops() if each.grad is not None]
+OPS = [
+    each
+    for each in registry.ops()
+    if each.grad is not None and (not each.is_named or each.forward.__module__.startswith("tape_engine."))
+]
 
 #: Rules without samples of their own, and the test here that checks them instead.
 ELSEWHERE = {

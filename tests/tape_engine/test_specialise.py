@@ -163,7 +163,9 @@ def test_what_is_asked_for_is_unchanged(rule: Callable[..., Any], needs: tuple[b
         (closing(2.0), (False, True), ["y"]),
     ],
 )
-def test_what_is_not_asked_for_is_not_computed(rule: Callable[..., Any], needs: tuple[bool, bool], evaluated: list[str]) -> None:
+def test_what_is_not_asked_for_is_not_computed(
+    rule: Callable[..., Any], needs: tuple[bool, bool], evaluated: list[str]
+) -> None:
     made = specialise(rule, needs)
     log.clear()
     made(2.0, None, 3.0, 4.0)
@@ -266,7 +268,11 @@ def test_registered_rules_specialised(data: st.DataObject) -> None:
         args, kwargs = op.bind(args, kwargs)
     out = op.forward(*args, **kwargs)
     several = isinstance(out, (tuple, list))
-    g: Any = tuple(torch.ones_like(each) if each.is_floating_point() or each.is_complex() else None for each in out) if several else torch.ones_like(out)
+    g: Any = (
+        tuple(torch.ones_like(each) if each.is_floating_point() or each.is_complex() else None for each in out)
+        if several
+        else torch.ones_like(out)
+    )
     whole = op.grad(g, tuple(out) if several else out, *args, **kwargs)
     if not isinstance(whole, tuple) or len(whole) < 2:
         return

@@ -12,16 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.helpers import agree, close, error_text, g_of, plain, reference, unshared
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tape_engine as te
+from tests.helpers import Tensor, agree, close, error_text, g_of, plain, reference, unshared
 
-Tensor = torch.Tensor
 F = torch.nn.functional
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Any:
     return torch.randn(shape, dtype=dtype)
 
 
@@ -90,7 +89,9 @@ def test_every_value_that_C_depends_on_has_g() -> None:
         assert not t.g.requires_grad
     assert g_of(aside) is None
     assert C.g.item() == 1.0
-    wanted = reference(lambda X, w, b, Y: (torch.tanh(X @ w + b).sum(0) ** 2).sum() + F.mse_loss(torch.tanh(X @ w + b), Y), X, w, b, Y)
+    wanted = reference(
+        lambda X, w, b, Y: (torch.tanh(X @ w + b).sum(0) ** 2).sum() + F.mse_loss(torch.tanh(X @ w + b), Y), X, w, b, Y
+    )
     agree([X, w, b, Y], wanted)
     assert len(tape) > 0
 
@@ -159,7 +160,12 @@ def test_a_value_used_several_times_collects_the_sum() -> None:
 
 
 def test_the_same_tensor_in_every_place() -> None:
-    for of in (lambda x: x @ x @ x, lambda x: torch.stack([x, x, x]), lambda x: torch.cat([x, x], 1), lambda x: torch.addmm(x, x, x)):
+    for of in (
+        lambda x: x @ x @ x,
+        lambda x: torch.stack([x, x, x]),
+        lambda x: torch.cat([x, x], 1),
+        lambda x: torch.addmm(x, x, x),
+    ):
         x = rand(3, 3)
         with te.record():
             C = of(x).pow(2).sum()
@@ -200,10 +206,24 @@ def test_contributions_are_summed_without_spoiling_one_that_is_shared() -> None:
 
 @pytest.mark.parametrize(
     ("of_a", "of_b"),
-    [((3, 4), (4,)), ((3, 4), (1, 4)), ((3, 4), (3, 1)), ((3, 4), ()), ((2, 1, 4), (3, 1)), ((1,), (5, 3)), ((0, 3), (3,)), ((1, 3), (0, 3)), ((), ())],
+    [
+        ((3, 4), (4,)),
+        ((3, 4), (1, 4)),
+        ((3, 4), (3, 1)),
+        ((3, 4), ()),
+        ((2, 1, 4), (3, 1)),
+        ((1,), (5, 3)),
+        ((0, 3), (3,)),
+        ((1, 3), (0, 3)),
+        ((), ()),
+    ],
 )
-@pytest.mark.parametrize("op", [torch.add, torch.mul, torch.sub, torch.div, torch.maximum, torch.pow], ids=lambda f: f.__name__)
-def test_broadcast_dimensions_are_summed(op: Callable[..., Tensor], of_a: tuple[int, ...], of_b: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "op", [torch.add, torch.mul, torch.sub, torch.div, torch.maximum, torch.pow], ids=lambda f: f.__name__
+)
+def test_broadcast_dimensions_are_summed(
+    op: Callable[..., Tensor], of_a: tuple[int, ...], of_b: tuple[int, ...]
+) -> None:
     a, b = rand(*of_a).abs() + 0.5, rand(*of_b).abs() + 0.5
     with te.record():
         y = op(a, b)
@@ -464,7 +484,12 @@ def test_accumulate_adds_to_the_g_that_is_there() -> None:
     X, w = rand(8, 3), rand(3, 1)
     Y = rand(8)
     for rows in (slice(0, 3), slice(3, 8)):
-        te.backward(te.mse(te.lin(X[rows], w), Y[rows]), torch.tensor((rows.stop - rows.start) / 8).double(), accumulate=True, wrt=[w])
+        te.backward(
+            te.mse(te.lin(X[rows], w), Y[rows]),
+            torch.tensor((rows.stop - rows.start) / 8).double(),
+            accumulate=True,
+            wrt=[w],
+        )
     agree([w], reference(lambda w: ((X @ w).squeeze(-1) - Y).pow(2).mean(), w))
 
 
@@ -1061,7 +1086,11 @@ def test_type_promotion() -> None:
 
 def test_complex_values() -> None:
     def f(z: Tensor, x: Tensor) -> Tensor:
-        return (z * z.conj() * x + torch.exp(z) * 2j).abs().sum() + torch.view_as_real(z).pow(2).sum() + (z.real * z.imag).sum()
+        return (
+            (z * z.conj() * x + torch.exp(z) * 2j).abs().sum()
+            + torch.view_as_real(z).pow(2).sum()
+            + (z.real * z.imag).sum()
+        )
 
     z, x = rand(3, dtype=torch.complex128), rand(3)
     with te.record():
@@ -1425,7 +1454,12 @@ step = st.one_of(
     st.tuples(st.just("inplace"), st.integers(0, len(INPLACE) - 1), st.integers(0, 99), st.integers(0, 99)),
     st.tuples(st.just("view"), st.integers(0, 3), st.integers(0, 99), st.just(0)),
 )
-VIEWS: list[Callable[[Tensor], Tensor]] = [lambda t: t.t(), lambda t: t.view(3, 3), lambda t: t.transpose(0, 1), lambda t: t[0:3]]
+VIEWS: list[Callable[[Tensor], Tensor]] = [
+    lambda t: t.t(),
+    lambda t: t.view(3, 3),
+    lambda t: t.transpose(0, 1),
+    lambda t: t[0:3],
+]
 
 
 def run_steps(steps: list[tuple[str, int, int, int]], leaves: list[Tensor]) -> Tensor:

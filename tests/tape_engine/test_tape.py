@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import plain
 
 import tape_engine as te
 from tape_engine.names import code_line, where
 from tape_engine.tape import Kept, describe, version_of
+from tests.helpers import Tensor, plain
 
-Tensor = torch.Tensor
 
-
-def rand(*shape: int) -> Tensor:
+def rand(*shape: int) -> Any:
     return torch.randn(shape, dtype=torch.float64)
 
 

@@ -6,6 +6,7 @@ function is what ``program.code`` shows.
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import re
 from collections.abc import Callable
@@ -15,14 +16,14 @@ from typing import Any
 
 import torch
 
+from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
 from ..buffers import buffer, laid, rotating
 from ..calls import COPIES, Call, call_of
-from ..data import Frozen, sized_by_elements
+from ..data import VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
 from ..passes import drop_dead, fold_constants, laid_out
-from ..passes.dead import VIEWS
 
 __all__ = ["Source", "generate"]
 
@@ -49,7 +50,7 @@ class Source:
 
     def function(self, *, copy: bool = True) -> Callable[..., Any]:
         """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
-        space = dict(self.constants)
+        space = {"__builtins__": builtins, **self.constants}
         with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
             for name, value in self.buffers.items():
                 space[name] = buffer(value)
@@ -155,6 +156,7 @@ class _Writer:
                 self.lines.append(f"{self.names[value]} = laid({name}, {value.strides})")
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
+        self.loose = self._loose({*wanted, *gradients})
         self.mine = self._results({*wanted, *gradients})
         self._nodes()
         # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
@@ -181,20 +183,44 @@ class _Writer:
                 self.lines += ["", "# the reverse sweep"]
             if node.site != site and node.site[0] is not None and not turned and node not in self.folded:
                 site = node.site
-                self.lines.append(f"# {code_line(node) or node.op.name}    ({where(node)})")
+                text = f"# {code_line(node) or node.op.name}    ({where(node)})"
+                self.lines.append("".join(c if c.isprintable() else " " for c in text))  # never a line of its own
             self.node(node)
+
+    def _loose(self, wanted: set[Value]) -> set[Value]:
+        """Values of the sweep whose shape may differ from the recorded one: what a rule picked out by a mask.
+
+        No decision of the user's was taken by it. What is computed from them has the recorded shape again, or
+        the replay refuses.
+        """
+        nodes = [node for node in self.nodes if sized_by_elements(node)]
+        found = {self.frozen.canonical(v) for node in nodes for v in node.outputs}
+        made = {self.frozen.canonical(v) for node in self.frozen.forward for v in node.outputs}
+        return found - made - wanted
 
     def _results(self, wanted: set[Value]) -> set[Value]:
         """Those of the wanted values that can be written straight into memory that the caller gets."""
         mine: set[Value] = set()
         for node in self.nodes:
-            if node in self.folded or node.op.is_named:
+            if node in self.folded or (node.op.is_named and node.op is not write_view):
                 continue
-            for value in node.outputs:
-                value = self.frozen.canonical(value)
-                if value in wanted and (call_of(node).outs or node.op.forward in COPIES):
-                    mine.add(value)
+            if node.op is write_view or node.op.forward in COPIES or self.way(node).outs:
+                mine.update(value for each in node.outputs if (value := self.frozen.canonical(each)) in wanted)
         return mine
+
+    def way(self, node: Node) -> Call:
+        """How a node is called."""
+        call = call_of(node)
+        if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
+            return Call(node.op.forward, f"torch.ops.{node.op.forward}")
+        return call
+
+    def checked(self, node: Node) -> bool:
+        """Whether the shape of what a node returns has to be checked."""
+        if any(self.frozen.canonical(v) in self.loose for v in node.outputs):
+            return False
+        loose = any(self.frozen.canonical(v) in self.loose for v in node.inputs)
+        return loose or sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS)
 
     def owned(self, value: Value) -> str:
         """The name of a result: the caller's own memory, or a copy."""
@@ -217,8 +243,10 @@ class _Writer:
         elif forward in COPIES and self.plain_copy(node):
             target = self.target(node.outputs[0], node.op.name)
             self.lines.append(f"{target}.copy_({self.argument(node.args[0])})")
+        elif node.op is write_view:
+            self.write_view(node)
         else:
-            self.call(node, call_of(node))
+            self.call(node, self.way(node))
 
     def plain_copy(self, node: Node) -> bool:
         kept = {"dtype", "layout", "device", "memory_format", "non_blocking", "pin_memory"}
@@ -236,6 +264,16 @@ class _Writer:
             self.buffers[name] = value
             self.static.add(value)
         return name
+
+    def write_view(self, node: Node) -> None:
+        """A copy of a base with a part of it written, in kept memory."""
+        base, part, *place = node.args
+        name = self.target(node.outputs[0], node.op.name)
+        view = f"{name}.as_strided({', '.join(self.argument(each) for each in place)})"
+        if self.frozen.canonical(node.outputs[0]) not in self.mine:
+            view = self.unused(f"part_of_{name}")
+            self.views.append((view, Tensor.as_strided, (_Name(name), *place), {}))
+        self.lines += [f"{name}.copy_({self.argument(base)})", f"{view}.copy_({self.argument(part)})"]
 
     def call(self, node: Node, call: Call) -> None:
         arguments = [self.argument(each) for each in node.args]
@@ -260,7 +298,7 @@ class _Writer:
         if call.title.startswith("torch.Tensor."):
             function, arguments = f"{arguments[0]}.{call.title.rpartition('.')[2]}", arguments[1:]
         self.lines.append(f"{made} = {function}({', '.join(arguments)})")
-        if sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS):
+        if self.checked(node):
             for name, value in zip(names, node.outputs, strict=True):
                 self.lines.append(f"measured({name}, {tuple(value.shape)}, {self.shared('site', located(node))})")
 

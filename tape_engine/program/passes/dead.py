@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from ...aliases import read_view, write_view
 from ...tape import Node, Value
-from ..data import Frozen, sized_by_elements
+from ..data import VIEWS, Frozen, sized_by_elements
 
 __all__ = ["drop_dead"]
-
-VIEWS = (read_view, write_view)
 
 
 def drop_dead(frozen: Frozen, *, with_sweep: bool) -> list[Node]:

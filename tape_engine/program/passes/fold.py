@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...tape import Node, Value
-from ..data import DESCRIBED, Frozen, sized_by_elements
+from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
 
 __all__ = ["fold_constants"]
 
@@ -13,7 +13,8 @@ def fold_constants(frozen: Frozen, nodes: list[Node]) -> set[Node]:
     constant: set[Value] = set(frozen.constants)
     folded: set[Node] = set()
     for node in nodes:
-        if node.random or node.op.is_named or node.result is not None or sized_by_elements(node):
+        named = node.op.is_named and node.op not in VIEWS
+        if node.random or named or node.result is not None or sized_by_elements(node):
             continue
         described = node.op.forward in DESCRIBED
         if described or all(frozen.canonical(value) in constant for value in node.inputs):

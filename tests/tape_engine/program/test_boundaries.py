@@ -25,7 +25,7 @@ def nothing_left_over() -> Iterator[None]:
 
 
 def right_or_refused(function: Callable[[Tensor], Tensor], *, swept: bool = True) -> None:
-    """A replay on other values gives what running the code gives; or recording, freezing or replaying says it cannot."""
+    """A replay on other values gives what running the code gives; or something on the way says it cannot."""
     x = draw(3).abs()
     try:
         with warnings.catch_warnings():
@@ -108,11 +108,11 @@ def by_iteration(x: Tensor) -> Tensor:
 
 
 def by_max_of_python(x: Tensor) -> Tensor:
-    return max(x) * x.sum()  # type: ignore[call-overload,no-any-return]
+    return max(x) * x.sum()  # type: ignore[no-any-return]
 
 
 def by_sorted(x: Tensor) -> Tensor:
-    return sorted(x)[0] * x.sum()  # type: ignore[type-var,no-any-return]
+    return sorted(x)[0] * x.sum()  # type: ignore[no-any-return]
 
 
 def by_contains(x: Tensor) -> Tensor:
@@ -125,13 +125,13 @@ def by_format(x: Tensor) -> Tensor:
 
 def by_storage(x: Tensor) -> Tensor:
     y = x.clone()
-    y.untyped_storage().fill_(0)
+    y.untyped_storage().fill_(0)  # type: ignore[attr-defined]
     return (y + x).sum()
 
 
 def by_set(x: Tensor) -> Tensor:
     y = torch.empty(0, dtype=F64)
-    y.set_(x * 2)
+    y.set_(x * 2)  # type: ignore[call-overload]
     return y.sum()
 
 
@@ -154,11 +154,11 @@ def by_autograd_of_autograd(x: Tensor) -> Tensor:
 
 
 def by_functional_grad(x: Tensor) -> Tensor:
-    return (torch.func.grad(lambda t: (t**3).sum())(x) * x).sum()
+    return (torch.func.grad(lambda t: (t**3).sum())(x) * x).sum()  # type: ignore[no-any-return]
 
 
 def by_vmap(x: Tensor) -> Tensor:
-    return torch.vmap(lambda t: t * t.sin())(x).sum()
+    return torch.vmap(lambda t: t * t.sin())(x).sum()  # type: ignore[no-any-return]
 
 
 def by_sweep_that_is_not_recorded(x: Tensor) -> Tensor:
@@ -177,13 +177,14 @@ def by_backward_that_is_not_recorded(x: Tensor) -> Tensor:
 def by_checkpoint(x: Tensor) -> Tensor:
     from torch.utils.checkpoint import checkpoint
 
-    return checkpoint(lambda t: t.sin().square(), x, use_reentrant=False).sum()  # type: ignore[no-any-return,union-attr]
+    return checkpoint(lambda t: t.sin().square(), x, use_reentrant=False).sum()  # type: ignore[no-any-return]
 
 
 CODE = [
-    by_data, by_data_in_place, data_assigned, branch_on_data, branch_on_detached, by_deepcopy, by_torch_tensor, by_new_tensor,
-    by_as_tensor, by_numpy, by_tolist, by_numbers, by_iteration, by_max_of_python, by_sorted, by_contains, by_format,
-    by_storage, by_set, by_resize, by_autograd, by_autograd_of_autograd, by_functional_grad, by_vmap,
+    by_data, by_data_in_place, data_assigned, branch_on_data, branch_on_detached, by_deepcopy, by_torch_tensor,
+    by_new_tensor, by_as_tensor, by_numpy, by_tolist, by_numbers, by_iteration, by_max_of_python, by_sorted,
+    by_contains, by_format, by_storage, by_set, by_resize, by_autograd, by_autograd_of_autograd, by_functional_grad,
+    by_vmap,
     by_sweep_that_is_not_recorded, by_backward_that_is_not_recorded, by_checkpoint,
 ]  # fmt: skip
 
@@ -202,8 +203,8 @@ def test_a_whole_step_of_training_inside_the_block(swept: bool) -> None:
         gradients = torch.autograd.grad(loss, list(net.parameters()))
         with torch.no_grad():
             for p, g in zip(net.parameters(), gradients, strict=True):
-                p -= 0.1 * g
-        return loss.detach()
+                p -= 0.1 * g  # type: ignore[misc]
+        return loss.detach()  # type: ignore[no-any-return]
 
     ours = nn.Linear(3, 2).double()
     theirs = copy.deepcopy(ours)
@@ -390,7 +391,7 @@ def test_layers(name: str) -> None:
     def loss(net: nn.Module, x: Tensor) -> Tensor:
         out = net(x)
         out = out[0] if isinstance(out, tuple) else out
-        return (out * torch.arange(1, out.numel() + 1, dtype=F64).reshape(out.shape).sin()).sum()
+        return (out * torch.arange(1, out.numel() + 1, dtype=F64).reshape(out.shape).sin()).sum()  # type: ignore[no-any-return]
 
     x = draw(*shape)
     with te.record() as tape:

@@ -36,8 +36,7 @@ def test_a_dead_chain_goes_whole() -> None:
 
 def test_every_result_of_an_operation_keeps_it() -> None:
     def function(x: Tensor) -> Tensor:
-        values, places = x.max(0)
-        return places * 2
+        return x.max(0)[1] * 2
 
     assert left(freeze(function, [draw(3, 2)])) == ["max", "mul"]
 
@@ -100,7 +99,7 @@ def test_named_operations_whose_bodies_may_have_effects_stay() -> None:
         return g
 
     def function(x: Tensor) -> Tensor:
-        return noting(x * 2) * 3
+        return noting(x * 2) * 3  # type: ignore[no-any-return]
 
     program = freeze(function, [draw(3)])
     seen.clear()
@@ -128,8 +127,7 @@ def test_the_sweep_to_one_side() -> None:
 
 def test_forward_values_that_only_the_sweep_reads_are_left_out_of_a_call() -> None:
     def function(x: Tensor, w: Tensor) -> Tensor:
-        values, places = (x @ w).max(0)
-        return values.sum()
+        return (x @ w).max(0)[0].sum()
 
     x, w = draw(3, 3), draw(3, 3)
     program = freeze(function, [x], [w])

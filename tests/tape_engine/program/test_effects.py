@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.helpers import close, g_of, plain
-from tests.tape_engine.program.common import F64, draw, follows, freeze
 from torch import nn
 
 import tape_engine as te
+from tests.helpers import close, g_of, plain
+from tests.tape_engine.program.common import F64, draw, follows, freeze
 
 Tensor = torch.Tensor
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import close, g_of
-from tests.tape_engine.program.common import F64, draw, follows, freeze, snapshot, unchanged
 from torch import nn
 
 import tape_engine as te
+from tests.helpers import close, g_of
+from tests.tape_engine.program.common import F64, draw, follows, freeze, snapshot, unchanged
 
 Tensor = torch.Tensor
 HERE = Path(__file__).name
@@ -54,7 +54,7 @@ def branch_any(x: Tensor) -> Tensor:
 
 
 def branch_tolist(x: Tensor) -> Tensor:
-    return x * (x > 0).tolist()[0]
+    return x * (x > 0).tolist()[0]  # type: ignore[no-any-return]
 
 
 def branch_equal(x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def test_guards(branch: Callable[[Tensor], Tensor]) -> None:
     before = snapshot(*program_inputs)
     for call in (lambda: program(other), lambda: program.step(other, seed=torch.ones(3, dtype=F64))):
         with pytest.raises(te.GuardError) as caught:
-            call()
+            call()  # type: ignore[no-untyped-call]
         text = str(caught.value)
         line = next(i for i, s in enumerate(_source(branch), branch.__code__.co_firstlineno) if GUARDED.search(s))
         assert f"{HERE}:{line}" in text, text
@@ -193,7 +193,7 @@ def test_sizes_that_depend_on_the_elements(name: str) -> None:
         before = snapshot(other, n)
         for call in (lambda: program(other), lambda: program.step(other, seed=seed)):  # noqa: B023
             with pytest.raises(te.GuardError) as caught:
-                call()
+                call()  # type: ignore[no-untyped-call]
             assert f"{HERE}:" in str(caught.value)
         unchanged(before, other, n)
     close(program(like), wanted)
@@ -216,10 +216,10 @@ def test_a_guard_after_batch_norm_comes_before_its_running_statistics() -> None:
 
     def function(x: Tensor) -> Tensor:
         y = net(x)
-        return y.sum() if x.sum() > 0 else -y.sum()
+        return y.sum() if x.sum() > 0 else -y.sum()  # type: ignore[no-any-return]
 
     program = freeze(function, [x])
-    buffers = [b for b in net.buffers()]
+    buffers = list(net.buffers())
     before = snapshot(x, *buffers)
     with pytest.raises(te.GuardError):
         program(-x)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import close, g_of
-from tests.tape_engine.program.common import F64, draw, freeze
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - as everybody calls it
+from torch.nn import functional as F
 
 import tape_engine as te
+from tests.helpers import close, g_of
+from tests.tape_engine.program.common import F64, draw, freeze
 
 Tensor = torch.Tensor
 
@@ -60,7 +60,13 @@ def normalised(features: int = 6) -> nn.Module:
 
 def convolutional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(27, 5)
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(27, 5),
     )
 
 
@@ -88,7 +94,9 @@ def tokens() -> Tensor:
 
 TRAINED: list[Any] = [
     pytest.param(plain_mlp, real(8, 6), id="plain MLP"),
-    pytest.param(lambda: nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 5)), real(8, 6), id="norm"),
+    pytest.param(
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 5)), real(8, 6), id="norm"
+    ),
     pytest.param(lambda: nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 5)), real(8, 6), id="dropout"),
     pytest.param(normalised, real(8, 6), id="batch norm"),
     pytest.param(Classifier, tokens, id="attention"),
@@ -116,7 +124,7 @@ def test_training_by_replay(make: Callable[[], nn.Module], draw_x: Callable[[], 
     for x, y in batches:
         optimiser.zero_grad()
         out = F.cross_entropy(theirs(x), y)
-        out.backward()
+        out.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         losses["theirs"].append(out.item())
     drawn_by_theirs = torch.rand(3)
@@ -210,5 +218,5 @@ def test_freezing_draws_nothing() -> None:
         y = te.relu(net(x)).sum()
     before = torch.get_rng_state()
     program = tape.program(inputs=x, outputs=y)
-    str(program), program.code  # noqa: B018 - generates the source
+    str(program), program.code
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,41 @@
+"""The recorder: the one place where the engine listens to torch.
+
+Three doors lead onto a tape, and behind each the same function (`writing.write`) makes the node:
+
+- a **named operation** (``te.lin(X, w, b)``) records itself, on the current tape;
+- inside ``with te.record():`` a dispatch mode hears **every torch operation** of the thread. It stands
+  below torch's own autograd and composites: what it hears are ATen overloads;
+- outside such a block a recorded tensor is a `Recorded`: torch's tensor under another class name, which
+  sends the **plain torch operations** applied to it through the same mode onto the global tape, so
+  that none of them cuts a gradient in silence.
+
+An in-place write is recorded as what it computes: ``x.add_(y)`` is ``add(x, y)``, whose output `x` holds
+from then on. `aliases` follows the other tensors that look into the same storage.
+"""
+
+from __future__ import annotations
+
+from .doors import pause, record, scope, stop_gradient
+from .listening import Recorded, forget_leaves, listen_to
+from .mode import quietly, recording
+from .state import OUTSIDE, SWEPT, UNSEEN, is_quiet, opened
+from .writing import read, rule_to_add
+
+__all__ = [
+    "OUTSIDE",
+    "SWEPT",
+    "UNSEEN",
+    "Recorded",
+    "forget_leaves",
+    "is_quiet",
+    "listen_to",
+    "opened",
+    "pause",
+    "quietly",
+    "read",
+    "record",
+    "recording",
+    "rule_to_add",
+    "scope",
+    "stop_gradient",
+]

@@ -1,0 +1,215 @@
+"""What a user opens: named operations (the first door), ``te.record()``, pauses, scopes, cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .. import exits, modules, registry
+from ..errors import DTypeError, message
+from ..names import call_site, user_frame
+from ..registry import Op
+from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
+from .listening import listen, listen_to, mark
+from .mode import Mode, quietly
+from .state import current_tape_is_global, detaching, gaps, is_cut, state, tensors_in
+from .writing import Taken, as_constants, join_views, refuse_without_rule, stays_closed, write
+
+__all__ = ["pause", "record", "scope", "stop_gradient"]
+
+Tensor = torch.Tensor
+
+
+def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What calling an `Op` does: run its body unheard, then record one node."""
+    if state.quiet or state.opening:
+        return op.forward(*args, **kwargs)
+    with quietly():
+        try:
+            args, kwargs = op.bind(args, kwargs)
+        except TypeError as error:
+            fix = f"{op.name}({', '.join(op.parameters)})"
+            raise DTypeError(message(f"{op.name}: {error}.", where=call_site(user_frame()), fix=fix)) from None
+        if op.check is not None:
+            op.check(*args, **kwargs)
+        tape = current_tape()
+        taken = Taken(op, tape, args, kwargs)
+        if tape.strict and not state.paused:
+            refuse_without_rule(op, taken.inputs)
+        before = torch.get_rng_state() if op.grad is None and op.differentiable else None
+        try:
+            result = op.forward(*args, **kwargs)
+        except Exception as error:
+            taken.undo()
+            error.add_note(_operands_note(op, args, kwargs))
+            raise
+        if any(made is given for made in tensors_in(result) for given in taken.tensors):
+            result = _apart(result, taken.tensors)
+        made = tensors_in(result)
+        if not made:
+            raise DTypeError(
+                message(
+                    f"{op.name} returned {type(result).__name__}: an operation returns a tensor or a tuple of tensors.",
+                    where=call_site(user_frame()),
+                )
+            )
+        if state.paused:
+            as_constants(made)
+            return result
+        if stays_closed(tape, op, taken.inputs, made):
+            return result
+        node = write(tape, op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=is_cut())
+        node.outputs_tuple = not isinstance(result, Tensor)
+        node.gaps = gaps(result)
+        node.random = before is not None and not torch.equal(before, torch.get_rng_state())
+        if op is cut_op:
+            node.outputs[0].constant = True
+        join_views(node.outputs, made, taken)
+        if not tape.strong:
+            listen(tape, node)
+    return result
+
+
+registry.on_call(_call)
+
+
+def _apart(result: Any, given: Sequence[Tensor]) -> Any:
+    """`result` with an alias in the place of a tensor that was also an argument: a value of its own."""
+    if isinstance(result, Tensor):
+        return result.view_as(result) if any(result is tensor for tensor in given) else result
+    if isinstance(result, (tuple, list)):
+        return type(result)([_apart(each, given) for each in result])
+    return result
+
+
+def _operands_note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    names = [*op.parameters, *("" for _ in args)]
+    pairs = [*zip(names, args, strict=False), *kwargs.items()]
+    shown = [(name, describe(each)) for name, each in pairs if isinstance(each, Tensor)]
+    return message(f"in the operation {op.name}, called", where=call_site(user_frame()), operands=shown)
+
+
+class record:
+    """``with te.record() as tape:`` records every torch operation of this thread on a new tape.
+
+    Args:
+        strict: an operation without a registered rule raises `MissingRuleError` at once, where
+            otherwise it would borrow its rule from ``torch.func.vjp``.
+
+    After the block the tape remains. Plain torch operations on its values are recorded on the global
+    tape then, so that a gradient still finds its way through them.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self._open: list[tuple[Tape, Mode, bool, int]] = []
+
+    def __enter__(self) -> Tape:
+        tape = Tape(strong=True, strict=self.strict)
+        mode = Mode(tape)
+        self._open.append((tape, mode, state.grad_mode, modules.listen()))
+        state.grad_mode = torch.is_grad_enabled()
+        exits.open_exits()
+        push_tape(tape)
+        mode.__enter__()
+        return tape
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tape, mode, state.grad_mode, length = self._open.pop()
+        mode.__exit__(kind, error, trace)
+        pop_tape(tape)
+        exits.close_exits()
+        modules.stop_listening(length)
+        with quietly():
+            open_still = [node for node in tape.nodes if not node.closed]
+            if open_still:
+                listen_to(tape.held, tape)
+            for node in open_still:
+                for value in node.outputs:
+                    holder = value._tensor()
+                    if holder is not None and bound(holder) is value:
+                        mark(holder, tape)
+
+
+@contextmanager
+def pause() -> Iterator[None]:
+    """A context in which nothing is recorded: its results are constants to the sweep."""
+    state.paused += 1
+    try:
+        yield
+    finally:
+        state.paused -= 1
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Names the group of the nodes recorded inside, in print and picture; scopes may be nested.
+
+    Raises:
+        DTypeError: if `name` is not a string.
+    """
+    if not isinstance(name, str) or not name:
+        raise DTypeError(
+            message(f"te.scope takes the name of a group, a string: not {name!r}.", where=call_site(user_frame()))
+        )
+    length = modules.open_scope(name)
+    try:
+        yield
+    finally:
+        modules.close_scope(length)
+
+
+@registry.op(name="stop_gradient", formula="stop gradient")
+def cut_op(x: Tensor) -> Tensor:
+    return x.detach()
+
+
+cut_op.differentiable = False
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """`x` as a constant to the sweep: an alias of the same elements, through which no gradient passes.
+
+    Raises:
+        DTypeError: if `x` is not a tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise DTypeError(
+            message(f"te.stop_gradient takes a tensor, not {type(x).__name__}.", where=call_site(user_frame()))
+        )
+    result: Tensor = cut_op(x)
+    return result
+
+
+def _hears() -> bool:
+    """Whether this thread records in a block now."""
+    return not (state.quiet or state.paused or current_tape_is_global())
+
+
+def _record_tolist(tensor: Tensor, result: Any) -> None:
+    with quietly():
+        tape = current_tape()
+        taken = Taken(_tolist, tape, (tensor,), {})
+        write(tape, _tolist, taken.args, {}, taken.inputs, taken.kept, []).result = result
+
+
+_tolist = Op(Tensor.tolist, name="tolist")
+
+
+_tolist.differentiable = False
+
+
+def _record_cut(tensor: Tensor) -> None:
+    with quietly():
+        tape = current_tape()
+        taken = Taken(cut_op, tape, (tensor,), {})
+        write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
+
+
+exits.on_exit(_hears, _record_tolist, _record_cut, detaching)

@@ -1,0 +1,151 @@
+"""In-place writes: recorded as what they compute, and followed to every tensor that sees them.
+
+``x.add_(y)`` is recorded as ``add(x, y)``, whose output `x` holds from then on. What a rule still needs of the
+old contents is copied before; a view's write is carried to its base, and from there to the other views.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from .. import aliases
+from ..plans import MISSING, Plan
+from ..tape import Tape, Value, bind, bound, rebind, unbind, version_of
+from .state import LIFT, UNSEEN, is_cut, tensors_in
+from .writing import AS_COMPLEX, Taken, as_constants, in_units_of, read, refuse_without_rule, stays_closed, write
+
+__all__ = ["record_write", "unrecorded"]
+
+Tensor = torch.Tensor
+
+
+def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation that writes to its arguments, recorded as its functional twin."""
+    given_args = tuple(a for i, a in enumerate(_completed(args, kwargs, plan)) if i not in plan.outs)
+    given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
+    # What the rule will read is kept here, so that what is about to be overwritten gets its copy below.
+    taken = Taken(plan.op, tape, given_args, given_kwargs)
+    if tape.strict:
+        refuse_without_rule(plan.op, taken.inputs)
+    written = _written(plan, args, kwargs)
+    before = [taken.value_of(tensor) for tensor in written]
+    wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
+    spared = [each for tensor, value in zip(written, before, strict=True) for each in aliases.protect(tensor, value)]
+    result = func(*args, **kwargs)
+    fresh = [t for t in tensors_in(result) if not any(t is w for w in written)]
+    made = [*fresh, *written]
+    if stays_closed(tape, plan.op, taken.inputs, made):
+        for tensor in written:
+            rebind(tensor, version_of(tensor) + 1)
+        return result
+    node = write(tape, plan.op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=is_cut())
+    node.random = plan.random
+    node.outputs_tuple = len(made) > 1 or not isinstance(result, Tensor)
+    node.mutates = tuple(
+        (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k) for k, old in enumerate(before)
+    )
+    aliases.refresh(spared)
+    untouched = {id(tensor) for _, tensor in spared}
+    for k, (tensor, old) in enumerate(zip(written, before, strict=True)):
+        new = node.outputs[len(fresh) + k]
+        # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
+        new.constant = old.constant if node.cut else plan.statistics
+        new.name = old.name if old.leaf else None
+        aliases.share(new, old)
+        rebind(tensor, version_of(tensor) + 1)
+        _spread(tape, tensor, new, wholes[k], untouched, node.cut)
+    return result
+
+
+def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes to."""
+    found: list[Tensor] = []
+    for key in plan.writes:
+        given = kwargs.get(key) if isinstance(key, str) else (args[key] if key < len(args) else None)
+        found += tensors_in(given)
+    return found
+
+
+def _completed(args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
+    """The arguments with those defaults of theirs that the functional twin may not have."""
+    left = plan.defaults[len(args) :]
+    if kwargs or MISSING in left:
+        return args
+    return (*args, *left)
+
+
+def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouched: set[int], cut: bool) -> None:
+    """What a write to `tensor` means to the other tensors that look into its storage."""
+    neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
+    base, of_base = tensor, new
+    if whole is not None and tensor._base is not None:
+        target, old = in_units_of(tensor, tensor._base, whole, tape)
+        if aliases.covers(target, tensor):
+            base = tensor._base
+            of_base = _write_base(tape, tensor, new, target, old, cut)
+    for other in neighbours:
+        if other is base:
+            continue
+        held = bound(other)
+        if other._base is base:
+            if held is not None:
+                held.stale = True  # read off the base when it is next needed
+        elif aliases.covers(base, other):
+            _read_off(tape, base, of_base, other, held)
+        else:
+            lost = Value(other)
+            lost.closed = UNSEEN
+            bind(other, lost, None)
+        rebind(other, version_of(other) + 1)
+
+
+def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Value, cut: bool) -> Value:
+    """Records what a write to the view `tensor` makes of its base; returns the base's new value."""
+    base = tensor._base
+    assert base is not None
+    place = aliases.place_of(tensor, target)
+    made = base if target is base else target
+    node = write(tape, aliases.write_view, (old, new, *place), {}, [old, new], [None, None], [made], cut=cut)
+    if cut:
+        node.mutates = ((0, 0),)
+    node.outputs[0].constant = old.constant and (cut or new.constant)
+    if target is not base:
+        pairs = node.outputs[0]
+        node = write(tape, AS_COMPLEX, (pairs,), {}, [pairs], [None], [base])
+        node.outputs[0].constant = pairs.constant
+    aliases.share(node.outputs[0], new)
+    rebind(base, version_of(base) + 1)
+    return node.outputs[0]
+
+
+def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Value | None) -> None:
+    """Records what `other`, which is no view of `base`, holds after a write to that."""
+    place = aliases.place_of(other, base)
+    past = of_base.constant and held is not None and not held.constant
+    # A write through a detached alias changes the contents; the gradient passes over it, as in torch.
+    inputs = [of_base, held] if past and held is not None else [of_base]
+    node = write(tape, aliases.read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)
+    if past:
+        node.mutates = ((1, 0),)
+    node.outputs[0].constant = held is not None and held.constant
+    aliases.share(node.outputs[0], of_base)
+
+
+def unrecorded(func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Inside te.pause(): what a rule needs is kept before a write, results are constants."""
+    written = _written(plan, args, kwargs)
+    for tensor in written:
+        value = bound(tensor)
+        if value is not None:
+            aliases.protect(tensor, value)
+    result = func(*args, **kwargs)
+    for tensor in written:
+        for neighbour in aliases.neighbours(tensor):
+            unbind(neighbour)
+        unbind(tensor)
+    if not plan.writes and func is not LIFT:
+        as_constants(tensors_in(result))
+    return result

@@ -1,0 +1,208 @@
+"""The third door: plain torch operations on a recorded tensor, outside a block.
+
+While a tape waits for its sweep, the tensors it knows stand under another class name, `Recorded`, which sends
+the operations applied to them through the dispatch mode onto the global tape: none of them cuts a gradient in
+silence. Leaves (inputs, parameters) get their own class back when their tape has been swept.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch._C import DisableTorchFunctionSubclass
+
+from .. import aliases, exits
+from ..tape import Node, Tape, Token, Value, bound, current_tape
+from .mode import quietly, recording
+from .state import current_tape_is_global, detaching, state, tensors_in
+
+__all__ = ["Recorded", "RecordedParameter", "forget_leaves", "listen", "listen_to", "mark"]
+
+Tensor = torch.Tensor
+
+
+class Recorded(Tensor):
+    """A tensor that some tape knows: torch's own, but for the operations applied to it being recorded."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        foreign = [each for each in types if not issubclass(each, Recorded)]
+        if foreign:  # a tensor class of the user's: it has the say, and what it runs is recorded
+            with recording(current_tape()) if current_tape_is_global() and not state.quiet else nullcontext():
+                return foreign[0].__torch_function__(func, foreign, args, kwargs)
+        with DisableTorchFunctionSubclass():
+            if state.quiet or state.paused or func in _PLAIN or not current_tape_is_global():
+                return func(*args, **kwargs)
+            if func in _EXITS:
+                exits.warn_of_exit(args[0], func.__name__)
+                return func(*args, **kwargs)
+            if _writes(func) and _leaves_only(args, kwargs):
+                return _update_leaf(func, args, kwargs)
+            tape = current_tape()
+            with recording(tape):
+                result = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
+            if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
+                in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
+                result.__class__ = type(args[0]) if in_parameter else Recorded  # nn.Parameter(x) insists on it
+            touched = [*tensors_in(result), *tensors_in(args), *tensors_in(list(kwargs.values()))]
+            for tensor in (*touched, *[tensor._base for tensor in touched if tensor._base is not None]):
+                value = bound(tensor)
+                if value is not None and (value.closed or not value.leaf):
+                    mark(tensor, tape)  # what it made, and what it wrote to
+            return result
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        with _as_plain(self):
+            return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        with _as_plain(self):
+            return format(self, spec)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _as_plain(self):
+            return self.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        with _as_plain(self):
+            copied: Tensor = self.__deepcopy__(memo)  # type: ignore[no-untyped-call]
+            return copied
+
+
+class RecordedParameter(Recorded, torch.nn.Parameter):
+    """A module's parameter, while a tape knows it."""
+
+
+#: What a tensor's class becomes while a tape listens to it.
+_LISTENING: dict[type, type] = {Tensor: Recorded, torch.nn.Parameter: RecordedParameter}
+
+
+#: Errors and listings call them what the user does.
+Recorded.__name__, RecordedParameter.__name__ = "Tensor", "Parameter"
+
+
+@contextmanager
+def _as_plain(tensor: Tensor) -> Iterator[None]:
+    """`tensor` under torch's own class: printed, copied and written to files as what it is."""
+    kind = type(tensor)
+    with quietly():
+        tensor.__class__ = next(plain for plain, listening in _LISTENING.items() if kind is listening)
+        try:
+            yield
+        finally:
+            tensor.__class__ = kind
+
+
+#: Writes whose names do not end in one underscore.
+_WRITES = {
+    f"__i{name}__" for name in "add sub mul truediv div floordiv mod pow and or xor lshift rshift matmul".split()
+}
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function of torch writes to its first argument."""
+    name = getattr(func, "__name__", "")
+    return name in _WRITES or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+#: What asks something of a tensor without computing: never recorded.
+_PLAIN = {
+    getter.__get__
+    for name in (
+        "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_sparse is_quantized is_meta "
+        "is_nested itemsize nbytes names _version _base output_nr is_mps is_xpu is_cpu retains_grad _backward_hooks"
+    ).split()
+    if (getter := getattr(Tensor, name, None)) is not None
+} | {
+    getattr(Tensor, name)
+    for name in (
+        "size dim numel stride storage_offset is_contiguous is_floating_point is_complex element_size data_ptr "
+        "untyped_storage storage type_as numpy tolist item __repr__ __format__ __len__ __bool__ __float__ __int__ "
+        "__index__ __hash__ __contains__ __array__ __dlpack__ is_inference is_signed is_shared is_pinned "
+        "get_device backward retain_grad requires_grad_ register_hook _is_view is_conj is_neg nelement ndimension "
+        "__setstate__ __reduce_ex__ __deepcopy__ as_subclass"
+    ).split()
+    if hasattr(Tensor, name)
+}
+
+
+#: What hands a tensor's memory to code that nothing can follow.
+_EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
+
+
+_PLAIN -= _EXITS
+
+
+_DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}
+
+
+def _leaves_only(args: Any, kwargs: Any) -> bool:
+    """Whether every tensor of a call is a leaf: then an in-place write makes it another leaf."""
+    found = [bound(t) for t in (*tensors_in(args), *tensors_in(list(kwargs.values())))]
+    return all(value is None or value.leaf for value in found)
+
+
+def _update_leaf(func: Any, args: Any, kwargs: Any) -> Any:
+    """``w -= lr * w.g`` on a leaf: the next recording reads what it holds then, as after ``opt.step()``."""
+    value = bound(args[0]) if args and isinstance(args[0], Tensor) else None
+    spared = [] if value is None else aliases.protect(args[0], value)
+    result = func(*args, **kwargs)
+    aliases.refresh(spared)
+    return result
+
+
+def mark(tensor: Tensor, tape: Tape) -> None:
+    """From now on plain torch operations on `tensor` are recorded."""
+    value = bound(tensor)
+    if value is None or not value.differentiable:
+        return
+    kind = type(tensor)
+    if kind in _LISTENING:
+        tensor.__class__ = _LISTENING[kind]
+    if value.leaf and not value.closed and isinstance(tensor, Recorded):
+        marked = tape.token.marked
+        if not marked:  # whatever happens to the tape and its nodes, the listening ends with them
+            weakref.finalize(tape.token, _forget, marked)
+        known = marked.get(id(value))
+        if known is not None and known() is value:
+            return
+        value.marks += 1
+        marked[id(value)] = weakref.ref(value)
+        if len(marked) & (len(marked) - 1) == 0:
+            for key in [key for key, ref in marked.items() if ref() is None]:
+                del marked[key]
+
+
+def listen(tape: Tape, node: Node) -> None:
+    for value in (*node.inputs, *node.outputs):
+        holder = value.holder
+        if holder is not None and bound(holder) is value:
+            mark(holder, tape)
+
+
+def listen_to(tensors: Sequence[Tensor], tape: Tape) -> None:
+    """From now on plain torch operations on `tensors`, outside a block, are recorded on the global tape."""
+    if current_tape_is_global():
+        for tensor in tensors:
+            mark(tensor, tape)
+
+
+def forget_leaves(token: Token | None) -> None:
+    """Ends the listening on a tape's leaves: their recording is over (they are inputs and parameters)."""
+    if token is not None:
+        _forget(token.marked)
+
+
+def _forget(marked: dict[int, weakref.ref[Value]]) -> None:
+    for value in (v for ref in marked.values() if (v := ref()) is not None):
+        value.marks -= 1
+        holder = value.holder
+        if value.marks == 0 and holder is not None and isinstance(holder, Recorded):
+            holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)
+    marked.clear()

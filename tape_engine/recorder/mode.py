@@ -1,0 +1,130 @@
+"""The second door: a dispatch mode that hears every torch operation of the thread.
+
+It stands below torch's own autograd and composites: what it hears are ATen overloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._C import DisableTorchFunctionSubclass
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..plans import plan_of
+from ..tape import Tape, Value, bind, current_tape, unbind, values_by_tensor
+from .inplace import record_write, unrecorded
+from .state import DETACH, LIFT, gaps, is_cut, state, tensors_in
+from .writing import Taken, join_views, refuse_without_rule, stays_closed, write
+
+__all__ = ["Mode", "quietly", "recording"]
+
+Tensor = torch.Tensor
+
+
+class Mode(TorchDispatchMode):
+    """Hears the ATen overloads that this thread runs, and records them on one tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard against torch.compile around each call takes longer than the call
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tape = self.tape
+        if state.quiet or (tape.strong and tape is not current_tape()):
+            return func(*args, **kwargs)
+        plan = plan_of(func, args)
+        if state.paused:
+            return unrecorded(func, plan, args, kwargs)
+        if plan.writes:
+            return record_write(tape, func, plan, args, kwargs)
+        taken = Taken(plan.op, tape, args, kwargs)
+        if tape.strict:
+            refuse_without_rule(plan.op, taken.inputs)
+        if func is LIFT:
+            return _lift(tape, func, args[0])
+        if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
+            result = func(*args, **kwargs)
+            entry = values_by_tensor.get(id(args[0]))
+            bind(result, taken.inputs[0], None if entry is None else entry[2])
+            return result
+        try:
+            result = func(*args, **kwargs)
+        except BaseException:
+            taken.undo()
+            raise
+        made = [result] if isinstance(result, Tensor) else tensors_in(result)
+        if plan.views and any(tensor is given for tensor in made for given in taken.tensors):
+            return result  # nothing was done: it is the argument itself
+        if (made or plan.guard) and not stays_closed(tape, plan.op, taken.inputs, made):
+            node = write(tape, plan.op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=is_cut())
+            if plan.random:
+                node.random = True
+            if not isinstance(result, Tensor):
+                node.outputs_tuple = True
+                node.gaps = gaps(result)
+            if plan.views:
+                join_views(node.outputs, made, taken)
+                if func is DETACH:
+                    node.outputs[0].constant = True
+            if plan.guard:
+                node.result = result
+        return result
+
+
+def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
+    """``torch.tensor(…)``: the tensor is made anew on each run of the code, so its first contents are kept."""
+    unbind(fresh)
+    original = fresh.clone()
+    value = Value(original)
+    tape.hold(original)
+    bind(original, value, None)
+    result = func(fresh)
+    write(tape, plan_of(func).op, (value,), {}, [value], [None], [result])
+    return result
+
+
+class quietly:
+    """A context in which nothing is recorded: the body of an operation, a rule, a replay."""
+
+    def __enter__(self) -> None:
+        self.guard = DisableTorchFunctionSubclass()
+        self.guard.__enter__()
+        self.mode = None
+        depth = torch._C._len_torch_dispatch_stack()
+        if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), Mode):
+            self.mode = torch._C._pop_torch_dispatch_stack(None)  # else each operation would pay the detour
+        state.quiet += 1
+
+    def __exit__(self, *error: object) -> None:
+        state.quiet -= 1
+        if self.mode is not None:
+            torch._C._push_on_torch_dispatch_stack(self.mode)
+        self.guard.__exit__(*error)
+
+
+@contextmanager
+def recording(tape: Tape, *, sweep: bool = False, opening: bool = False) -> Iterator[None]:
+    """A context in which every torch operation is recorded on `tape`, whatever happens around it.
+
+    With ``sweep=True`` for a sweep that is recorded: it runs under ``no_grad`` without being cut, and what
+    the rules are given is linked to the values that it stands for. With ``opening=True`` a named operation
+    is recorded as the torch operations of its body.
+    """
+    before = state.quiet, state.grad_mode, state.linking, state.opening
+    state.quiet, state.opening = 0, opening
+    if sweep:
+        state.grad_mode, state.linking = False, True
+    try:
+        with Mode(tape):
+            yield
+    finally:
+        state.quiet, state.grad_mode, state.linking, state.opening = before

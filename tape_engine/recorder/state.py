@@ -1,0 +1,106 @@
+"""What the recorder of each thread is doing, and the words it uses for what it refuses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..tape import current_tape
+
+__all__ = [
+    "DETACH",
+    "LIFT",
+    "OUTSIDE",
+    "SWEPT",
+    "UNSEEN",
+    "current_tape_is_global",
+    "detaching",
+    "gaps",
+    "is_cut",
+    "is_quiet",
+    "opened",
+    "state",
+    "tensors_in",
+]
+
+Tensor = torch.Tensor
+
+
+class _State(threading.local):
+    """What the recorder of this thread is doing."""
+
+    def __init__(self) -> None:
+        self.quiet = 0  # inside the body of a named operation, a rule, a replay: nothing is heard
+        self.detaching = 0  # inside a detach() of the user's
+        self.paused = 0  # inside te.pause(): heard, and left out
+        self.opening = False  # named operations run their bodies, which are heard
+        self.linking = False  # inside a sweep that is recorded: every binding counts, closed or not
+        self.grad_mode = True  # torch's grad mode where the recording began: a change of it is a cut
+
+
+state = _State()
+
+
+SWEPT = "belongs to a tape that was already swept"
+
+
+UNSEEN = "was changed by a write that the recorder could not see"
+
+
+OUTSIDE = "was computed by torch operations outside the recording"
+
+
+LIFT = torch.ops.aten.lift_fresh.default
+
+
+DETACH = torch.ops.aten.detach.default
+
+
+def current_tape_is_global() -> bool:
+    return not current_tape().strong
+
+
+def is_cut() -> bool:
+    return state.grad_mode and not torch.is_grad_enabled()
+
+
+def is_quiet() -> bool:
+    """Whether this thread is inside the body of an operation, a rule or a replay."""
+    return bool(state.quiet)
+
+
+@contextmanager
+def opened() -> Iterator[None]:
+    """A context in which a named operation is recorded as the torch operations of its body."""
+    before, state.opening = state.opening, True
+    try:
+        yield
+    finally:
+        state.opening = before
+
+
+def detaching(original: Any, tensor: Tensor) -> Tensor:
+    """A ``detach()`` of the user's, which is a cut."""
+    state.detaching += 1
+    try:
+        result: Tensor = original(tensor)
+    finally:
+        state.detaching -= 1
+    return result
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (tuple, list)):
+        return [tensor for each in result for tensor in tensors_in(each)]
+    return []
+
+
+def gaps(result: Any) -> tuple[int, ...]:
+    """The places in a returned tuple where None stands."""
+    return tuple(i for i, each in enumerate(result) if each is None) if isinstance(result, (tuple, list)) else ()

@@ -1,0 +1,289 @@
+"""Reading values off tensors, and writing nodes onto a tape: what the three doors have in common.
+
+`read` tells which value a tensor holds, `Taken` puts values in the place of the tensors of a call, `write`
+makes the node and binds its outputs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import aliases, modules, registry
+from ..errors import MissingRuleError, message
+from ..names import call_site, local_name, user_frame
+from ..registry import Op
+from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
+from .state import OUTSIDE, SWEPT, UNSEEN, is_cut, state
+
+__all__ = [
+    "AS_COMPLEX",
+    "Taken",
+    "as_constants",
+    "in_units_of",
+    "join_views",
+    "read",
+    "refuse_without_rule",
+    "rule_to_add",
+    "stays_closed",
+    "write",
+]
+
+Tensor = torch.Tensor
+
+
+def read(tensor: Tensor, tape: Tape) -> Value:
+    """The value that `tensor` holds now; a new leaf if no tape knows it."""
+    entry = values_by_tensor.get(id(tensor))
+    if entry is None:
+        above = None if tensor._base is None else values_by_tensor.get(id(tensor._base))
+        if above is not None and above[2] is not None and not state.linking:
+            return _reread(tensor, above[1].constant, tape)  # a view made outside of a base written to since
+        return _leaf(tensor, tape)
+    _, value, node, counts = entry
+    if state.linking:
+        return value
+    if value.stale:
+        return _reread(tensor, value.constant, tape)
+    unchanged = version_of(tensor) in counts
+    if node is None:
+        if unchanged and value.shape == tensor.shape and value.dtype == tensor.dtype:
+            tape.hold(tensor)
+            return value
+        # written to between two recordings
+        return _leaf(tensor, tape, name=value.name, closed=UNSEEN if value.closed == UNSEEN else "")
+    if not unchanged:
+        return _leaf(tensor, tape, closed=UNSEEN)
+    if tensor.dtype != value.dtype or tensor.shape != value.shape:
+        return _leaf(tensor, tape)  # x.data = y
+    if (
+        tensor.requires_grad
+        and tensor.is_leaf
+        and value.holder is not tensor
+        or value.constant
+        and tensor.requires_grad
+    ):
+        return _leaf(tensor, tape)  # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
+    if node.tape is not tape.token:
+        if not value.differentiable or _is_update(value, node):
+            # no gradient passes, or an optimizer wrote to a parameter: a leaf, so that a counter or a statistic does not chain one step to the next
+            leaf = _leaf(tensor, tape, name=value.name)
+            leaf.constant = value.constant
+            return leaf
+        if node.closed:
+            # To go on from a closed tape would keep every step of a loop alive, to stop there would cut the
+            # gradient in silence: a leaf stands for the value, and the sweep that reaches it says so.
+            stand_in = Value(tensor)
+            stand_in.name = value.name or local_name(user_frame(), tensor)
+            stand_in.closed = SWEPT
+            return stand_in
+    return value
+
+
+def _is_update(value: Value, node: Node | None) -> bool:
+    """Whether a value is what writes under ``no_grad`` made of a leaf: the leaf itself, as torch sees it."""
+    if node is None or not node.cut:
+        return False
+    while node is not None and node.cut:
+        place = next((i for i, j in node.mutates if j == value.index), -1)
+        if place < 0:
+            return False
+        value, node = node.inputs[place], node.sources[place]
+    return value.leaf
+
+
+def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
+    value = Value(tensor)
+    value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
+    value.closed = closed or (OUTSIDE if tensor.grad_fn is not None else "")
+    bind(tensor, value, None)
+    aliases.join(tensor, value)
+    tape.hold(tensor)
+    return value
+
+
+def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
+    """The value of a view whose base was written to: read off what the base holds now."""
+    if tensor._base is None:
+        return _leaf(tensor, tape, closed=UNSEEN)
+    base, whole = in_units_of(tensor, tensor._base, read(tensor._base, tape), tape)
+    if not aliases.covers(base, tensor):
+        return _leaf(tensor, tape, closed=UNSEEN)
+    place = aliases.place_of(tensor, base)
+    value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [tensor]).outputs[0]
+    value.constant = constant
+    aliases.share(value, whole)
+    return value
+
+
+def in_units_of(tensor: Tensor, base: Tensor, whole: Value, tape: Tape) -> tuple[Tensor, Value]:
+    """`base` in the numbers that `tensor` consists of: the pairs of reals of a complex base, for a real view."""
+    if not base.is_complex() or tensor.is_complex():
+        return base, whole
+    pairs = torch.view_as_real(base.resolve_conj() if base.is_conj() else base)
+    return pairs, write(tape, _AS_REAL, (whole,), {}, [whole], [None], [pairs]).outputs[0]
+
+
+_AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
+
+
+AS_COMPLEX = registry.find(torch.ops.aten.view_as_complex.default)
+
+
+def stays_closed(tape: Tape, op: Op, inputs: Sequence[Value], made: Sequence[Tensor]) -> bool:
+    """On the global tape, what is computed from a closed value is closed: it is bound so, and makes no node.
+
+    A sweep from it would be refused whatever the node said, and a running total must not keep every step.
+    """
+    if tape.strong or not op.differentiable or is_cut():
+        return False
+    source = next((v for v in inputs if v.closed == SWEPT), None)
+    if source is None:
+        return False
+    for tensor in made:
+        value = Value(tensor)
+        value.closed, value.name = SWEPT, source.name
+        bind(tensor, value, None)
+    return True
+
+
+def write(
+    tape: Tape,
+    op: Op,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    inputs: Sequence[Value],
+    kept: Sequence[Kept | None],
+    made: Sequence[Tensor],
+    *,
+    cut: bool = False,
+) -> Node:
+    """Records one operation; afterwards the tensors `made` hold its outputs.
+
+    `args` and `kwargs` have values in the place of tensors; `inputs` are those values in order, and `kept`
+    the cells of those whose data the gradient rule reads.
+    """
+    frame = user_frame()
+    node = Node(
+        op,
+        args,
+        kwargs,
+        tuple(inputs),
+        None if frame is None else frame.f_code,
+        0 if frame is None else frame.f_lasti,
+        modules.path(),
+    )
+    ref = weakref.ref(node)
+    outputs = []
+    for index, tensor in enumerate(made):
+        value = Value(tensor, constant=cut)
+        value.index = index
+        value._node = ref
+        bind(tensor, value, node)
+        outputs.append(value)
+    node.outputs = tuple(outputs)
+    if cut:
+        node.cut = True
+    elif op.reads_output:
+        # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
+        node.saved = (*kept, *[v.keep(t.detach()) for v, t in zip(outputs, made, strict=True)])
+    else:
+        node.saved = tuple(kept)
+    tape.append(node)
+    return node
+
+
+class Taken:
+    """The arguments of a call with values in the place of tensors.
+
+    Attributes:
+        args, kwargs: the arguments.
+        inputs: the values, in order.
+        tensors: the tensors that hold them.
+        kept: the cells of those that the rule reads, made before the call: it may write to them.
+    """
+
+    __slots__ = ("args", "inputs", "kept", "kwargs", "length", "op", "tape", "tensors")
+
+    def __init__(self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.op = op
+        self.tape = tape
+        self.length = tape.length
+        self.inputs: list[Value] = []
+        self.tensors: list[Tensor] = []
+        self.kept: list[Kept | None] = []
+        self.args = tuple([self.take(a, op.reads_argument(i)) for i, a in enumerate(args)])
+        self.kwargs = {k: self.take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
+
+    def value_of(self, tensor: Tensor) -> Value:
+        """The value of a tensor that the call writes to, which it may have been given as an argument or not."""
+        places = [i for i, given in enumerate(self.tensors) if given is tensor]
+        return self.inputs[places[0]] if places else read(tensor, self.tape)
+
+    def undo(self) -> None:
+        """After a failed call: views that were read off their bases for it will be read off again."""
+        for node in self.tape.rewind(self.length):
+            for value in node.outputs:
+                value.stale = True
+
+    def take(self, argument: Any, keep: bool) -> Any:
+        if isinstance(argument, Tensor):
+            entry = values_by_tensor.get(id(argument))
+            if (  # what a chain of operations does most: read what the same tape has just made
+                entry is not None
+                and entry[2] is not None
+                and entry[2].tape is self.tape.token
+                and not entry[1].stale
+                and version_of(argument) in entry[3]
+                and entry[1].dtype is argument.dtype
+                and not entry[1].constant
+                and entry[1].holder is argument
+            ):
+                value = entry[1]
+            else:
+                value = read(argument, self.tape)
+            self.inputs.append(value)
+            self.tensors.append(argument)
+            self.kept.append(value.keep(argument) if keep else None)
+            return value
+        kind = type(argument)
+        if kind is list or kind is tuple:
+            return kind([self.take(each, keep) for each in argument])
+        return argument
+
+
+def refuse_without_rule(op: Op, inputs: Sequence[Value]) -> None:
+    """`strict=True`: an operation through which a gradient should pass must have a registered rule."""
+    if op.grad is None and op.differentiable and any(v.differentiable for v in inputs) and not is_cut():
+        raise MissingRuleError(
+            message(
+                f"{op.name} has no registered gradient rule, and this recording is strict.",
+                where=call_site(user_frame()),
+                operands=[(name, describe(v)) for name, v in zip(op.parameters, inputs, strict=False)],
+                fix=rule_to_add(op),
+            )
+        )
+
+
+def rule_to_add(op: Op) -> str:
+    """The lines by which a user would register a rule for `op`."""
+    target = op.name if op.is_named else f"torch.ops.{op.forward}"
+    return f"@te.rule({target}) on def {op.name}_grad(g, out, {', '.join(op.parameters)}): ..."
+
+
+def join_views(outputs: Sequence[Value], made: Sequence[Tensor], taken: Taken) -> None:
+    """Enters outputs that share an input's storage among its aliases."""
+    for value, tensor in zip(outputs, made, strict=True):
+        for owner, given in zip(taken.inputs, taken.tensors, strict=True):
+            if aliases.same_storage(tensor, given):
+                aliases.share(value, owner)
+                rebind(tensor, version_of(given))
+                break
+
+
+def as_constants(made: Sequence[Tensor]) -> None:
+    for tensor in made:
+        bind(tensor, Value(tensor, constant=True), None)
