@@ -133,7 +133,7 @@ _by_storage: weakref.WeakValueDictionary[int, Aliases] = weakref.WeakValueDictio
 def storage_of(tensor: torch.Tensor) -> int:
     """The address of the tensor's storage; 0 where it has none to share (sparse tensors)."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return 0
 
@@ -175,11 +175,11 @@ def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def place_of(view: torch.Tensor, base: torch.Tensor) -> Place:
     """Where `view` lies in `base`."""
-    return tuple(view.shape), view.stride(), view.storage_offset() - base.storage_offset()
+    return tuple(view.shape), view.stride(), int(view.storage_offset()) - int(base.storage_offset())
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     return start, start + extent(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
 
 
@@ -191,7 +191,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or _dense(a) or _dense(b) or max(a.numel(), b.numel()) > 1 << 20:
         return True
     cpu = torch.device("cpu")
-    places = [positions(tuple(t.shape), t.stride(), t.storage_offset(), cpu) for t in (a, b)]
+    places = [positions(tuple(t.shape), t.stride(), int(t.storage_offset()), cpu) for t in (a, b)]
     return bool(torch.isin(*places).any())  # two columns of a matrix, say
 
 
@@ -223,8 +223,8 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         else:
             spared.append((cell, cell.tensor))
     for other in group:
-        holder = other.holder
-        if holder is None or holder is tensor or bound(holder) is not other or other.stale:
+        holder = other.tensor
+        if holder is None or holder is tensor:
             continue
         if unwritten(holder) and not overlap(holder, tensor):
             spared.append((None, holder))

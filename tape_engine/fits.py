@@ -48,6 +48,8 @@ class _Operands:
                 tried = eval(f"t{expression}", {"t": self.tensors[own].detach(), "torch": torch})  # our own expressions
                 if fits(**{**self.tensors, own: tried}):
                     name = self.names[own]
+                    if name.endswith(expression):  # what was one step too many
+                        return f"{name.removesuffix(expression)} in the place of {name}"
                     text = f"{name if name.isidentifier() else f'({name})'}{expression}"
                     return f"{text} in the place of {name}"
             except (RuntimeError, IndexError, TypeError):

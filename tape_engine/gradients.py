@@ -59,7 +59,8 @@ def _tensor_arguments(node: Node) -> Iterable[Any]:
             each for each in _flat((node.args, list(node.kwargs.values()))) if each is None or isinstance(each, Value)
         )
     found: list[Any] = []
-    for i, argument in enumerate(node.op.forward._schema.arguments):
+    forward: Any = node.op.forward
+    for i, argument in enumerate(forward._schema.arguments):
         if "Tensor" in str(argument.type):
             given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             found += _flat(given)
@@ -151,7 +152,7 @@ def borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
         ]
         try:
             _refuse_undifferentiable(forward, chosen)
-            _, pull = torch.func.vjp(forward, *chosen)
+            pull: Any = torch.func.vjp(forward, *chosen)[1]
             found = iter(pull(tuple(each for each in gradients if each is not None)))
         except (RuntimeError, NotImplementedError) as error:
             raise MissingRuleError(

@@ -205,9 +205,9 @@ def _raw_names(nodes: list[Node]) -> dict[int, str]:
                 names[id(value)] = name
         if here.op.is_named:
             given = operand_names(code, lasti)
-            for value, name in zip(here.inputs, given if len(given) == len(here.args) else [], strict=False):
-                if name and value.leaf:
-                    names.setdefault(id(value), name)
+            for value, spelt in zip(here.inputs, given if len(given) == len(here.args) else [], strict=False):
+                if spelt and value.leaf:
+                    names.setdefault(id(value), spelt)
     return names
 
 

@@ -319,7 +319,7 @@ def op(
     def make(function: Callable[..., Any]) -> Op:
         if not callable(function):
             raise DTypeError(message(f"te.op makes an operation of a function, not of {type(function).__name__}."))
-        title = name or getattr(function, "__name__", type(function).__name__)
+        title = name or str(getattr(function, "__name__", type(function).__name__))
         made = Op(function, name=title, broadcasts=broadcasts, samples=samples, formula=formula, check=check)
         _named.append(made)
         return made
@@ -404,7 +404,7 @@ def _packet(target: Any) -> Any:
 def composite(overload: torch._ops.OpOverload) -> bool:
     """Whether torch runs an overload as several others; also for those that only TorchScript has."""
     try:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CPU")
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(str(overload), "CPU")
         return overload._can_decompose() and not has_kernel
     except RuntimeError:
         return True

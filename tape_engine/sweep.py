@@ -398,7 +398,7 @@ def _written_unseen(value: Value) -> bool:
 
 
 def _targets(wrt: Tensor | Sequence[Tensor], caller: str) -> list[Tensor]:
-    targets = [wrt] if isinstance(wrt, Tensor) else list(wrt) if isinstance(wrt, (tuple, list)) else [wrt]
+    targets: list[Any] = list(wrt) if isinstance(wrt, (tuple, list)) else [wrt]
     for each in targets:
         if not isinstance(each, Tensor):
             raise DTypeError(

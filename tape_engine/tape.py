@@ -245,7 +245,7 @@ class Node:
         self.kwargs = kwargs
         self.inputs = inputs
         # the nodes that made the inputs: kept alive by those that read them
-        self.sources: tuple[Node | None, ...] = tuple([v._node and v._node() for v in inputs])
+        self.sources: tuple[Node | None, ...] = tuple([v.node for v in inputs])
         self.outputs: tuple[Value, ...] = ()
         self.outputs_tuple = False
         self.gaps: tuple[int, ...] = ()
@@ -473,7 +473,7 @@ def _forget(ref: _Ref, table: dict[int, Any] = values_by_tensor) -> None:
 
 def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     """From now on `tensor` holds `value`, made by `node`."""
-    ref = _Ref(tensor, _forget)  # type: ignore[call-arg]
+    ref = _Ref(tensor, _forget)
     ref.key = id(tensor)
     values_by_tensor[ref.key] = (ref, value, node, (version_of(tensor),))
 

@@ -254,6 +254,18 @@ def _target(tensor: Tensor, frozen: Frozen) -> int | Tensor:
     return next((i for i, given in enumerate(frozen.given) if given is tensor), tensor)
 
 
+def _by_tensor(sweep: Sweep) -> list[tuple[Tensor, Tensor]]:
+    """The gradients by tensor; of one from a swept tape, for which each reading has a leaf of its own, the sum."""
+    parts: dict[int, list[Tensor]] = {}
+    for value, g in sweep.gradients.items():
+        if value.leaf and value.closed == SWEPT:
+            parts.setdefault(id(value.holder), []).append(g)
+    found = sweep.by_tensor()
+    return [
+        (tensor, sum(parts[id(tensor)][1:], parts[id(tensor)][0]) if id(tensor) in parts else g) for tensor, g in found
+    ]
+
+
 def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor, targets: list[Tensor] | None) -> None:
     """Records the sweep from the first output; by default to the leaves of the forward pass, and no further."""
     if targets is None:
@@ -264,7 +276,7 @@ def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor
         with quietly():
             sweep = Sweep(root, source, seed, targets=targets, record=True, structure=True).run()
             with recording(inner, sweep=True), torch.no_grad():
-                found = sweep.by_tensor()
+                found = _by_tensor(sweep)
             for tensor, g in found:
                 value = bound(g)
                 if value is not None:

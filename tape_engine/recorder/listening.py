@@ -57,7 +57,7 @@ class Recorded(Tensor):
                     mark(tensor, tape)  # what it made, and what it wrote to
             return result
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         with _as_plain(self):
             return repr(self)
 

@@ -407,6 +407,22 @@ def test_layers(name: str) -> None:
         agree([x, *net.parameters()], list(gradients), 1e-8)
 
 
+def test_lstm_of_float32() -> None:
+    """One fused kernel on the CPU, which keeps a workspace for its backward."""
+    net = nn.LSTM(4, 5)
+    x = draw(3, 2, 4, dtype=F32)
+    with te.record() as tape:
+        y = net(x)[0].square().sum()
+    program = tape.program(inputs=x, outputs=y)
+    for _ in range(2):
+        x = draw(3, 2, 4, dtype=F32)
+        tracked = x.clone().requires_grad_()
+        wanted = net(tracked)[0].square().sum()
+        gradients = torch.autograd.grad(wanted, [tracked, *net.parameters()])
+        close(program.step(x), wanted.detach(), 1e-4)
+        agree([x, *net.parameters()], list(gradients), 1e-4)
+
+
 def test_convolution_of_other_memory_formats() -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).double()
     twin = copy.deepcopy(net)

@@ -75,8 +75,8 @@ def test_a_constant_as_an_output_belongs_to_the_caller() -> None:
     x = draw(3)
     with te.record() as tape:
         mask = torch.arange(3, dtype=F64) * 2
-        y = x * mask
-    program = tape.program(inputs=x, outputs=(y, mask, mask[1:]))
+        y, part = x * mask, mask[1:]
+    program = tape.program(inputs=x, outputs=(y, mask, part))
     first = program(x)
     unshared(*first)
     for t in first:
