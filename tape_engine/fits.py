@@ -28,8 +28,9 @@ class _Operands:
         self.op = op
         self.tensors = tensors
         self.frame = user_frame()
-        given = operand_texts(self.frame.f_code, self.frame.f_lasti) if self.frame is not None else []
-        self.names = {own: given[i] if i < len(given) and len(given[i]) < 40 else own for i, own in enumerate(tensors)}
+        given = operand_texts(self.frame.f_code, self.frame.f_lasti) if self.frame is not None else {}
+        texts = {own: given.get(i, given.get(own, own)) for i, own in enumerate(tensors)}
+        self.names = {own: text if len(text) < 40 else own for own, text in texts.items()}
 
     def refuse(self, kind: type[TapeError], what: str, fix: str | None) -> NoReturn:
         rows = [
@@ -203,8 +204,9 @@ def mse(U: Any, Y: Any) -> None:
     fix = given.remedy(
         _mse_fits,
         [
-            ("Y", ".squeeze(-1)"), ("Y", ".unsqueeze(-1)"), ("U", ".squeeze(-1)"), ("Y", ".t()"), ("U", ".unsqueeze(-1)"),
-            ("Y", ".reshape(-1)"), ("U", ".reshape(-1)"), ("Y", ".squeeze()"), ("U", ".squeeze()"),
+            ("Y", ".squeeze(-1)"), ("Y", ".unsqueeze(-1)"), ("U", ".squeeze(-1)"), ("Y", ".t()"),
+            ("U", ".unsqueeze(-1)"), ("Y", ".reshape(-1)"),
+            ("U", ".reshape(-1)"), ("Y", ".squeeze()"), ("U", ".squeeze()"),
         ],
     )  # fmt: skip
     what = (

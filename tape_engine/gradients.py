@@ -20,6 +20,7 @@ from .tape import Node, Value, describe
 __all__ = ["borrowed", "fitted", "in_order", "refill"]
 
 Tensor = torch.Tensor
+_broadcast: Any = torch.broadcast_shapes
 
 
 def refill(argument: Any, contents: Any) -> Any:
@@ -44,7 +45,8 @@ def in_order(returned: Any, node: Node) -> list[Tensor | None]:
         return [g for g, is_value in zip(given, places, strict=True) if is_value]
     raise RuleError(
         message(
-            f"the rule {node.rule} of {node.op.name} returned {len(given)} gradients for {len(node.inputs)} tensor arguments.",
+            f"the rule {node.rule} of {node.op.name} returned {len(given)} gradients "
+            f"for {len(node.inputs)} tensor arguments.",
             where=located(node),
             operands=[(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)],
             fix="return one gradient for each tensor argument, in order, None for one that is not differentiable",
@@ -88,9 +90,9 @@ def _may_unbroadcast(contribution: Tensor, value: Value, node: Node) -> bool:
     allowed = node.op.broadcasts
     try:
         if allowed is None:
-            together = torch.broadcast_shapes(*(v.shape for v in node.inputs))
+            together = _broadcast(*(v.shape for v in node.inputs))
             allowed = len(node.outputs) == 1 and together == node.outputs[0].shape
-        return allowed and torch.broadcast_shapes(contribution.shape, value.shape) == contribution.shape
+        return allowed and _broadcast(contribution.shape, value.shape) == contribution.shape
     except RuntimeError:
         return False
 
@@ -120,7 +122,6 @@ def _misfit(node: Node, value: Value, got: str) -> RuleError:
 
 def borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
     """The rule of an operation that has none registered, as ``torch.func.vjp`` gives it."""
-
     if node.random:
         raise MissingRuleError(
             message(

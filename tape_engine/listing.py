@@ -9,7 +9,9 @@ __all__ = ["listing"]
 
 
 def listing(tape: Tape) -> str:
-    """The tape as text, one node a line::
+    """The tape as text, one node a line.
+
+    ::
 
     tape of 3 nodes, 4 leaves
       0  Z (64, 1) float32 = lin(X (64, 784), w (784, 1), b (1,))    lin_grad    train.py:12

@@ -156,12 +156,14 @@ def operand_names(code: CodeType, lasti: int) -> list[str | None]:
     return [spelled(each) for each in given]
 
 
-def operand_texts(code: CodeType, lasti: int) -> list[str]:
-    """The source text of what a call was given, in order, keywords after; nothing if it cannot be told."""
+def operand_texts(code: CodeType, lasti: int) -> dict[int | str, str]:
+    """The source text of what a call was given, by position or keyword; nothing if it cannot be told."""
     call = expression(code, lasti)
     if not isinstance(call, ast.Call) or any(isinstance(each, ast.Starred) for each in call.args):
-        return []
-    return [ast.unparse(each) for each in (*call.args, *(keyword.value for keyword in call.keywords))]
+        return {}
+    found: dict[int | str, str] = {i: ast.unparse(each) for i, each in enumerate(call.args)}
+    found.update((each.arg, ast.unparse(each.value)) for each in call.keywords if each.arg)
+    return found
 
 
 def spelled(expression: ast.expr) -> str | None:
@@ -200,7 +202,10 @@ def _raw_names(nodes: list[Node]) -> dict[int, str]:
             continue
         # One call of torch may run as several operations: the last of them bears the name.
         last = here.op.is_named or after is None or after.site != here.site or _starts_again(here, after)
-        for value, name in zip(here.outputs, _assigned(code, lasti) if last else [], strict=False):
+        assigned = _assigned(code, lasti) if last else []
+        if len(assigned) == 1 and here.outputs_tuple and _gives_all(here):
+            assigned = []  # the name of the tuple, not of what is in it
+        for value, name in zip(here.outputs, assigned, strict=False):
             if name:
                 names[id(value)] = name
         if here.op.is_named:
@@ -209,6 +214,12 @@ def _raw_names(nodes: list[Node]) -> dict[int, str]:
                 if spelt and value.leaf:
                     names.setdefault(id(value), spelt)
     return names
+
+
+def _gives_all(node: Node) -> bool:
+    """Whether the user gets all that the operation returned: torch hands on only the first of some tuples."""
+    schema = getattr(node.op.forward, "_schema", None)
+    return schema is None or any("List" in str(each.type) for each in schema.returns)
 
 
 def _starts_again(here: Node, after: Node) -> bool:

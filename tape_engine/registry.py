@@ -404,7 +404,7 @@ def _packet(target: Any) -> Any:
 def composite(overload: torch._ops.OpOverload) -> bool:
     """Whether torch runs an overload as several others; also for those that only TorchScript has."""
     try:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(str(overload), "CPU")
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(overload._name, "CPU")
         return overload._can_decompose() and not has_kernel
     except RuntimeError:
         return True

@@ -336,6 +336,8 @@ class Sweep:
             now = bound(holder)
             if id(holder) not in found:
                 found[id(holder)] = (holder, g)
+            elif now is not None and recorder.is_update(now, now.node):
+                found[id(holder)] = (holder, g)  # the gradient passed over the write, and met what was there
             elif now is not None and now.leaf:  # one leaf, written to in between: both readings count
                 found[id(holder)] = (holder, found[id(holder)][1] + g)
         return list(found.values())
@@ -440,7 +442,8 @@ def _root(C: Tensor, caller: str) -> tuple[Value, Node | None]:
     if value.constant:
         raise NotRecordedError(
             message(
-                f"{caller}: {name} is a constant: it was computed under torch.no_grad(), te.pause() or te.stop_gradient().",
+                f"{caller}: {name} is a constant: it was computed under torch.no_grad(), te.pause() "
+                "or te.stop_gradient().",
                 where=call_site(frame),
                 operands=row,
                 fix=f"compute {name} outside that block",

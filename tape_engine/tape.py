@@ -346,8 +346,7 @@ class Tape:
         """The nodes, in the order of recording."""
         if self.strong:
             return list(self._nodes)
-        alive = [node for ref in self._nodes if (node := ref()) is not None]
-        return alive
+        return [node for ref in self._nodes if (node := ref()) is not None]
 
     @property
     def values(self) -> list[Value]:

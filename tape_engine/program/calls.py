@@ -43,6 +43,9 @@ class Call:
 #: Overloads that copy: their result's memory is filled with ``copy_``.
 COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 
+#: Overloads that leave out what their backward needs where torch's grad mode is off.
+GRAD_MODE = {torch.ops.aten.mkldnn_rnn_layer.default}
+
 _known: dict[Any, Call] = {}
 
 
@@ -51,11 +54,23 @@ def call_of(node: Node) -> Call:
     forward = node.op.forward
     if not isinstance(forward, OpOverload):
         return Call(forward, node.op.name, view=node.op.name == "read_view")
+    if forward in GRAD_MODE:
+        return Call(_with_grad_mode(forward), node.op.name)
     key = (forward, _kind(node.args), _kind(node.kwargs), len(node.outputs), node.gaps)
     found = _known.get(key)
     if found is None:
         found = _known[key] = _find(node, forward)
     return found
+
+
+def _with_grad_mode(forward: OpOverload) -> Callable[..., Any]:
+    """`forward` under torch's grad mode, without a graph of torch's."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return forward(*[each.detach() if isinstance(each, Tensor) else each for each in args], **kwargs)
+
+    return run
 
 
 def _kind(argument: Any) -> Any:

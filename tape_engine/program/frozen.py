@@ -269,7 +269,9 @@ def _by_tensor(sweep: Sweep) -> list[tuple[Tensor, Tensor]]:
 def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor, targets: list[Tensor] | None) -> None:
     """Records the sweep from the first output; by default to the leaves of the forward pass, and no further."""
     if targets is None:
-        targets = [holder for value, holder in frozen.leaves.items() if holder is not None and value.differentiable]
+        made = {v for node in frozen.nodes if node.op.forward is LIFT for v in node.inputs}  # what nobody holds
+        leaves = [(value, holder) for value, holder in frozen.leaves.items() if value not in made]
+        targets = [holder for value, holder in leaves if holder is not None and value.differentiable]
     inner = Tape(strong=True)
     push_tape(inner)
     try:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ..aliases import overlap, same_storage
+from ..aliases import overlap, storage_of
 from ..errors import DTypeError, InputError, ShapeError, message
 from ..names import call_site, user_frame
 from ..tape import describe
+from .buffers import overlapping
 from .data import Frozen
 
 __all__ = ["Given"]
@@ -57,8 +58,8 @@ class Given:
         for tensor, shape, dtype, device in self._held:
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 self._refuse(inputs)
-        if self._written and self._sharing(inputs) != self._shared:
-            self._refuse_sharing()
+        if self._written:
+            self._check_writes(inputs)
 
     def _refuse(self, inputs: Sequence[Any]) -> None:
         frozen = self._frozen
@@ -93,26 +94,37 @@ class Given:
         leaves = [self._frozen.canonical(leaf) for leaf, _ in self._frozen.writes]
         return [places[leaf] if leaf in places else self._frozen.live[leaf] for leaf in leaves]
 
-    def _sharing(self, inputs: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Which tensors that are written to share memory with which inputs, or, if inputs themselves, with others."""
-        found = []
-        for k, target in enumerate(self._written):
-            place = target if isinstance(target, int) else -1
-            written = inputs[place] if isinstance(target, int) else target
-            others = [*inputs, *(t for _, t in self.live)] if isinstance(target, int) else inputs
-            for i, other in enumerate(others):
-                if i != place and same_storage(written, other) and overlap(written, other):
-                    found.append((k, i))
-        return found
+    def _sharing(self, inputs: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+        """Which tensors share memory with one that is written to, and how far apart they begin."""
+        tensors = [*inputs, *(tensor for _, tensor in self.live)]
+        written = [t if isinstance(t, int) else self._place(t, len(inputs)) for t in self._written]
+        by_storage: dict[int, list[int]] = {}
+        for i, tensor in enumerate(tensors):
+            by_storage.setdefault(storage_of(tensor), []).append(i)
+        return [
+            (i, j, tensors[j].storage_offset() - tensors[i].storage_offset())
+            for i in written
+            for j in by_storage[storage_of(tensors[i])]
+            if i != j and overlap(tensors[i], tensors[j])
+        ]
 
-    def _refuse_sharing(self) -> None:
-        raise InputError(
-            message(
-                "a tensor that the recorded code writes to shares memory with another in another way than recorded.",
-                where=call_site(user_frame()),
-                fix="give a copy: .clone()",
+    def _place(self, tensor: Tensor, start: int) -> int:
+        return next(start + i for i, (_, other) in enumerate(self.live) if other is tensor)
+
+    def _check_writes(self, inputs: Sequence[Tensor]) -> None:
+        """Refuses what the last lines of a replay could not write to as the recorded code did."""
+        for target in self._written:
+            tensor = inputs[target] if isinstance(target, int) else target
+            if overlapping(tensor.shape, tensor.stride()):
+                what = "a tensor that the recorded code writes to has elements that share one place in memory."
+                self._refuse_write(what)
+        if self._sharing(inputs) != self._shared:
+            self._refuse_write(
+                "a tensor that the recorded code writes to shares memory with another in another way than recorded."
             )
-        )
+
+    def _refuse_write(self, what: str) -> None:
+        raise InputError(message(what, where=call_site(user_frame()), fix="give a copy: .clone()"))
 
     # -- the seed, and what is there to be added to --------------------------------------------------------------
 

@@ -15,10 +15,17 @@ FIX = "record the code again on these inputs"
 
 def check_guard(now: Any, recorded: Any, site: str | None) -> None:
     """Refuses a decision that comes out differently."""
-    if now == recorded or (now != now and recorded != recorded):
+    if _same(now, recorded):
         return
     what = f"a decision of the recorded code comes out differently: {recorded!r} when recorded, {now!r} now."
     raise GuardError(message(what, where=site, fix=FIX))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality by which NaN is NaN, in lists as well."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b or (a != a and b != b))
 
 
 def check_shape(tensor: torch.Tensor, shape: tuple[int, ...], site: str | None) -> None:

@@ -19,7 +19,7 @@ from .doors import pause, record, scope, stop_gradient
 from .listening import Recorded, forget_leaves, listen_to
 from .mode import quietly, recording
 from .state import OUTSIDE, SWEPT, UNSEEN, is_quiet, opened
-from .writing import read, rule_to_add
+from .writing import is_update, read, rule_to_add
 
 __all__ = [
     "OUTSIDE",
@@ -28,6 +28,7 @@ __all__ = [
     "Recorded",
     "forget_leaves",
     "is_quiet",
+    "is_update",
     "listen_to",
     "opened",
     "pause",

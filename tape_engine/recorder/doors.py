@@ -115,14 +115,14 @@ class record:
         state.grad_mode = torch.is_grad_enabled()
         exits.open_exits()
         push_tape(tape)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
         return tape
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         tape, mode, state.grad_mode, length = self._open.pop()
-        mode.__exit__(kind, error, trace)
+        mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         pop_tape(tape)
         exits.close_exits()
         modules.stop_listening(length)
@@ -154,7 +154,7 @@ def scope(name: str) -> Iterator[None]:
     Raises:
         DTypeError: if `name` is not a string.
     """
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or name == "":  # type: ignore[redundant-expr]
         raise DTypeError(
             message(f"te.scope takes the name of a group, a string: not {name!r}.", where=call_site(user_frame()))
         )

@@ -71,7 +71,7 @@ class Recorded(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         with _as_plain(self):
-            copied: Tensor = self.__deepcopy__(memo)  # type: ignore[no-untyped-call]
+            copied: Tensor = self.__deepcopy__(memo)
             return copied
 
 
@@ -139,7 +139,8 @@ _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 _PLAIN -= _EXITS
 
 
-_DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}
+_DATA: Any = Tensor.data  # a descriptor
+_DETACHES = {Tensor.detach, torch.detach, _DATA.__get__}
 
 
 def _leaves_only(args: Any, kwargs: Any) -> bool:
@@ -180,6 +181,7 @@ def mark(tensor: Tensor, tape: Tape) -> None:
 
 
 def listen(tape: Tape, node: Node) -> None:
+    """From now on plain torch operations on what a node read and made are recorded."""
     for value in (*node.inputs, *node.outputs):
         holder = value.holder
         if holder is not None and bound(holder) is value:

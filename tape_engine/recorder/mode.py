@@ -25,11 +25,11 @@ __all__ = ["Mode", "quietly", "recording"]
 Tensor = torch.Tensor
 
 
-class Mode(TorchDispatchMode):
+class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hears the ATen overloads that this thread runs, and records them on one tape."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
 
     @classmethod

@@ -61,10 +61,12 @@ DETACH = torch.ops.aten.detach.default
 
 
 def current_tape_is_global() -> bool:
+    """Whether no block is open on this thread."""
     return not current_tape().strong
 
 
 def is_cut() -> bool:
+    """Whether ``torch.no_grad()`` was entered since the recording began."""
     return state.grad_mode and not torch.is_grad_enabled()
 
 
@@ -94,6 +96,7 @@ def detaching(original: Any, tensor: Tensor) -> Tensor:
 
 
 def tensors_in(result: Any) -> list[Tensor]:
+    """The tensors in a result or argument, also inside tuples and lists, in order."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, (tuple, list)):

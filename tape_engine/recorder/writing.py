@@ -24,6 +24,7 @@ __all__ = [
     "Taken",
     "as_constants",
     "in_units_of",
+    "is_update",
     "join_views",
     "read",
     "refuse_without_rule",
@@ -59,17 +60,12 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         return _leaf(tensor, tape, closed=UNSEEN)
     if tensor.dtype != value.dtype or tensor.shape != value.shape:
         return _leaf(tensor, tape)  # x.data = y
-    if (
-        tensor.requires_grad
-        and tensor.is_leaf
-        and value.holder is not tensor
-        or value.constant
-        and tensor.requires_grad
-    ):
+    if tensor.requires_grad and (value.constant or (tensor.is_leaf and value.holder is not tensor)):
         return _leaf(tensor, tape)  # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
     if node.tape is not tape.token:
-        if not value.differentiable or _is_update(value, node):
-            # no gradient passes, or an optimizer wrote to a parameter: a leaf, so that a counter or a statistic does not chain one step to the next
+        if not value.differentiable or is_update(value, node):
+            # No gradient passes, or an optimizer wrote to a parameter: a leaf, so that a counter or a
+            # statistic does not chain one step to the next.
             leaf = _leaf(tensor, tape, name=value.name)
             leaf.constant = value.constant
             return leaf
@@ -83,7 +79,7 @@ def read(tensor: Tensor, tape: Tape) -> Value:
     return value
 
 
-def _is_update(value: Value, node: Node | None) -> bool:
+def is_update(value: Value, node: Node | None) -> bool:
     """Whether a value is what writes under ``no_grad`` made of a leaf: the leaf itself, as torch sees it."""
     if node is None or not node.cut:
         return False
@@ -285,5 +281,6 @@ def join_views(outputs: Sequence[Value], made: Sequence[Tensor], taken: Taken) -
 
 
 def as_constants(made: Sequence[Tensor]) -> None:
+    """Binds tensors as constants to the sweep, which no node made."""
     for tensor in made:
         bind(tensor, Value(tensor, constant=True), None)

@@ -598,7 +598,7 @@ def test_a_rule_with_other_parameters_than_its_operation_is_named_when_it_fails(
 # -- rules for torch's own operations -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [aten.flip.default, aten.flip, torch.flip], ids=str)
+@pytest.mark.parametrize("target", [aten.flip.default, aten.flip, torch.flip], ids=lambda each: getattr(each, "__name__", type(each).__name__))
 def test_a_rule_for_an_operation_of_torch(target: Any) -> None:
     @te.rule(target)
     def flip_grad(g: Tensor, out: Tensor, x: Tensor, dims: Any) -> Tensor:
@@ -641,7 +641,7 @@ def test_functions_of_torch_are_taken_as_targets(target: Any) -> None:
         aten.linear,
         torch.square,
     ],
-    ids=str,
+    ids=lambda each: getattr(each, "__name__", type(each).__name__),
 )
 def test_a_function_that_runs_as_several_operations_is_refused(target: Any) -> None:
     with pytest.raises(te.MissingRuleError) as caught:
@@ -661,7 +661,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "target", [3, None, "flip", a_plain_function, relu, len, torch.nn.ReLU, torch.nn.ReLU(), abs], ids=str
+    "target", [3, None, "flip", a_plain_function, relu, len, torch.nn.ReLU, torch.nn.ReLU(), abs], ids=lambda each: getattr(each, "__name__", type(each).__name__)
 )
 def test_what_is_no_operation_is_refused(target: Any) -> None:
     before = [(each, each.grad) for each in registry.ops()]

@@ -22,9 +22,10 @@ def drop_dead(frozen: Frozen, *, with_sweep: bool) -> list[Node]:
     if with_sweep:
         needed |= {frozen.canonical(g) for _, g in frozen.gradients}
         nodes += frozen.backward
+    decisive = set(frozen.forward)  # the user's code may have asked for a shape; a rule has not
     kept = []
     for node in reversed(nodes):
-        guards = node.result is not None or sized_by_elements(node)
+        guards = node.result is not None or (node in decisive and sized_by_elements(node))
         effect = node.random or guards or (node.op.is_named and node.op not in VIEWS)
         if effect or any(frozen.canonical(value) in needed for value in node.outputs):
             kept.append(node)

@@ -36,10 +36,12 @@ def right_or_refused(function: Callable[[Tensor], Tensor], *, swept: bool = True
         return
     for x in (draw(3).abs(), -draw(3).abs()):
         mine = plain(x)
+        state = torch.get_rng_state()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             with te.record():
                 wanted = plain(function(mine))
+        torch.set_rng_state(state)
         try:
             got = program.step(x) if swept else program(x)
         except te.TapeError:
@@ -174,6 +176,29 @@ def by_backward_that_is_not_recorded(x: Tensor) -> Tensor:
     return (h.g * 2).sum()  # type: ignore[attr-defined,no-any-return]
 
 
+def by_step_of_another_program(x: Tensor) -> Tensor:
+    inner = freeze(lambda t: (t**3).sum(), [draw(3)])
+    h = x * 1.0
+    inner.step(h)
+    return (h.g * 2).sum()  # type: ignore[attr-defined,no-any-return]
+
+
+def by_manual_seed(x: Tensor) -> Tensor:
+    torch.manual_seed(5)
+    return (x * torch.rand(3, dtype=F64)).sum()
+
+
+def by_forked_generator(x: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        y = x * torch.rand(3, dtype=F64)
+    return (y * torch.rand(3, dtype=F64)).sum()
+
+
+def by_negative_view(x: Tensor) -> Tensor:
+    z = torch.complex(x, 2 * x).conj()
+    return (z.imag * x).sum()
+
+
 def by_checkpoint(x: Tensor) -> Tensor:
     from torch.utils.checkpoint import checkpoint
 
@@ -184,8 +209,8 @@ CODE = [
     by_data, by_data_in_place, data_assigned, branch_on_data, branch_on_detached, by_deepcopy, by_torch_tensor,
     by_new_tensor, by_as_tensor, by_numpy, by_tolist, by_numbers, by_iteration, by_max_of_python, by_sorted,
     by_contains, by_format, by_storage, by_set, by_resize, by_autograd, by_autograd_of_autograd, by_functional_grad,
-    by_vmap,
-    by_sweep_that_is_not_recorded, by_backward_that_is_not_recorded, by_checkpoint,
+    by_vmap, by_sweep_that_is_not_recorded, by_backward_that_is_not_recorded, by_step_of_another_program,
+    by_manual_seed, by_forked_generator, by_negative_view, by_checkpoint,
 ]  # fmt: skip
 
 

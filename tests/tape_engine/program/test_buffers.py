@@ -215,6 +215,21 @@ def test_results_come_clean() -> None:
             del out
 
 
+def test_a_result_goes_in_again() -> None:
+    w = draw(3, 3) / 2
+    program = freeze(lambda x, w: (x @ w).tanh(), [draw(3, 3)], [w])
+    x = mine = draw(3, 3)
+    for _ in range(12):
+        x, mine = program(x), (mine @ w).tanh()
+        close(x, mine)
+    seed = draw(3, 3)
+    for _ in range(5):
+        out = program.step(seed, seed=seed)
+        close(out, (seed @ w).tanh())
+        seed = g_of(w)  # type: ignore[assignment]
+        close(seed, plain(seed))
+
+
 # -- memory is found again -----------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -126,6 +126,48 @@ def test_writes_to_an_input_of_other_strides(layout: str) -> None:
     close(x, torch.tensor([[3.0] * 3, [1.0] * 3], dtype=F64))
 
 
+def row_scaled(x: Tensor) -> Tensor:
+    x[0].mul_(3)
+    return x.sum()
+
+
+def row_scaled_unread(x: Tensor) -> Tensor:
+    before = x.sum()
+    x[0].mul_(3)
+    return before
+
+
+def flat_part_zeroed(x: Tensor) -> Tensor:
+    y = x * 1
+    x.view(-1)[2:5].zero_()
+    return y.sum()
+
+
+def all_moved(x: Tensor) -> Tensor:
+    x.add_(1)
+    return x.sum()
+
+
+@pytest.mark.parametrize(
+    "function", [row_scaled, row_scaled_unread, flat_part_zeroed, all_moved], ids=lambda f: f.__name__
+)
+def test_writes_to_an_input_that_was_a_slice(function: Callable[[Tensor], Tensor]) -> None:
+    """Recorded on a slice of the data, as batches are; replayed on a slice and on a tensor of its own, or refused."""
+    data = draw(6, 3)
+    x = data[:3]
+    try:
+        program = freeze(function, [x])
+        before = plain(data)
+        for given in (draw(3, 3), draw(9, 3)[2:5]):
+            mine = plain(given)
+            wanted = function(mine)
+            close(program(given), wanted)
+            close(plain(given), mine)
+            close(data, before)
+    except te.TapeError:
+        return
+
+
 def test_views_written_through() -> None:
     buffer = torch.zeros(4, 3, dtype=F64)
 
@@ -200,6 +242,120 @@ def test_out_argument_onto_a_live_tensor() -> None:
     x = draw(3)
     close(program(x), (2 * x).sum())
     close(kept, 2 * x)
+
+
+def test_noise_drawn_into_a_live_tensor() -> None:
+    noise, x = torch.zeros(3, dtype=F64), draw(3)
+
+    def function(x: Tensor, noise: Tensor) -> Tensor:
+        noise.normal_()
+        return x + noise
+
+    program = freeze(function, [x], [noise])
+    mine = torch.zeros(3, dtype=F64)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        wanted = function(x, mine)
+        torch.manual_seed(seed)
+        close(program(x), wanted)
+        close(noise, mine)
+
+
+def test_a_write_that_cannot_be_done_changes_nothing() -> None:
+    """An expanded input has one place for several elements: torch refuses to write to it, and so does a replay."""
+    n = torch.zeros(())
+
+    def function(x: Tensor) -> Tensor:
+        n.add_(1)
+        x.add_(1)
+        return x.sum()
+
+    program = freeze(function, [draw(4)])
+    n.zero_()
+    x = draw(1).expand(4)
+    before = plain(x)
+    for call in (program, program.step):
+        with pytest.raises((te.TapeError, RuntimeError)):
+            call(x)
+    assert n == 0
+    close(x, before)
+    assert g_of(x) is None
+
+
+SHARED = ["two inputs", "live and input", "two live"]
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_tensors_that_share_memory_and_one_is_written_to(how: str) -> None:
+    """As recorded they share it, and they do so when replayed: with the same offset, or refused with another."""
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        before = b.sum()
+        a.add_(1)
+        return (a * 2 + b * b).sum() + before
+
+    def pair(shift: int) -> tuple[Tensor, Tensor]:
+        both = draw(6)
+        return both[:3], both[shift : shift + 3]
+
+    a, b = pair(1)
+    with te.record() as tape:
+        y = function(a, b)
+    inputs = {"two inputs": (a, b), "live and input": (b,), "two live": ()}[how]
+    try:
+        program = tape.program(inputs=inputs, outputs=y)
+    except te.NotRecordedError:
+        return
+    if how == "two inputs":
+        pairs = [pair(1), pair(2), pair(3), pair(0), pair(1)]
+        calls = [lambda p=p: program(*p) for p in pairs]
+    elif how == "live and input":
+        pairs = [(a, b), (a, draw(3)), (a, a), (a, b)]
+        calls = [lambda p=p: program(p[1]) for p in pairs]
+    else:
+        pairs = [(a, b), (a, b)]
+        calls = [program, program]
+    for (a, b), call in zip(pairs, calls, strict=True):
+        space = torch.zeros(6, dtype=F64)
+        mine = copies_of(a, b, space)
+        wanted = function(*mine)
+        try:
+            got = call()  # type: ignore[no-untyped-call]
+        except te.InputError:
+            continue
+        close(got, wanted)
+        close(plain(a), plain(mine[0]))
+        close(plain(b), plain(mine[1]))
+
+
+def copies_of(a: Tensor, b: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of two tensors that share memory as these do."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return plain(a), plain(b)
+    first = a.as_strided((6,), (1,), 0).clone()
+    return first[a.storage_offset() :][:3], first[b.storage_offset() :][:3]
+
+
+def test_live_tensors_that_no_longer_share_memory() -> None:
+    base = draw(2, 3)
+    row = base[0]
+
+    def function(x: Tensor) -> Tensor:
+        row.add_(x)
+        return base.sum()
+
+    program = freeze(function, [draw(3)])
+    base.data = draw(2, 3)  # from now on a write to `row` is not one to `base`
+    x = draw(3)
+    wanted, kept = base.sum(), plain(base)
+    old = plain(row)
+    try:
+        got = program(x)
+    except te.TapeError:
+        return
+    close(got, wanted)
+    close(base, kept)
+    close(row, old + x)
 
 
 def test_batch_norm_called_twice() -> None:

@@ -429,6 +429,26 @@ def by_constant(x: Tensor) -> Tensor:
     return x * torch.tensor([1.0, 2.0, 3.0], dtype=F64)
 
 
+@te.op
+def by_numpy_place(x: Tensor) -> Tensor:
+    return x * int(x.detach().numpy().argmax() + 1)
+
+
+@by_numpy_place.rule
+def by_numpy_place_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g * (x.argmax() + 1)
+
+
+@te.op
+def by_numpy_rounded(x: Tensor) -> Tensor:
+    return x * (1 + int(10 * numpy.asarray(x.detach()).mean()) // 10)
+
+
+@by_numpy_rounded.rule
+def by_numpy_rounded_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g * (1 + (10 * x.mean()).trunc().div(10, rounding_mode="floor"))
+
+
 NAMED: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "with a rule": (lambda x: scaled(x, 2.5), lambda x: x * 2.5, ((3,),)),
     "borrowed": (borrowing, lambda x, w: (x @ w).sigmoid() * 2, ((4, 3), (3, 2))),
@@ -446,6 +466,12 @@ NAMED: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[tuple[int, 
     "tolist": (by_list, lambda x: x * x.max().detach(), ((3,),)),
     "numpy": (by_numpy, torch.sin, ((3,),)),
     "a number of numpy": (by_numpy_number, lambda x: x * x.abs().max().detach(), ((3,),)),
+    "a place found by numpy": (by_numpy_place, lambda x: x * (x.argmax() + 1), ((5,),)),
+    "a number rounded by numpy": (
+        by_numpy_rounded,
+        lambda x: x * (1 + (10 * x.mean()).trunc().div(10, rounding_mode="floor")).detach(),
+        ((2,),),
+    ),
     "in place": (in_place, lambda x: x * 2 * torch.tensor([0.0, 1.0, 1.0], dtype=F64), ((3,),)),
     "keyword": (lambda x, s: with_defaults(x, shift=s), lambda x, s: x * 3 + s, ((3,), (3,))),
     "default": (lambda x: with_defaults(x), lambda x: x * 3, ((3,),)),
@@ -500,6 +526,52 @@ def test_opening_an_operation_leaves_no_trace_on_its_arguments() -> None:
     te.backward(te.mse(Z, torch.zeros(4, 2, dtype=F64)))
     close(g_of(w), reference(lambda x, w: (x @ w).square().mean(), x, w)[1])
     close(program(x), x * x)
+
+
+def test_freezing_runs_no_effect_of_a_body() -> None:
+    """A body that keeps running statistics of its own: they move on each call of the program, and not before."""
+    mean = torch.zeros(3, dtype=F64)
+
+    @te.op
+    def centred(x: Tensor) -> Tensor:
+        mean.mul_(0.5).add_(x.mean(0), alpha=0.5)
+        return x - x.mean(0)
+
+    @centred.rule
+    def centred_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        return g - g.mean(0)
+
+    x = draw(4, 3)
+    with te.record() as tape:
+        y = centred(x) * 2
+    before = plain(mean)
+    program = tape.program(inputs=x, outputs=y)
+    str(program)
+    close(mean, before)
+    x = draw(4, 3)
+    close(program(x), (x - x.mean(0)) * 2)
+    close(mean, 0.5 * before + 0.5 * x.mean(0))
+
+
+def test_freezing_writes_to_nothing_that_a_body_reads() -> None:
+    buffer = torch.zeros(4, 3, dtype=F64)
+
+    @te.op
+    def through_a_buffer(x: Tensor) -> Tensor:
+        buffer[:] = x
+        torch.mul(buffer, 2, out=buffer)
+        return buffer.clone()
+
+    through_a_buffer.rule(lambda g, out, x: g * 2)
+    x = draw(4, 3)
+    with te.record() as tape:
+        y = through_a_buffer(x)
+    before = plain(buffer)
+    program = tape.program(inputs=x, outputs=y)
+    close(buffer, before)
+    x = draw(4, 3)
+    close(program(x), 2 * x)
+    close(buffer, 2 * x)
 
 
 @te.op

@@ -136,17 +136,39 @@ def put_together(seed: int, *, writes: str) -> Callable[[list[Tensor]], Tensor]:
     return function
 
 
-def check(seed: int, writes: str) -> None:
+def pair(how: str) -> list[Tensor]:
+    """Two inputs (3, 3), which may share memory."""
+    if how == "shifted":
+        both = draw(4, 3)
+        return [both[:3], both[1:]]
+    if how == "turned":
+        both = draw(3, 3)
+        return [both, both.t()]
+    return [draw(3, 3), draw(3, 3)]
+
+
+def copied(tensors: list[Tensor], how: str) -> list[Tensor]:
+    """A copy of what `pair` made."""
+    if how == "shifted":
+        both = torch.cat([plain(tensors[0]), plain(tensors[1])[-1:]])
+        return [both[:3], both[1:]]
+    if how == "turned":
+        both = plain(tensors[0])
+        return [both, both.t()]
+    return [plain(t) for t in tensors]
+
+
+def check(seed: int, writes: str, how: str = "apart") -> None:
     function = put_together(seed, writes=writes)
     torch.manual_seed(seed)
-    given, live = [draw(3, 3), draw(3, 3)], [draw(3, 3), draw(3, 3)]
+    given, live = pair(how), [draw(3, 3), draw(3, 3)]
     with te.record() as tape:
         out = function([*given, *live])
     program = tape.program(inputs=given, outputs=out)
     for turn in range(2):
-        given = [draw(3, 3), draw(3, 3)]
+        given = pair(how)
         before = [plain(t) for t in live]
-        mine = [plain(t) for t in (*given, *live)]
+        mine = [*copied(given, how), *(plain(t) for t in live)]
         torch.manual_seed(turn)
         with te.record():
             wanted = function(mine)
@@ -192,6 +214,12 @@ def test_random_programs(writes: str, tens: int) -> None:
     many(range(10 * tens, 10 * tens + 10), writes)
 
 
+@pytest.mark.parametrize("how", ["shifted", "turned"])
+@pytest.mark.parametrize("writes", ["none", "fresh"])
+def test_random_programs_of_inputs_that_share_memory(writes: str, how: str) -> None:
+    many(range(20), writes, how)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("writes", ["none", "fresh", "all"])
 @pytest.mark.parametrize("hundreds", range(1, 11))
@@ -199,9 +227,9 @@ def test_many_random_programs(writes: str, hundreds: int) -> None:
     many(range(100 * hundreds, 100 * hundreds + 100), writes)
 
 
-def many(seeds: range, writes: str) -> None:
+def many(seeds: range, writes: str, how: str = "apart") -> None:
     for seed in seeds:
         try:
-            check(seed, writes)
+            check(seed, writes, how)
         except Exception as error:
             raise AssertionError(f"program {seed}, writes to {writes}: {type(error).__name__}: {error}") from error

@@ -337,6 +337,19 @@ def test_a_complex_output_with_its_conjugate() -> None:
     follows(freeze(function, [x.conj()]), function, [x], seed=seed)
 
 
+def test_inputs_with_a_negative_bit() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return (x.reshape(-1) * w.reshape(-1)).exp().sum()
+
+    w = draw(3, 2)
+    program = freeze(function, [draw(3, 2)], [w])
+    z = torch.complex(draw(3, 2), draw(3, 2))
+    x = z.conj().imag
+    assert x.is_neg()
+    close(program.step(x), function(plain(x), w))
+    agree([x, w], reference(function, x.clone(), w))
+
+
 def test_complex_parts() -> None:
     def function(x: Tensor) -> Tensor:
         z = torch.view_as_complex(x)
