@@ -103,7 +103,9 @@ def backward(
                     del tensor.g
         if record:
             recorder.listen_to([g for _, g in writes], current_tape())
-        elif not keep:
+        else:
+            _as_given([g for _, g in writes])
+        if not (record or keep):
             _close(found.order)
 
 
@@ -134,7 +136,9 @@ def grad(
         results = tuple(found.get(id(tensor)) for tensor in targets)
         if record:
             recorder.listen_to([g for g in results if g is not None], current_tape())
-        elif not keep:
+        else:
+            _as_given([g for g in results if g is not None])
+        if not (record or keep):
             _close(sweep.order)
         return results
 
@@ -390,6 +394,15 @@ def _close(order: list[Node]) -> None:
             new_global_tape()
 
 
+def _as_given(gradients: list[Tensor]) -> None:
+    """In an open block, marks gradients as what no gradient can be taken of, so that a sweep says so."""
+    if not recorder.current_tape_is_global():
+        for g in gradients:
+            value = Value(g)
+            value.closed = recorder.SWEEP
+            bind(g, value, None)
+
+
 def _written_unseen(value: Value) -> bool:
     """Whether the tensor that holds the value was written to without the recorder noticing."""
     holder = value.holder
@@ -533,6 +546,8 @@ def _way_around(value: Value) -> str:
     name = value.name or "it"
     if value.closed == recorder.SWEPT:
         return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
+    if value.closed == recorder.SWEEP:
+        return "pass record=True to that sweep"
     if value.closed == recorder.OUTSIDE:
         return f"compute {name} inside `with te.record():`, or go on from {name}.detach()"
     return f"write to {name} inside the recording, or to a copy of it: .clone()"

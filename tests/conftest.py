@@ -31,3 +31,29 @@ def fresh() -> Iterator[None]:
     torch.set_grad_enabled(before[1])
     torch.use_deterministic_algorithms(before[2])
     assert after == before, "the test (or what it tested) left torch's switches changed"
+
+
+#: Suites that are generated or run through whole programs: `dev.py check` leaves them out, `dev.py test` does not.
+THOROUGH = (
+    "program/test_calls.py",
+    "program/test_random_programs.py",
+    "program/test_training.py",
+    "program/test_values.py",
+    "tape_engine/test_aliases.py",
+    "tape_engine/test_memory.py",
+    "tape_engine/test_rules.py",
+    "tape_engine/test_cli.py",
+    "tape_engine/test_demo.py",
+    "tests/test_benchmarks.py",
+    "tests/test_dev.py",
+    "viz/test_drawing.py",
+    "viz/test_layout.py",
+    "viz/test_style.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the thorough suites as slow."""
+    for item in items:
+        if item.path.as_posix().endswith(THOROUGH):
+            item.add_marker(pytest.mark.slow)

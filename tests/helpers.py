@@ -52,6 +52,19 @@ def g_of(t: Tensor) -> Tensor | None:
     return found
 
 
+def grad_of(t: Any) -> Any:
+    """``t.g``, which must be there."""
+    found = g_of(t)
+    assert found is not None, "no gradient"
+    return found
+
+
+def the(found: Sequence[Any]) -> Any:
+    """The only element."""
+    (one,) = found
+    return one
+
+
 def agree(tensors: Sequence[Tensor], references: Sequence[Tensor | None], tol: float = 1e-10) -> None:
     """Asserts that each tensor's ``.g`` is its reference; a missing one counts as none or as zeros."""
     for t, wanted in zip(tensors, references, strict=True):

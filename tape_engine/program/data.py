@@ -9,7 +9,7 @@ import torch
 from ..aliases import read_view, write_view
 from ..tape import Node, Value
 
-__all__ = ["DESCRIBED", "LIFT", "SAME", "VIEWS", "Frozen", "sized_by_elements"]
+__all__ = ["DESCRIBED", "LIFT", "SAME", "STEPPED", "VIEWS", "Frozen", "sized_by_elements"]
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -22,6 +22,9 @@ DESCRIBED = {
     )
 }
 
+
+#: Why no gradient passes into what `Program.step` gave inside a recording (`Value.closed`).
+STEPPED = "was given by program.step, which sweeps by itself and is not recorded"
 
 #: ``torch.tensor(...)``: the leaf before it holds what the tensor is made of.
 LIFT = aten.lift_fresh.default

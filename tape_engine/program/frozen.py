@@ -15,10 +15,10 @@ import torch
 from ..aliases import write_view
 from ..errors import NotRecordedError, ShapeError, message
 from ..names import call_site, local_name, names_of, user_frame
-from ..recorder import SWEPT, quietly, read, recording
+from ..recorder import SWEEP, SWEPT, UNSEEN, quietly, read, recording
 from ..sweep import Sweep
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
-from .data import DESCRIBED, LIFT, SAME, Frozen, sized_by_elements
+from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
 from .opened import opened
 from .passes.dead import drop_dead
 
@@ -231,6 +231,12 @@ def _find_live(frozen: Frozen) -> None:
         if value in made or value in rim or value in frozen.live:
             continue
         holder = value.holder
+        if holder is not None and value.closed in (STEPPED, SWEEP, UNSEEN):
+            name = value.name or "a value"
+            what = (
+                f"tape.program: {name}, which the recorded code read, {value.closed}: a replay could not make it again."
+            )
+            raise _refuse(what, holder, name, "compute it by recorded operations, inside the block")
         if holder is None and value.kept is not None:
             holder = value.kept.tensor
         if holder is None:

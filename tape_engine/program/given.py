@@ -102,7 +102,7 @@ class Given:
         for i, tensor in enumerate(tensors):
             by_storage.setdefault(storage_of(tensor), []).append(i)
         return [
-            (i, j, tensors[j].storage_offset() - tensors[i].storage_offset())
+            (i, j, int(tensors[j].storage_offset() - tensors[i].storage_offset()))
             for i in written
             for j in by_storage[storage_of(tensors[i])]
             if i != j and overlap(tensors[i], tensors[j])

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..aliases import extent, storage_of
-from ..errors import NotRecordedError
+from ..aliases import extent
 from ..exits import close_exits, open_exits
-from ..plans import plan_of
 from ..recorder import recording
+from ..recorder.apart import Apart
 from ..tape import Node, Tape, Value, bind, bound, pop_tape, push_tape
 from .data import LIFT, Frozen, sized_by_elements
 
@@ -78,7 +76,7 @@ def _run(node: Node, turn: int) -> _Body | None:
         values = [Value(tensor) for tensor in given]
         for tensor, value in zip(given, values, strict=True):
             bind(tensor, value, None)
-        with torch.no_grad(), recording(tape, sweep=True, opening=True), _Apart():
+        with torch.no_grad(), recording(tape, sweep=True, opening=True), Apart():
             result = node.op.forward(*args, **kwargs)
     except Exception:  # whatever a body needs that stand-ins lack: it is run as it is
         return None
@@ -104,28 +102,6 @@ def _run(node: Node, turn: int) -> _Body | None:
         if step.random or step.result is not None or writes or sized_by_elements(step):
             return None
     return _Body(values, tape.nodes, made, besides)
-
-
-class _Apart(TorchDispatchMode):
-    """Stops a body that would write to a tensor that it has not made itself: freezing must change nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.own: dict[int, torch.UntypedStorage] = {}  # kept, so that no address serves twice
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for key in plan_of(func, args).writes:
-            written = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
-            for tensor in written if isinstance(written, (list, tuple)) else (written,):
-                if isinstance(tensor, Tensor) and storage_of(tensor) not in self.own:
-                    raise NotRecordedError("the body of a named operation writes to a tensor that it was given")
-        before = {storage_of(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}
-        result = func(*args, **kwargs)
-        for tensor in (result,) if isinstance(result, Tensor) else result if isinstance(result, (tuple, list)) else ():
-            if isinstance(tensor, Tensor) and storage_of(tensor) not in before:
-                self.own[storage_of(tensor)] = tensor.untyped_storage()
-        return result
 
 
 def _alike(one: _Body, other: _Body) -> bool:

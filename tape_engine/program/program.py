@@ -12,7 +12,7 @@ from ..names import call_site, user_frame
 from ..recorder import forget_leaves, quietly
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
-from .data import Frozen
+from .data import STEPPED, Frozen
 from .frozen import freeze_nodes
 from .function import Function
 from .given import Given
@@ -22,8 +22,6 @@ __all__ = ["Program", "freeze"]
 Tensor = torch.Tensor
 
 BACKENDS = ("auto", "python")
-
-STEPPED = "was returned by program.step, which sweeps by itself and is not recorded"
 
 
 class Program:
@@ -101,10 +99,10 @@ class Program:
             for target in () if accumulate else frozen.unreached:
                 vars(inputs[target] if isinstance(target, int) else target).pop("g", None)
         if is_recorded(inputs, given.live):
-            for output in outputs:
-                value = Value(output)
+            for made in (*outputs, *gradients):
+                value = Value(made)
                 value.closed = STEPPED
-                bind(output, value, None)
+                bind(made, value, None)
         return outputs[0] if frozen.single else outputs
 
     @property

@@ -18,14 +18,16 @@ from __future__ import annotations
 from .doors import pause, record, scope, stop_gradient
 from .listening import Recorded, forget_leaves, listen_to
 from .mode import quietly, recording
-from .state import OUTSIDE, SWEPT, UNSEEN, is_quiet, opened
+from .state import OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
 from .writing import is_update, read, rule_to_add
 
 __all__ = [
     "OUTSIDE",
+    "SWEEP",
     "SWEPT",
     "UNSEEN",
     "Recorded",
+    "current_tape_is_global",
     "forget_leaves",
     "is_quiet",
     "is_update",

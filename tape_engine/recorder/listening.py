@@ -26,13 +26,16 @@ __all__ = ["Recorded", "RecordedParameter", "forget_leaves", "listen", "listen_t
 Tensor = torch.Tensor
 
 
+_TORCH_S_OWN = (torch.nn.Parameter,)
+
+
 class Recorded(Tensor):
     """A tensor that some tape knows: torch's own, but for the operations applied to it being recorded."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        foreign = [each for each in types if not issubclass(each, Recorded)]
+        foreign = [each for each in types if not issubclass(each, (Recorded, *_TORCH_S_OWN)) and each is not Tensor]
         if foreign:  # a tensor class of the user's: it has the say, and what it runs is recorded
             with recording(current_tape()) if current_tape_is_global() and not state.quiet else nullcontext():
                 return foreign[0].__torch_function__(func, foreign, args, kwargs)
@@ -123,7 +126,7 @@ _PLAIN = {
     getattr(Tensor, name)
     for name in (
         "size dim numel stride storage_offset is_contiguous is_floating_point is_complex element_size data_ptr "
-        "untyped_storage storage type_as numpy tolist item __repr__ __format__ __len__ __bool__ __float__ __int__ "
+        "untyped_storage storage numpy tolist item __repr__ __format__ __len__ __bool__ __float__ __int__ "
         "__index__ __hash__ __contains__ __array__ __dlpack__ is_inference is_signed is_shared is_pinned "
         "get_device backward retain_grad requires_grad_ register_hook _is_view is_conj is_neg nelement ndimension "
         "__setstate__ __reduce_ex__ __deepcopy__ as_subclass"

@@ -86,6 +86,7 @@ def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
     original = fresh.clone()
     value = Value(original)
     tape.hold(original)
+    value.constant = True
     bind(original, value, None)
     result = func(fresh)
     write(tape, plan_of(func).op, (value,), {}, [value], [None], [result])

@@ -15,6 +15,7 @@ __all__ = [
     "DETACH",
     "LIFT",
     "OUTSIDE",
+    "SWEEP",
     "SWEPT",
     "UNSEEN",
     "current_tape_is_global",
@@ -52,6 +53,7 @@ UNSEEN = "was changed by a write that the recorder could not see"
 
 
 OUTSIDE = "was computed by torch operations outside the recording"
+SWEEP = "was given by a sweep that is not recorded"
 
 
 LIFT = torch.ops.aten.lift_fresh.default

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tape_engine as te
 from tape_engine import aliases
-from tests.helpers import Tensor, agree, close, g_of, plain, reference
+from tests.helpers import Tensor, agree, close, g_of, grad_of, plain, reference
 
 F = torch.nn.functional
 
@@ -407,11 +407,26 @@ WITHOUT_WRITES = {"a_constant_buffer_that_becomes_a_function": same_as_the_const
 
 # bodies in which torch.autograd refuses what was overwritten, or has no derivative; held against differences
 BY_DIFFERENCES = {
-    "an_old_value_that_a_later_rule_reads", "the_same_tensor_on_both_sides", "a_write_whose_own_rule_reads_the_old_value",
-    "writes_whose_rule_reads_the_result", "two_overlapping_views", "a_base_written_then_the_view_read", "activations_in_place",
-    "a_state_updated_in_a_loop", "a_buffer_filled_slice_by_slice", "strided_views", "views_made_and_dropped", "fused_writes", "chunks_written_in_turn",
-    "writes_of_numbers", "split_and_unbound_views", "reshape_that_is_a_view", "a_view_that_is_not_contiguous", "advanced_indices", "a_swap_through_views",
-}  # fmt: skip
+    "an_old_value_that_a_later_rule_reads",
+    "the_same_tensor_on_both_sides",
+    "a_write_whose_own_rule_reads_the_old_value",
+    "writes_whose_rule_reads_the_result",
+    "two_overlapping_views",
+    "a_base_written_then_the_view_read",
+    "activations_in_place",
+    "a_state_updated_in_a_loop",
+    "a_buffer_filled_slice_by_slice",
+    "strided_views",
+    "views_made_and_dropped",
+    "fused_writes",
+    "chunks_written_in_turn",
+    "writes_of_numbers",
+    "split_and_unbound_views",
+    "reshape_that_is_a_view",
+    "a_view_that_is_not_contiguous",
+    "advanced_indices",
+    "a_swap_through_views",
+}
 
 
 def leaves() -> tuple[Tensor, Tensor]:
@@ -537,7 +552,7 @@ def test_a_parameter_stepped_before_the_sweep_is_right_or_refused(how: str) -> N
     w.grad = torch.ones_like(w)
     if how == "no_grad":
         with torch.no_grad():
-            w -= 0.5 * w.grad
+            w.sub_(0.5 * w.grad)
     elif how == "data":
         w.data.sub_(0.5 * w.grad)
     else:
@@ -581,7 +596,7 @@ def test_an_optimizer_whose_grad_is_bridged(optimizer: Any, block: bool) -> None
         loss = F.mse_loss(net(X), Y)
         te.backward(loss)
         for p in net.parameters():
-            p.grad = p.g
+            p.grad = grad_of(p)
         mine.step()
         return loss
 
@@ -594,11 +609,11 @@ def test_an_optimizer_whose_grad_is_bridged(optimizer: Any, block: bool) -> None
                 loss = F.mse_loss(net(X), Y)
             te.backward(loss)
             for p in net.parameters():
-                p.grad = p.g
+                p.grad = grad_of(p)
             mine.step()
         theirs.zero_grad()
         other = F.mse_loss(twin(X), Y)
-        other.backward()
+        other.backward()  # type: ignore[no-untyped-call]
         theirs.step()
         close(loss, other.detach())
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
@@ -918,15 +933,33 @@ def test_reading_a_stale_view_in_a_failing_call_changes_nothing() -> None:
 
 
 VIEWS: list[Callable[[Tensor], Tensor]] = [
-    lambda t: t[0], lambda t: t[1:], lambda t: t[..., 0], lambda t: t.t() if t.ndim == 2 else t.flip(0), lambda t: t[::2], lambda t: t.unsqueeze(0),
-    lambda t: t.reshape(-1), lambda t: t.diagonal() if t.ndim == 2 else t[-1:], lambda t: t.squeeze(), lambda t: t.narrow(0, 0, 1),
-    lambda t: t.view_as(t), lambda t: t * 1.0,
-]  # fmt: skip
+    lambda t: t[0],
+    lambda t: t[1:],
+    lambda t: t[..., 0],
+    lambda t: t.t() if t.ndim == 2 else t.flip(0),
+    lambda t: t[::2],
+    lambda t: t.unsqueeze(0),
+    lambda t: t.reshape(-1),
+    lambda t: t.diagonal() if t.ndim == 2 else t[-1:],
+    lambda t: t.squeeze(),
+    lambda t: t.narrow(0, 0, 1),
+    lambda t: t.view_as(t),
+    lambda t: t * 1.0,
+]
 WRITES: list[Callable[[Tensor, Tensor], Any]] = [
-    lambda t, s: t.mul_(s), lambda t, s: t.add_(s * 0.5), lambda t, s: t.sin_(), lambda t, s: t.copy_(s.expand_as(t)), lambda t, s: t.zero_(),
-    lambda t, s: t.mul_(0.5), lambda t, s: t.fill_(0.25), lambda t, s: t.tanh_(), lambda t, s: t.sub_(t.mean()), lambda t, s: t.addcmul_(t, t, value=0.1),
-    lambda t, s: t.pow_(2), lambda t, s: t.exp_().mul_(0.2),
-]  # fmt: skip
+    lambda t, s: t.mul_(s),
+    lambda t, s: t.add_(s * 0.5),
+    lambda t, s: t.sin_(),
+    lambda t, s: t.copy_(s.expand_as(t)),
+    lambda t, s: t.zero_(),
+    lambda t, s: t.mul_(0.5),
+    lambda t, s: t.fill_(0.25),
+    lambda t, s: t.tanh_(),
+    lambda t, s: t.sub_(t.mean()),
+    lambda t, s: t.addcmul_(t, t, value=0.1),
+    lambda t, s: t.pow_(2),
+    lambda t, s: t.exp_().mul_(0.2),
+]
 
 command = st.one_of(
     st.tuples(st.just("view"), st.integers(0, len(VIEWS) - 1), st.integers(0, 99)),

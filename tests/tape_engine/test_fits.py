@@ -165,7 +165,7 @@ def test_names_of_operands_by_position_and_keyword() -> None:
         lambda: te.lin(b=bias, w=weight, X=images),
     ):
         with pytest.raises(te.DTypeError, match=shown):
-            call()
+            call()  # type: ignore[no-untyped-call]
     scores, labels = torch.zeros(5, 1), torch.zeros(1, 5)
     for call in (lambda: te.mse(scores, labels), lambda: te.mse(Y=labels, U=scores), lambda: te.mse(scores, Y=labels)):
         with pytest.raises(
@@ -247,7 +247,7 @@ def test_a_fix_of_lin_fits(X: tuple[int, ...], w: tuple[int, ...], b: tuple[int,
 @given(U=shapes, Y=shapes)
 @settings(max_examples=200)
 def test_a_fix_of_mse_fits_at_once(U: tuple[int, ...], Y: tuple[int, ...]) -> None:
-    operands = {"U": torch.randn(U), "Y": torch.randn(Y)}
+    operands: dict[str, Any] = {"U": torch.randn(U), "Y": torch.randn(Y)}
     try:
         (lambda U, Y: te.mse(U, Y))(**operands)
     except te.ShapeError as error:

@@ -41,7 +41,7 @@ def test_the_article_s_tape() -> None:
 def test_one_node_a_line() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     with te.record() as tape:
-        parts = x.split(2, dim=1)
+        parts = x.split(2, dim=1)  # type: ignore[no-untyped-call]
         best = x.max(1)
         y = torch.stack([parts[0], parts[1]]) * 2
         y.add_(1)

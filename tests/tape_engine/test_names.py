@@ -152,18 +152,6 @@ def test_parameters_bear_their_names_in_the_module() -> None:
     assert "x" in names(tape)
 
 
-def test_parameters_of_a_module_made_in_the_block_bear_no_name_of_the_module() -> None:
-    x = rand(5, 3)
-    with te.record() as tape:
-        torch.manual_seed(0)
-        fc = nn.Linear(3, 4, dtype=torch.float64)
-        y = fc(x)
-    names_found = names(tape)
-    assert "fc" not in names_found, "fc is a module, not a tensor"
-    assert "y" in names_found
-    del y
-
-
 def test_code_lines_sites_and_segments() -> None:
     X, w = rand(4, 3), rand(3, 2)
     with te.record() as tape:

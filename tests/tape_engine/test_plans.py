@@ -42,7 +42,7 @@ def test_what_writes_is_recorded_under_what_does_not() -> None:
     assert len(writing) > 800
     for overload, plan in writing:
         if plan.writes and plan.known:
-            assert not plan.op.forward._schema.is_mutable, overload
+            assert not plan.op.forward._schema.is_mutable, overload  # type: ignore[attr-defined]
             assert len(plan.writes) >= len(plan.outs)
 
 
@@ -118,12 +118,29 @@ def test_twins_compute_the_same(overload: Any, arguments: Callable[[Tensor], tup
 @pytest.mark.parametrize(
     ("overload", "views"),
     [
-        (aten.view.default, True), (aten.t.default, True), (aten.select.int, True), (aten.slice.Tensor, True), (aten.split.Tensor, True), (aten.unbind.int, True),
-        (aten.as_strided.default, True), (aten._unsafe_view.default, True), (aten.detach.default, True), (aten.alias.default, True), (aten.view_as_real.default, True),
-        (aten._conj.default, True), (aten.diagonal.default, True), (aten.unfold.default, True), (aten.expand.default, True), (aten.lift_fresh.default, True),
-        (aten.add.Tensor, False), (aten.clone.default, False), (aten.mm.default, False), (aten.cat.default, False), (aten._to_copy.default, False),
+        (aten.view.default, True),
+        (aten.t.default, True),
+        (aten.select.int, True),
+        (aten.slice.Tensor, True),
+        (aten.split.Tensor, True),
+        (aten.unbind.int, True),
+        (aten.as_strided.default, True),
+        (aten._unsafe_view.default, True),
+        (aten.detach.default, True),
+        (aten.alias.default, True),
+        (aten.view_as_real.default, True),
+        (aten._conj.default, True),
+        (aten.diagonal.default, True),
+        (aten.unfold.default, True),
+        (aten.expand.default, True),
+        (aten.lift_fresh.default, True),
+        (aten.add.Tensor, False),
+        (aten.clone.default, False),
+        (aten.mm.default, False),
+        (aten.cat.default, False),
+        (aten._to_copy.default, False),
     ],
-)  # fmt: skip
+)
 def test_what_may_share_storage(overload: Any, views: bool) -> None:
     assert plan_of(overload).views is views
 
@@ -131,10 +148,19 @@ def test_what_may_share_storage(overload: Any, views: bool) -> None:
 @pytest.mark.parametrize(
     ("overload", "random"),
     [
-        (aten.rand.default, True), (aten.randn_like.default, True), (aten.bernoulli.default, True), (aten.native_dropout.default, True), (aten.multinomial.default, True),
-        (aten.normal_.default, True), (aten.uniform_.default, True), (aten.randperm.default, True), (aten.zeros.default, False), (aten.add.Tensor, False), (aten.empty.memory_format, False),
+        (aten.rand.default, True),
+        (aten.randn_like.default, True),
+        (aten.bernoulli.default, True),
+        (aten.native_dropout.default, True),
+        (aten.multinomial.default, True),
+        (aten.normal_.default, True),
+        (aten.uniform_.default, True),
+        (aten.randperm.default, True),
+        (aten.zeros.default, False),
+        (aten.add.Tensor, False),
+        (aten.empty.memory_format, False),
     ],
-)  # fmt: skip
+)
 def test_what_draws_from_a_generator(overload: Any, random: bool) -> None:
     assert plan_of(overload).random is random
 

@@ -132,9 +132,27 @@ def closing(k: float) -> Callable[..., Any]:
 
 
 RULES = [
-    straight, chained, annotated, branching, early, written, augmented, starred, nested, rebound, comprehension, defaults, walrus, side_effect,
-    raising, with_block, looped, closing(2.0), closing(7.0), lambda g, out, x, y: (note("x", g * x), note("y", g * y)),
-]  # fmt: skip
+    straight,
+    chained,
+    annotated,
+    branching,
+    early,
+    written,
+    augmented,
+    starred,
+    nested,
+    rebound,
+    comprehension,
+    defaults,
+    walrus,
+    side_effect,
+    raising,
+    with_block,
+    looped,
+    closing(2.0),
+    closing(7.0),
+    lambda g, out, x, y: (note("x", g * x), note("y", g * y)),
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda f: f.__name__)
@@ -200,7 +218,7 @@ def test_a_rule_without_source_is_run_whole() -> None:
     space: dict[str, Any] = {}
     exec("def rule(g, out, x, y):\n    return g * x, g * y", space)
     assert specialise(space["rule"], (True, False))(2.0, None, 3.0, 4.0)[0] == 6.0
-    assert specialise(max, (True, False)) is max  # type: ignore[arg-type]
+    assert specialise(max, (True, False)) is max
 
 
 def test_two_lambdas_on_one_line_are_not_confused() -> None:
@@ -269,7 +287,10 @@ def test_registered_rules_specialised(data: st.DataObject) -> None:
     out = op.forward(*args, **kwargs)
     several = isinstance(out, (tuple, list))
     g: Any = (
-        tuple(torch.ones_like(each) if each.is_floating_point() or each.is_complex() else None for each in out)
+        tuple(
+            torch.ones_like(each) if each is not None and (each.is_floating_point() or each.is_complex()) else None
+            for each in out
+        )
         if several
         else torch.ones_like(out)
     )

@@ -10,8 +10,10 @@ import torch
 
 import tape_engine as te
 from tape_engine import registry
+from tape_engine.program.calls import Call, call_of
 from tape_engine.registry import Op, Sample, Spec
 from tests.helpers import each_tensor, g_of, plain
+from tests.tape_engine.program.common import freeze
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -24,7 +26,7 @@ OPS = [each for each in registry.ops() if each.samples]
 TORCH_ERRS = {aten.as_strided_scatter.default, aten.rrelu_with_noise_functional.default}
 
 #: Whose further outputs are notes for its own backward, parts of which nobody writes.
-NOTES = {aten._ctc_loss.default, aten._ctc_loss.Tensor}
+NOTES = {aten._ctc_loss.default, aten._ctc_loss.Tensor, aten.mkldnn_rnn_layer.default}
 
 #: Whose output is memory that nobody wrote.
 UNDEFINED = {aten.empty_like.default, aten.new_empty.default}
@@ -170,3 +172,98 @@ def test_replays(op: Op) -> None:
 @pytest.mark.parametrize("op", [each for each in REPLAYED if len(each.samples) > 2], ids=title)
 def test_replays_further_samples(op: Op) -> None:
     check_all(op, op.samples[2:])
+
+
+# -- the way that is found -----------------------------------------------------------------------------------
+
+
+def way(function: Callable[..., Any], *tensors: Tensor) -> Call:
+    """How the last operation of a call is replayed."""
+    with te.record() as tape:
+        function(*tensors)
+    return call_of(tape.nodes[-1])
+
+
+X, Y = torch.rand(3, 4), torch.rand(3, 4)
+
+QUICK: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
+    "mm": (torch.mm, (X, Y.t()), "torch.mm"),
+    "add": (torch.add, (X, Y), "torch.add"),
+    "add a number": (lambda x: x + 2.5, (X,), "torch.add"),
+    "add in part": (lambda x, y: torch.add(x, y, alpha=2), (X, Y), "torch.add"),
+    "sum": (lambda x: x.sum(1, keepdim=True), (X,), "torch.sum"),
+    "mean": (torch.mean, (X,), "torch.mean"),
+    "tanh": (torch.tanh, (X,), "torch.tanh"),
+    "pow": (lambda x: x**2, (X,), "torch.pow"),
+    "gt": (lambda x: x > 0.5, (X,), "torch.gt"),
+    "cat": (lambda x, y: torch.cat([x, y]), (X, Y), "torch.cat"),
+    "clamp": (lambda x: x.clamp(0.2, 0.7), (X,), "torch.clamp"),
+    "gelu": (torch.nn.functional.gelu, (X,), "torch._C._nn.gelu"),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_quick_way(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The builtin of torch that writes into given memory, found without a word to the user."""
+    function, tensors, title = QUICK[name]
+    found = way(function, *tensors)
+    assert found.title == title
+    assert found.outs == ("out",)
+    assert not found.view
+    assert capfd.readouterr() == ("", "")
+
+
+def test_views_are_views() -> None:
+    for function in (torch.t, lambda x: x.view(-1), lambda x: x[1:], lambda x: x.transpose(0, 1), torch.squeeze):
+        assert way(function, X).view
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_way_serves_only_calls_of_its_kind(order: int) -> None:
+    """What was found for one call is not used for another of other params, dtypes or dimensions."""
+    functions: list[Callable[[Tensor], Any]] = [
+        lambda x: torch.nn.functional.l1_loss(x, Y, reduction="none"),
+        lambda x: torch.nn.functional.mse_loss(x, Y),
+        lambda x: torch.nn.functional.mse_loss(x, Y, reduction="none"),
+        lambda x: torch.nn.functional.mse_loss(x, Y, reduction="sum"),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x[:, torch.tensor([0, 1])],
+        lambda x: x[torch.tensor([0, 1]), torch.tensor([2, 1])],
+        lambda x: x.sum(),
+        lambda x: x.sum(dtype=torch.float64),
+        lambda x: x.sum((0, 1)),
+        lambda x: x.long().sum(),
+        lambda x: torch.div(x, Y, rounding_mode="floor"),
+        lambda x: torch.div(x, Y, rounding_mode="trunc"),
+        lambda x: x.to(torch.bfloat16) @ Y.t().to(torch.bfloat16),
+        lambda x: torch.softmax(x, 1, dtype=torch.float64),
+        lambda x: torch.softmax(x, 1),
+        lambda x: x.var(1),
+        lambda x: x.var(1, correction=0),
+        lambda x: x.std(),
+        lambda x: x.norm(),
+        lambda x: x.norm(1),
+        lambda x: x.norm(float("inf"), dim=1),
+        lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        torch.nn.functional.gelu,
+    ]
+    for function in functions[::order]:
+        program = freeze(function, [X])
+        x = torch.rand(3, 4)
+        got, wanted = program(x), function(x)
+        assert got.dtype == wanted.dtype
+        assert torch.allclose(got, wanted)
+
+
+def test_no_numbers_are_drawn_and_no_tensor_is_touched_to_find_it() -> None:
+    """Ways are tried on tensors of their own."""
+    x = torch.rand(3, 4)
+    before, state = plain(x), torch.get_rng_state()
+    with te.record() as tape:
+        torch.nn.functional.dropout(torch.sigmoid(x), 0.5)
+        x.erfinv().lgamma()
+    state = torch.get_rng_state()
+    for node in tape.nodes:
+        call_of(node)
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), state)

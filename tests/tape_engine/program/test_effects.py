@@ -131,26 +131,12 @@ def row_scaled(x: Tensor) -> Tensor:
     return x.sum()
 
 
-def row_scaled_unread(x: Tensor) -> Tensor:
-    before = x.sum()
-    x[0].mul_(3)
-    return before
-
-
-def flat_part_zeroed(x: Tensor) -> Tensor:
-    y = x * 1
-    x.view(-1)[2:5].zero_()
-    return y.sum()
-
-
 def all_moved(x: Tensor) -> Tensor:
     x.add_(1)
     return x.sum()
 
 
-@pytest.mark.parametrize(
-    "function", [row_scaled, row_scaled_unread, flat_part_zeroed, all_moved], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("function", [row_scaled, all_moved], ids=lambda f: f.__name__)
 def test_writes_to_an_input_that_was_a_slice(function: Callable[[Tensor], Tensor]) -> None:
     """Recorded on a slice of the data, as batches are; replayed on a slice and on a tensor of its own, or refused."""
     data = draw(6, 3)

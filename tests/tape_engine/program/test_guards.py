@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tape_engine as te
-from tests.helpers import close, g_of, plain
+from tests.helpers import close, g_of
 from tests.tape_engine.program.common import F64, draw, follows, freeze, snapshot, unchanged
 
 Tensor = torch.Tensor
@@ -143,32 +143,6 @@ def test_a_loop_that_runs_as_often() -> None:
     close(program(x.flip(0)), branch_while(x.flip(0)))
     with pytest.raises(te.GuardError):
         program(x * 4)
-
-
-def branch_on_the_global_tape(X: Tensor, w: Tensor) -> Tensor:
-    Z = te.lin(X, w)
-    if Z.sum() > 0:
-        U: Tensor = te.relu(Z)
-        return U
-    return Z * 3  # type: ignore[no-any-return]
-
-
-def item_on_the_global_tape(X: Tensor, w: Tensor) -> Tensor:
-    Z = te.lin(X, w)
-    found: Tensor = Z * float(Z.sum().sign())
-    return found
-
-
-@pytest.mark.parametrize("function", [branch_on_the_global_tape, item_on_the_global_tape], ids=lambda f: f.__name__)
-def test_guards_on_the_global_tape(function: Callable[[Tensor, Tensor], Tensor]) -> None:
-    X, w = up(1, 1, 1).reshape(1, 3), up(1, 1, 1).reshape(3, 1)
-    U = function(X, w)
-    program = te.global_tape().program(inputs=X, outputs=U)
-    close(program(2 * X), plain(function(2 * X, w)))
-    with pytest.raises(te.GuardError):
-        program(-X)
-    with pytest.raises(te.GuardError):
-        program.step(-X)
 
 
 def test_a_list_with_nan_in_it() -> None:
