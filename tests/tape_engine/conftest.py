@@ -1,4 +1,4 @@
-"""What every test of the engine starts from, and leaves behind: an empty global tape, nothing open, the rules as they were."""
+"""What every test of the engine starts from: an empty global tape, nothing open, the rules as they were."""
 
 from __future__ import annotations
 

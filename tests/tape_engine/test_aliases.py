@@ -518,7 +518,7 @@ def test_writes_outside_a_block(name: str) -> None:
     agree([x, w], wanted_gradients(name), 1e-6 if name in BY_DIFFERENCES else 1e-10)
 
 
-# -- leaves that are written to ---------------------------------------------------------------------------------
+# -- leaves that are written to --------------------------------------------------------------------
 
 
 def test_a_leaf_written_in_the_block_has_the_gradient_of_what_it_holds() -> None:
@@ -653,7 +653,7 @@ def test_two_steps_in_one_block() -> None:
     close(w, copy)
 
 
-# -- aliases that the recorder did not see being made -----------------------------------------------------------------
+# -- aliases that the recorder did not see being made ----------------------------------------------
 
 
 def test_views_made_before_the_block_follow_a_write_to_their_base() -> None:
@@ -698,7 +698,7 @@ def test_two_leaves_of_one_storage() -> None:
     close(flat.g, 2 * plain(flat))
 
 
-# -- writes that the recorder cannot see -------------------------------------------------------------------------------
+# -- writes that the recorder cannot see -----------------------------------------------------------
 
 
 def unseen_thread(t: Tensor) -> None:
@@ -829,7 +829,7 @@ def test_running_statistics_are_overwritten_by_batch_norm_without_a_mark() -> No
     close(norm.running_var, after[1])
 
 
-# -- what a write spares -------------------------------------------------------------------------------------------------
+# -- what a write spares ---------------------------------------------------------------------------
 
 
 def test_a_write_beside_what_a_rule_reads_spares_it() -> None:
@@ -929,7 +929,7 @@ def test_reading_a_stale_view_in_a_failing_call_changes_nothing() -> None:
     agree([x], reference(lambda x: (x * 6)[1:].pow(2).sum(), x))
 
 
-# -- random programs of writes -------------------------------------------------------------------------------------------------
+# -- random programs of writes ---------------------------------------------------------------------
 
 
 VIEWS: list[Callable[[Tensor], Tensor]] = [
@@ -1020,7 +1020,7 @@ def test_more_random_programs_of_writes(commands: list[tuple[str, int, int]], se
     check_commands(commands, seed)
 
 
-# -- the two operations of the room ------------------------------------------------------------------------------------------------
+# -- the two operations of the room ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tape_engine as te
 from tests.helpers import Tensor, error_text
 
-# -- texts, word for word -------------------------------------------------------------------------------------
+# -- texts, word for word --------------------------------------------------------------------------
 
 
 def test_features_that_do_not_match() -> None:
@@ -124,7 +124,10 @@ def test_integers_for_relu() -> None:
     with pytest.raises(te.DTypeError) as caught:
         te.relu(counts)
     assert error_text(caught, __file__) == (
-        "relu: counts is int64, not a real floating dtype.\n  at LINE\n  counts    (3,)  int64\n  fix: counts.to(torch.float32)"
+        "relu: counts is int64, not a real floating dtype.\n"
+        "  at LINE\n"
+        "  counts    (3,)  int64\n"
+        "  fix: counts.to(torch.float32)"
     )
 
 
@@ -134,7 +137,11 @@ def test_what_is_no_tensor() -> None:
     with pytest.raises(te.DTypeError) as caught:
         te.lin(rows, w)
     assert error_text(caught, __file__) == (
-        "lin: rows is list, not a tensor.\n  at LINE\n  rows    list [[1.0, 2.0]]\n  w       (2, 1)  float32\n  fix: torch.as_tensor(rows)"
+        "lin: rows is list, not a tensor.\n"
+        "  at LINE\n"
+        "  rows    list [[1.0, 2.0]]\n"
+        "  w       (2, 1)  float32\n"
+        "  fix: torch.as_tensor(rows)"
     )
     array = numpy.zeros((2, 2), dtype=numpy.float32)
     with pytest.raises(te.DTypeError, match=r"array is ndarray, not a tensor"):
@@ -202,11 +209,12 @@ def test_a_call_over_several_lines() -> None:
         )
 
 
-# -- the fix is carried out -------------------------------------------------------------------------------------------
+# -- the fix is carried out ------------------------------------------------------------------------
 
 
 def repaired(text: str, operands: dict[str, Any]) -> dict[str, Any]:
     """The operands after what the message says under "fix: "."""
+    assert "fix: " in text, text
     fix = text.rsplit("fix: ", 1)[1]
     space = {"torch": torch, **operands}
     if found := re.fullmatch(r"(.+) in the place of (\w+)", fix):
@@ -230,7 +238,6 @@ def hold_to_its_fix(call: Callable[..., Any], operands: dict[str, Any]) -> None:
             call(**operands)
             return
         except te.TapeError as error:
-            assert "fix: " in str(error), str(error)
             operands = repaired(str(error), operands)
     call(**operands)
 

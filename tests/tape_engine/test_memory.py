@@ -26,7 +26,7 @@ def rand(*shape: int) -> Any:
     return torch.randn(shape, dtype=torch.float64)
 
 
-# -- loops ------------------------------------------------------------------------------------------------------
+# -- loops -----------------------------------------------------------------------------------------
 # Each makes what it needs, and returns one turn of itself.
 
 
@@ -395,7 +395,7 @@ def test_the_level_holds_without_the_cycle_collector() -> None:
         gc.enable()
 
 
-# -- what a swept step lets go -----------------------------------------------------------------------------------
+# -- what a swept step lets go ---------------------------------------------------------------------
 
 
 def test_a_step_in_a_function_lets_its_intermediates_go() -> None:
@@ -494,7 +494,7 @@ def test_a_closed_tape_is_no_garbage_cycle() -> None:
         gc.enable()
 
 
-# -- long tapes --------------------------------------------------------------------------------------------------------
+# -- long tapes ------------------------------------------------------------------------------------
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]

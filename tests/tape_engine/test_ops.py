@@ -20,7 +20,7 @@ Ways = Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, T
 MNIST = Path(__file__).parents[3] / "shared" / "data" / "mnist"
 
 
-# -- the ways ------------------------------------------------------------------------------------------
+# -- the ways --------------------------------------------------------------------------------------
 
 
 def paired(Z: Tensor, Y: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def hold_against_article(way: Ways, X: Tensor, w: Tensor, b: Tensor | None, Y: T
     unshared(*[g for t in (X, w, b, Z, U, C, Y) if t is not None and (g := g_of(t)) is not None], plain(X))
 
 
-# -- the article's gradients -----------------------------------------------------------------------------
+# -- the article's gradients -----------------------------------------------------------------------
 
 
 @ways
@@ -250,7 +250,7 @@ def test_zero_size_operands(n: int) -> None:
     assert grad_of(w).shape == (0, 2)
 
 
-# -- conventions -----------------------------------------------------------------------------------------
+# -- conventions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -375,7 +375,7 @@ def test_lin_refuses_what_does_not_fit(X: tuple[int, ...], w: tuple[int, ...], b
     assert len(te.global_tape()) == 0
 
 
-# -- one call, one node ------------------------------------------------------------------------------------
+# -- one call, one node ----------------------------------------------------------------------------
 
 
 def test_each_call_is_one_node() -> None:

@@ -68,7 +68,7 @@ def counted(name: str, factor: float = 2.0) -> tuple[Any, list[str]]:
     return made, calls
 
 
-# -- .g on everything ------------------------------------------------------------------------------------
+# -- .g on everything ------------------------------------------------------------------------------
 
 
 def test_every_value_that_C_depends_on_has_g() -> None:
@@ -142,7 +142,7 @@ def test_g_of_no_value_hides_behind_python_s_attributes() -> None:
     assert x.__dict__["g"] is x.g
 
 
-# -- sums ------------------------------------------------------------------------------------------------
+# -- sums ------------------------------------------------------------------------------------------
 
 
 def test_a_value_used_several_times_collects_the_sum() -> None:
@@ -248,7 +248,7 @@ def test_a_custom_operation_that_broadcasts() -> None:
     agree([a, b], reference(lambda a, b: (a * b * seed).sum(), a, b))
 
 
-# -- the seed ----------------------------------------------------------------------------------------------
+# -- the seed --------------------------------------------------------------------------------------
 
 
 def test_a_seed_weighs_the_elements() -> None:
@@ -330,7 +330,7 @@ def test_a_jacobian_row_by_row() -> None:
     close(torch.stack([row for row in rows if row is not None]), torch.autograd.functional.jacobian(of, plain(x)))  # type: ignore[no-untyped-call]
 
 
-# -- wrt -----------------------------------------------------------------------------------------------------
+# -- wrt -------------------------------------------------------------------------------------------
 
 
 def test_wrt_writes_on_those_alone() -> None:
@@ -478,7 +478,7 @@ def test_wrt_removes_an_old_g_only_after_the_sweep_succeeded() -> None:
         te.backward(C, wrt=[x, other])
 
 
-# -- accumulate, keep, grad ------------------------------------------------------------------------------------
+# -- accumulate, keep, grad ------------------------------------------------------------------------
 
 
 def test_accumulate_adds_to_the_g_that_is_there() -> None:
@@ -583,12 +583,14 @@ def test_going_on_from_a_swept_tape_is_refused_with_two_ways_out() -> None:
     close(x.g, plain(C) * (x > 0))
 
 
-def test_going_on_from_a_swept_tape_needs_no_error_where_no_gradient_is_asked() -> None:
+def test_going_on_from_a_swept_tape_as_a_constant() -> None:
     x, y = rand(3), rand(3)
     C = te.relu(x).sum()
     te.backward(C)
     D = (C * te.relu(y)).sum()
-    te.backward(D, wrt=[y])
+    with pytest.raises(te.SweptError, match="te.stop_gradient"):  # also where the way to y is open
+        te.backward(D, wrt=[y])
+    te.backward((te.stop_gradient(C) * te.relu(y)).sum(), wrt=[y])
     close(y.g, plain(C) * (y > 0))
 
 
@@ -600,10 +602,7 @@ def test_a_gradient_that_a_swept_tape_hides_is_refused_not_missing(asks: str) ->
     del x.g
     D = (C * te.relu(y)).sum()
     with pytest.raises(te.SweptError):
-        if asks == "grad":
-            te.grad(D, [x, y])
-        else:
-            te.backward(D, wrt=[y, x])
+        te.grad(D, [x, y]) if asks == "grad" else te.backward(D, wrt=[y, x])
     assert g_of(x) is None
     assert g_of(y) is None
 
@@ -679,7 +678,7 @@ def test_gradients_of_grad_share_no_memory() -> None:
         close(None if g is None else g.reshape(3), seed.reshape(3))
 
 
-# -- no two .g share memory --------------------------------------------------------------------------------------
+# -- no two .g share memory ------------------------------------------------------------------------
 
 
 def test_no_two_g_share_memory_with_each_other_or_any_value() -> None:
@@ -748,7 +747,7 @@ def test_writing_into_a_g_changes_nothing_else() -> None:
     assert x.g.tolist() == [1.0] * 3
 
 
-# -- record=True: gradients of gradients ---------------------------------------------------------------------------
+# -- record=True: gradients of gradients -----------------------------------------------------------
 
 
 def cubic(x: Tensor) -> Tensor:
@@ -932,7 +931,7 @@ def test_recorded_sweeps_under_no_grad_are_recorded() -> None:
     close(h, 2 * 3 * plain(x) ** 2 * 6 * plain(x))
 
 
-# -- what cuts the gradient ------------------------------------------------------------------------------------------
+# -- what cuts the gradient ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["global", "block", "after"])
@@ -1063,7 +1062,7 @@ def test_writes_under_no_grad_let_the_gradient_pass_as_in_torch() -> None:
     agree([x], reference(inside, x))
 
 
-# -- dtypes ----------------------------------------------------------------------------------------------------------
+# -- dtypes ----------------------------------------------------------------------------------------
 
 
 def test_gradients_have_their_values_dtype_through_casts() -> None:
@@ -1112,7 +1111,7 @@ def test_a_complex_loss_takes_a_complex_seed() -> None:
     close(z.g, torch.autograd.grad(copy * copy, copy, seed)[0])
 
 
-# -- several outputs --------------------------------------------------------------------------------------------------
+# -- several outputs -------------------------------------------------------------------------------
 
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -1166,7 +1165,7 @@ def test_unreached_outputs_come_to_the_rule_as_none() -> None:
     assert g_of(i) is None
 
 
-# -- errors, and that they change nothing ------------------------------------------------------------------------------
+# -- errors, and that they change nothing ----------------------------------------------------------
 
 
 def test_a_tensor_on_no_tape() -> None:
@@ -1391,7 +1390,7 @@ def test_an_operation_without_a_rule_that_torch_cannot_differentiate() -> None:
     assert "through_numpy_grad" in text
 
 
-# -- long tapes --------------------------------------------------------------------------------------------------------
+# -- long tapes ------------------------------------------------------------------------------------
 
 
 def test_a_chain_of_20_000_nodes_is_swept_without_recursion() -> None:
@@ -1429,7 +1428,7 @@ def test_a_wide_fan_out_and_a_wide_fan_in() -> None:
     agree([x], reference(lambda x: torch.stack([torch.sin(x * i) for i in range(300)]).sum(), x), 1e-9)
 
 
-# -- random expression graphs ----------------------------------------------------------------------------------------------
+# -- random expression graphs ----------------------------------------------------------------------
 
 
 UNARY: list[Callable[[Tensor], Tensor]] = [
