@@ -48,7 +48,7 @@ def in_order(returned: Any, node: Node) -> list[Tensor | None]:
             f"the rule {node.rule} of {node.op.name} returned {len(given)} gradients "
             f"for {len(node.inputs)} tensor arguments.",
             where=located(node),
-            operands=[(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)],
+            operands=[(name, describe(v)) for name, v in zip(node.input_names, node.inputs, strict=True)],
             fix="return one gradient for each tensor argument, in order, None for one that is not differentiable",
         )
     )
@@ -108,13 +108,12 @@ def _unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:
 
 def _misfit(node: Node, value: Value, got: str) -> RuleError:
     i = next(k for k, each in enumerate(node.inputs) if each is value)
-    names = [*node.op.parameters, *(f"argument {k}" for k in range(len(node.inputs)))]
-    name = names[i] if node.op.is_named or i < len(node.op.parameters) else f"argument {i}"
+    name = node.input_names[i]
     return RuleError(
         message(
             f"the rule {node.rule} of {node.op.name} returned {got} for {name}, which has shape {tuple(value.shape)}.",
             where=located(node),
-            operands=[(n, describe(v)) for n, v in zip(names, node.inputs, strict=False)],
+            operands=[(n, describe(v)) for n, v in zip(node.input_names, node.inputs, strict=True)],
             fix=f"return for {name} a gradient of shape {tuple(value.shape)}",
         )
     )
@@ -160,7 +159,7 @@ def borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
                 message(
                     f"{node.op.name} has no registered gradient rule, and torch has none to borrow: {error}",
                     where=located(node),
-                    operands=[(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)],
+                    operands=[(name, describe(v)) for name, v in zip(node.input_names, node.inputs, strict=True)],
                     fix=recorder.rule_to_add(node.op),
                 )
             ) from error

@@ -525,7 +525,7 @@ def _sum(tensor: Tensor, g: Tensor) -> Tensor:
 
 def _described(node: Node, g: list[Tensor | None]) -> list[tuple[str, str]]:
     rows = [("g", describe(each)) for each in g if each is not None]
-    return rows + [(name, describe(v)) for name, v in zip(node.op.parameters, node.inputs, strict=False)]
+    return rows + [(name, describe(v)) for name, v in zip(node.input_names, node.inputs, strict=True)]
 
 
 def _closed_error(value: Value, where: str | None) -> TapeError:

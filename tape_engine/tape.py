@@ -288,6 +288,18 @@ class Node:
         """The user's code object and the index of the instruction that called the operation."""
         return self._code, self._lasti
 
+    @property
+    def input_names(self) -> list[str]:
+        """For each input the name of the argument in which it was given; ``others[1]`` inside a list."""
+        names = [*self.op.parameters, *(f"argument {i}" for i in range(len(self.args)))]
+        found: list[str] = []
+        for name, argument in (*zip(names, self.args, strict=False), *self.kwargs.items()):
+            if isinstance(argument, Value):
+                found.append(name)
+            elif isinstance(argument, (list, tuple)):
+                found += [f"{name}[{i}]" for i, each in enumerate(argument) if isinstance(each, Value)]
+        return [*found, *("input" for _ in self.inputs[len(found) :])]
+
     def returned(self, each: Sequence[Any]) -> Any:
         """Things that stand for the outputs, one each, in the form in which the operation returned those."""
         if not self.outputs_tuple:

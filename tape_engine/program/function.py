@@ -38,7 +38,8 @@ class Function:
     def source(self) -> python.Source:
         with self._lock:
             if self._source is None:
-                with quietly(), torch.inference_mode(False), torch.no_grad():
+                without = torch.autocast(self._device, enabled=False)
+                with quietly(), torch.inference_mode(False), torch.no_grad(), without:
                     self._source = python.generate(self._frozen, with_sweep=self._with_sweep)
             return self._source
 
@@ -47,7 +48,8 @@ class Function:
         try:
             run = self._idle.pop()  # atomic: no two threads get the same
         except IndexError:
-            run = self.source.function(copy=self._copy)
+            with torch.autocast(self._device, enabled=False):
+                run = self.source.function(copy=self._copy)
         try:
             if torch.is_autocast_enabled(self._device):  # casts that the code made are recorded; no others are meant
                 with torch.autocast(self._device, enabled=False):

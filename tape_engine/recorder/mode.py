@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._C import DisableTorchFunctionSubclass
+from torch._C import DisableTorchFunctionSubclass, DispatchKey, _SetExcludeDispatchKeyGuard
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,7 +57,12 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             bind(result, taken.inputs[0], None if entry is None else entry[2])
             return result
         try:
-            result = func(*args, **kwargs)
+            if any(value.dtype.is_complex for value in taken.inputs):
+                # torch hides lazy conjugation from what runs below a mode; its own composites rely on it (pinv)
+                with _SetExcludeDispatchKeyGuard(DispatchKey.Conjugate, False):
+                    result = func(*args, **kwargs)
+            else:
+                result = func(*args, **kwargs)
         except BaseException:
             taken.undo()
             raise

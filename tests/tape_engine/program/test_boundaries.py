@@ -13,7 +13,7 @@ from torch import nn
 
 import tape_engine as te
 from tests.helpers import agree, close, g_of, plain, reference
-from tests.tape_engine.program.common import F32, F64, draw, follows, freeze
+from tests.tape_engine.program.common import F32, F64, draw, follows, freeze, is_view, out_kernel, ran
 
 Tensor = torch.Tensor
 
@@ -243,6 +243,23 @@ def test_under_autocast() -> None:
             close(program(x), wanted, 1e-5)
             close(program.step(x), wanted, 1e-5)
         agree([x, w], reference(product, x, w), 1e-5)
+
+
+def test_first_replay_under_autocast() -> None:
+    """What is made once, at the first replay, is not made in the dtypes of what stands around that."""
+
+    def function(x: Tensor) -> Tensor:
+        table = torch.arange(9, dtype=F32).reshape(3, 3) / 7
+        return (x @ (table @ table)).square().sum()
+
+    program = freeze(function, [draw(4, 3, dtype=F32)])
+    x = draw(4, 3, dtype=F32)
+    wanted = function(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(program(x), wanted, 1e-5)
+        close(program.step(x), wanted, 1e-5)
+    spy = ran(lambda: program(x))
+    assert not [o for o in spy.seen if not is_view(o) and not o._schema.is_mutable and out_kernel(o)]
 
 
 def test_autocast_inside_the_block() -> None:
