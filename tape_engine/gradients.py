@@ -90,8 +90,12 @@ def _may_unbroadcast(contribution: Tensor, value: Value, node: Node) -> bool:
     allowed = node.op.broadcasts
     try:
         if allowed is None:
-            together = _broadcast(*(v.shape for v in node.inputs))
-            allowed = len(node.outputs) == 1 and together == node.outputs[0].shape
+            out = node.outputs[0].shape
+            if node.op.is_named:  # X @ w + b broadcasts b, whatever X and w do
+                together = _broadcast(value.shape, contribution.shape, out)
+            else:
+                together = _broadcast(*(v.shape for v in node.inputs))
+            allowed = len(node.outputs) == 1 and together == out
         return allowed and _broadcast(contribution.shape, value.shape) == contribution.shape
     except RuntimeError:
         return False
