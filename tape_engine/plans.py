@@ -59,6 +59,8 @@ class Plan:
         known: whether a functional twin was found, if it writes.
         defaults: for each argument the default that its twin does not have, where one was found.
         statistics: whether what it writes are statistics, through which no gradient passes.
+        plain: whether it makes one fresh tensor of others, in no list, and does nothing else, as most do.
+        call: runs it; torch's own callable, without the overload's wrapping.
     """
 
     op: Op
@@ -70,6 +72,8 @@ class Plan:
     known: bool
     defaults: tuple[Any, ...] = ()
     statistics: bool = False
+    plain: bool = False
+    call: Any = None
 
 
 _plans: dict[OpOverload, Plan] = {}
@@ -92,13 +96,19 @@ def _make(overload: OpOverload) -> Plan:
     outs = tuple(keys[i] for i in written if arguments[i].is_out)
     shared = any(r.alias_info is not None and not r.alias_info.is_write for r in overload._schema.returns)
     twin = _functional(overload) if written else overload
+    views, guard = shared or overload in HIDDEN_VIEWS, overload in GUARDS
+    random = torch.Tag.nondeterministic_seeded in overload.tags
+    one = [str(each.type) for each in overload._schema.returns] == ["Tensor"]
+    flat = not any(str(a.type).startswith(("List[Tensor", "List[Optional", "Dict")) for a in arguments)
     return Plan(
         op=find(twin or overload),
         writes=tuple(keys[i] for i in written),
         outs=outs if twin is not None else (),
-        views=shared or overload in HIDDEN_VIEWS,
-        guard=overload in GUARDS,
-        random=torch.Tag.nondeterministic_seeded in overload.tags,
+        views=views,
+        guard=guard,
+        random=random,
+        plain=one and flat and not (written or views or guard or random),
+        call=overload._op,
         known=twin is not None,
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,

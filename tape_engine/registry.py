@@ -192,17 +192,19 @@ class Op:
             return self._reads_all or key in (self.saves or ())
         return self._reads_all or (key < len(self._reads) and self._reads[key])
 
-    @property
-    def reads_output(self) -> bool:
-        """Whether its rule reads the data of its output."""
-        return self._reads_output
+    def reads_places(self, count: int) -> Sequence[bool]:
+        """`reads_argument` of the first `count` positions, and perhaps some more."""
+        return self._reads if count <= len(self._reads) else [self.reads_argument(i) for i in range(count)]
 
     def _note_reads(self) -> None:
         """Works out what the rule reads once, as it is asked at every call."""
         saves, names = self.saves or frozenset(), self.rule_parameters
         self._reads_all = self.differentiable and (self.grad is None or not names)
-        self._reads = tuple(name in saves for name in names[2:]) if self.differentiable else ()
-        self._reads_output = self.differentiable and self.grad is not None and (not names or names[1] in saves)
+        reads = [self._reads_all or (self.differentiable and name in saves) for name in names[2:]]
+        spare = max(0, len(self.parameters) - len(reads))
+        self._reads = (*reads, *[self._reads_all] * spare)
+        #: whether its rule reads the data of its output
+        self.reads_output = self.differentiable and self.grad is not None and (not names or names[1] in saves)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -351,7 +351,7 @@ class Sweep:
         seen: set[int] = set()
         for value, g in self.gradients.items():
             known = values_by_tensor.get(id(g))
-            older = known is not None and (known[2] is None or known[2].seq < self._began)
+            older = known is not None and (known.node is None or known.node.seq < self._began)
             storage = g.untyped_storage()
             # counted: the tensor itself and the handle in the line above
             if g is self._given or older or storage._cdata in seen or _uses(storage) > 2:
@@ -432,8 +432,8 @@ def _root(C: Tensor, caller: str) -> tuple[Value, Node | None]:
         raise DTypeError(message(f"{caller} takes a recorded tensor, not {type(C).__name__}.", where=call_site(frame)))
     name = local_name(frame, C) or "the tensor"
     row = [(name, describe(C))]
-    entry = values_by_tensor.get(id(C))
-    if entry is None:
+    binding = values_by_tensor.get(id(C))
+    if binding is None:
         raise NotRecordedError(
             message(
                 f"{caller}: {name} is on no tape, so there is nothing to sweep.",
@@ -442,8 +442,8 @@ def _root(C: Tensor, caller: str) -> tuple[Value, Node | None]:
                 fix=f"compute {name} inside `with te.record():`, or with named operations such as te.mse",
             )
         )
-    value = recorder.read(C, current_tape()) if entry[1].stale else entry[1]
-    node = values_by_tensor[id(C)][2]
+    value = recorder.read(C, current_tape()) if binding.value.stale else binding.value
+    node = values_by_tensor[id(C)].node
     if not (C.dtype.is_floating_point or C.dtype.is_complex):
         raise DTypeError(
             message(

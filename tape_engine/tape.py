@@ -32,6 +32,7 @@ from .registry import Op
 
 __all__ = ["Kept", "Node", "Tape", "Value", "current_tape", "global_tape"]
 
+_data_ptr = torch._C.TensorBase.data_ptr  # torch's own: the method on Tensor may be wrapped while a block is open
 _sequence = itertools.count()  # nodes of all tapes and threads, in the order of recording
 
 
@@ -56,13 +57,17 @@ class Kept:
     def replace(self, tensor: torch.Tensor) -> None:
         """From now on `tensor` has the contents."""
         self.tensor = tensor
-        self.versions: tuple[int, ...] = (version_of(tensor),)
+        self.versions = versions_of(tensor)
         self.address = address_of(tensor)
 
     @property
     def intact(self) -> bool:
         """Whether the contents are still those that were recorded."""
-        return version_of(self.tensor) in self.versions and address_of(self.tensor) == self.address
+        tensor = self.tensor
+        try:
+            return tensor._version in self.versions and _data_ptr(tensor) == self.address
+        except (RuntimeError, NotImplementedError):
+            return version_of(tensor) in self.versions and address_of(tensor) == self.address
 
 
 class Value:
@@ -80,26 +85,25 @@ class Value:
         stale: true once a write through an alias made its tensor hold other contents.
     """
 
-    __slots__ = (
-        "__weakref__", "_kept", "_node", "_tensor", "aliases", "closed", "constant",
-        "device", "dtype", "index", "marks", "name", "shape", "stale", "strides",
-    )  # fmt: skip
+    # What most values share stands here, and on a value only where it differs: a value is made at each operation.
+    index = 0
+    constant = False
+    closed = ""
+    name: str | None = None
+    aliases: Any = None
+    marks = 0
+    stale = False
+    _node: weakref.ref[Node] | None = None
+    _kept: weakref.ref[Kept] | None = None
 
     def __init__(self, tensor: torch.Tensor, *, constant: bool = False) -> None:
         self.shape = tensor.shape
         self.dtype = tensor.dtype
         self.device = tensor.device
         self.strides = tensor.stride() if tensor.layout is torch.strided else ()
-        self.index = 0
-        self.constant = constant
-        self.closed = ""
-        self.name: str | None = None
-        self.aliases: Any = None
-        self.marks = 0
-        self.stale = False
         self._tensor: weakref.ref[torch.Tensor] = weakref.ref(tensor)
-        self._node: weakref.ref[Node] | None = None
-        self._kept: weakref.ref[Kept] | None = None
+        if constant:
+            self.constant = True
 
     @property
     def node(self) -> Node | None:
@@ -190,10 +194,22 @@ def version_of(tensor: torch.Tensor) -> int:
         return 0
 
 
+_FEW = tuple((count,) for count in range(32))
+
+
+def versions_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """`version_of` alone in a tuple; for small counts always the same one, as this is asked at each operation."""
+    try:
+        count = tensor._version
+    except RuntimeError:
+        count = 0
+    return _FEW[count] if count < 32 else (count,)
+
+
 def address_of(tensor: torch.Tensor) -> int:
     """Where the tensor's elements lie in memory; 0 where they do not lie in one place."""
     try:
-        return tensor.data_ptr()
+        return _data_ptr(tensor)
     except (RuntimeError, NotImplementedError):
         return 0
 
@@ -211,6 +227,7 @@ class Node:
         op: its `Op` record.
         args, kwargs: the arguments, values standing where tensors stood.
         inputs: the values among them, flattened, in order; a value given twice stands twice.
+        sources: the nodes that made the inputs, ``None`` for leaves: kept alive by those that read them.
         outputs: the values it made.
         gaps: the places in what it returned where None stood instead of a tensor.
         outputs_tuple: whether the operation returned a tuple or list (of one tensor, perhaps).
@@ -225,10 +242,16 @@ class Node:
         swept: whether a sweep has passed over it.
     """
 
-    __slots__ = (
-        "__weakref__", "_code", "_lasti", "args", "cut", "gaps", "inputs", "kwargs", "mutates", "op", "outputs",
-        "outputs_tuple", "random", "result", "saved", "scope", "seq", "sources", "swept", "tape",
-    )  # fmt: skip
+    outputs: tuple[Value, ...] = ()
+    outputs_tuple = False
+    gaps: tuple[int, ...] = ()
+    result: Any = None
+    saved: tuple[Kept | None, ...] = ()
+    mutates: tuple[tuple[int, int], ...] = ()
+    cut = False
+    random = False
+    swept = False
+    tape: Token | None = None
 
     def __init__(
         self,
@@ -236,6 +259,7 @@ class Node:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         inputs: tuple[Value, ...],
+        sources: tuple[Node | None, ...],
         code: CodeType | None = None,
         lasti: int = 0,
         scope: tuple[str, ...] = (),
@@ -244,20 +268,9 @@ class Node:
         self.args = args
         self.kwargs = kwargs
         self.inputs = inputs
-        # the nodes that made the inputs: kept alive by those that read them
-        self.sources: tuple[Node | None, ...] = tuple([v.node for v in inputs])
-        self.outputs: tuple[Value, ...] = ()
-        self.outputs_tuple = False
-        self.gaps: tuple[int, ...] = ()
-        self.result: Any = None
-        self.saved: tuple[Kept | None, ...] = ()
+        self.sources = sources
         self.scope = scope
         self.seq = next(_sequence)
-        self.mutates: tuple[tuple[int, int], ...] = ()
-        self.cut = False
-        self.random = False
-        self.swept = False
-        self.tape: Token | None = None
         self._code = code
         self._lasti = lasti
 
@@ -465,41 +478,53 @@ def on_freeze(handler: Callable[..., Any]) -> None:
 # -- which value a tensor holds now ------------------------------------------------------------------
 
 
-class _Ref(weakref.ref[torch.Tensor]):
-    __slots__ = ("key",)
+class Binding(weakref.ref[torch.Tensor]):
+    """What a tensor holds now: one entry of `values_by_tensor`.
+
+    Attributes:
+        key: the ``id`` of the tensor.
+        value, node: the value that it holds, and the node that made it (``None`` for a leaf).
+        versions: torch's counts of writes with which it holds it. They are two for a view, which shares the
+            count of its base only once torch hands it out, and just after a write, which torch counts only then.
+    """
+
+    __slots__ = ("key", "node", "value", "versions")
     key: int
+    value: Value
+    node: Node | None
+    versions: tuple[int, ...]
 
 
-#: By ``id`` of a tensor: the value it holds, the node that made it, and torch's counts of writes with which
-#: it holds it. They are two for a view, which shares the count of its base only once torch hands it out, and
-#: just after a write, which torch counts only then.
-values_by_tensor: dict[int, tuple[_Ref, Value, Node | None, tuple[int, ...]]] = {}
+#: What each tensor that is known to a tape holds now, by its ``id``.
+values_by_tensor: dict[int, Binding] = {}
 
 
-def _forget(ref: _Ref, table: dict[int, Any] = values_by_tensor) -> None:
-    entry = table.get(ref.key)  # the default outlives the module when the interpreter ends
-    if entry is not None and entry[0] is ref:
+def _forget(ref: Any, table: dict[int, Binding] = values_by_tensor) -> None:
+    if table.get(ref.key) is ref:  # the default outlives the module when the interpreter ends
         del table[ref.key]
 
 
 def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     """From now on `tensor` holds `value`, made by `node`."""
-    ref = _Ref(tensor, _forget)
-    ref.key = id(tensor)
-    values_by_tensor[ref.key] = (ref, value, node, (version_of(tensor),))
+    made = Binding(tensor, _forget)
+    made.key = key = id(tensor)
+    made.value = value
+    made.node = node
+    made.versions = versions_of(tensor)
+    values_by_tensor[key] = made
 
 
 def rebind(tensor: torch.Tensor, *also: int) -> None:
     """The writes counted so far on `tensor`, or to be counted as `also`, have not changed what it holds."""
-    entry = values_by_tensor.get(id(tensor))
-    if entry is not None:
-        values_by_tensor[id(tensor)] = (*entry[:3], (version_of(tensor), *also))
+    found = values_by_tensor.get(id(tensor))
+    if found is not None:
+        found.versions = (version_of(tensor), *also)
 
 
 def unwritten(tensor: torch.Tensor) -> bool:
     """Whether nothing was written to `tensor` since it was bound."""
-    entry = values_by_tensor.get(id(tensor))
-    return entry is not None and version_of(tensor) in entry[3]
+    found = values_by_tensor.get(id(tensor))
+    return found is not None and version_of(tensor) in found.versions
 
 
 def unbind(tensor: torch.Tensor) -> None:
@@ -509,8 +534,8 @@ def unbind(tensor: torch.Tensor) -> None:
 
 def bound(tensor: torch.Tensor) -> Value | None:
     """The value that `tensor` was last bound to, without asking whether it was written to since."""
-    entry = values_by_tensor.get(id(tensor))
-    return None if entry is None else entry[1]
+    found = values_by_tensor.get(id(tensor))
+    return None if found is None else found.value
 
 
 # -- the tapes of a thread -----------------------------------------------------------------------------
@@ -522,6 +547,7 @@ class Tapes(threading.local):
     def __init__(self) -> None:
         self.globe = Tape(strong=False)
         self.stack: list[Tape] = []
+        self.current = self.globe
 
 
 _tapes = Tapes()
@@ -534,21 +560,25 @@ def global_tape() -> Tape:
 
 def current_tape() -> Tape:
     """The innermost open tape of this thread; the global one where none is open."""
-    return _tapes.stack[-1] if _tapes.stack else _tapes.globe
+    return _tapes.current
 
 
 def push_tape(tape: Tape) -> None:
     """Opens `tape` on this thread."""
     _tapes.stack.append(tape)
+    _tapes.current = tape
 
 
 def pop_tape(tape: Tape) -> None:
     """Closes `tape`, and whatever was opened after it."""
     while _tapes.stack and _tapes.stack.pop() is not tape:
         pass
+    _tapes.current = _tapes.stack[-1] if _tapes.stack else _tapes.globe
 
 
 def new_global_tape() -> Tape:
     """Starts a new global tape; what the old one recorded lives as long as tensors reach it."""
-    _tapes.globe = Tape(strong=False)
+    before, _tapes.globe = _tapes.globe, Tape(strong=False)
+    if _tapes.current is before:
+        _tapes.current = _tapes.globe
     return _tapes.globe

@@ -46,8 +46,8 @@ class Recording:
 def recording(root: Any) -> Recording:
     """The nodes behind `root`, with their gradients and the roles of their leaves (see `graph`)."""
     if isinstance(root, torch.Tensor):
-        entry = values_by_tensor.get(id(root))
-        if entry is None or entry[0]() is not root or entry[2] is None:
+        binding = values_by_tensor.get(id(root))
+        if binding is None or binding.node is None:
             raise NotRecordedError(
                 message(
                     "no recorded operation made this tensor: there is nothing to draw.",
@@ -56,7 +56,7 @@ def recording(root: Any) -> Recording:
                     fix="compute it inside `with te.record() as tape:`, or draw the tape itself: viz.draw(tape)",
                 )
             )
-        nodes, planned = _ancestors(entry[2]), False
+        nodes, planned = _ancestors(binding.node), False
     else:
         tape = root if isinstance(root, Tape) else getattr(root, "tape", None)
         if not isinstance(tape, Tape):

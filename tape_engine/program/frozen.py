@@ -81,12 +81,12 @@ def _refuse(what: str, tensor: Tensor, name: str, fix: str) -> NotRecordedError:
 
 def _output(tensor: Tensor, tape: Tape, end: Tape) -> tuple[Value, Node | None]:
     """The value that an output holds now, and the node that made it."""
-    entry = values_by_tensor.get(id(tensor))
-    if entry is not None and entry[1].stale:  # a view whose base was written to since
+    binding = values_by_tensor.get(id(tensor))
+    if binding is not None and binding.value.stale:  # a view whose base was written to since
         with quietly():
             read(tensor, end)
-        entry = values_by_tensor[id(tensor)]
-    _, value, node, _ = entry or (None, None, None, None)
+        binding = values_by_tensor[id(tensor)]
+    value, node = (None, None) if binding is None else (binding.value, binding.node)
     if node is None:
         on_tape = any(value is v for n in tape.nodes for v in n.inputs)
     else:

@@ -16,8 +16,8 @@ from ..registry import Op
 from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
 from .listening import listen, listen_to, mark
 from .mode import Mode, quietly
-from .state import current_tape_is_global, detaching, gaps, is_cut, state, tensors_in
-from .writing import Taken, as_constants, join_views, refuse_without_rule, stays_closed, write
+from .state import current_tape_is_global, detaching, gaps, state, tensors_in
+from .writing import Taken, as_constants, enter, join_views, refuse_without_rule, stays_closed, undo, write
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]
 
@@ -44,7 +44,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             result = op.forward(*args, **kwargs)
         except Exception as error:
-            taken.undo()
+            undo(tape, taken.length)
             error.add_note(_operands_note(op, args, kwargs))
             raise
         if any(made is given for made in tensors_in(result) for given in taken.tensors):
@@ -62,7 +62,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return result
         if stays_closed(tape, op, taken.inputs, made):
             return result
-        node = write(tape, op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=is_cut())
+        node = enter(taken, made)
         node.outputs_tuple = not isinstance(result, Tensor)
         node.gaps = gaps(result)
         node.random = before is not None and not torch.equal(before, torch.get_rng_state())

@@ -14,8 +14,8 @@ from torch._ops import OpOverload
 from .. import aliases
 from ..plans import MISSING, Plan
 from ..tape import Tape, Value, bind, bound, rebind, unbind, version_of
-from .state import LIFT, UNSEEN, is_cut, tensors_in
-from .writing import AS_COMPLEX, Taken, as_constants, in_units_of, read, refuse_without_rule, stays_closed, write
+from .state import LIFT, UNSEEN, tensors_in
+from .writing import AS_COMPLEX, Taken, as_constants, enter, in_units_of, read, refuse_without_rule, stays_closed, write
 
 __all__ = ["record_write", "unrecorded"]
 
@@ -41,7 +41,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         for tensor in written:
             rebind(tensor, version_of(tensor) + 1)
         return result
-    node = write(tape, plan.op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=is_cut())
+    node = enter(taken, made)
     node.random = plan.random
     node.outputs_tuple = len(made) > 1 or not isinstance(result, Tensor)
     node.mutates = tuple(

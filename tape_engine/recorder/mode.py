@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._C import DisableTorchFunctionSubclass, DispatchKey, _SetExcludeDispatchKeyGuard
+from torch._C import DisableTorchFunctionSubclass
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plans import plan_of
-from ..tape import Tape, Value, bind, current_tape, unbind, values_by_tensor
+from ..tape import Tape, Value, bind, current_tape, unbind
 from .inplace import record_write, unrecorded
-from .state import DETACH, LIFT, gaps, is_cut, state, tensors_in
-from .writing import Taken, join_views, refuse_without_rule, stays_closed, write
+from .plain import record_plain
+from .state import DETACH, LIFT, gaps, state, tensors_in
+from .writing import Taken, call, enter, join_views, refuse_without_rule, stays_closed, undo, write
 
 __all__ = ["Mode", "quietly", "recording"]
 
@@ -37,8 +38,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False  # the guard against torch.compile around each call takes longer than the call
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         tape = self.tape
+        kwargs = kwargs or {}
         if state.quiet or (tape.strong and tape is not current_tape()):
             return func(*args, **kwargs)
         plan = plan_of(func, args)
@@ -46,6 +47,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return unrecorded(func, plan, args, kwargs)
         if plan.writes:
             return record_write(tape, func, plan, args, kwargs)
+        if plan.plain and not kwargs:
+            return record_plain(tape, plan, args)
         taken = Taken(plan.op, tape, args, kwargs)
         if tape.strict:
             refuse_without_rule(plan.op, taken.inputs)
@@ -53,26 +56,19 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _lift(tape, func, args[0])
         if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
             result = func(*args, **kwargs)
-            entry = values_by_tensor.get(id(args[0]))
-            bind(result, taken.inputs[0], None if entry is None else entry[2])
+            bind(result, taken.inputs[0], taken.sources[0])
             return result
         try:
-            if any(value.dtype.is_complex for value in taken.inputs):
-                # torch hides lazy conjugation from what runs below a mode; its own composites rely on it (pinv)
-                with _SetExcludeDispatchKeyGuard(DispatchKey.Conjugate, False):
-                    result = func(*args, **kwargs)
-            else:
-                result = func(*args, **kwargs)
+            result = call(func, args, kwargs, lazily=taken.complex)
         except BaseException:
-            taken.undo()
+            undo(tape, taken.length)
             raise
-        made = [result] if isinstance(result, Tensor) else tensors_in(result)
+        made = tensors_in(result)
         if plan.views and any(tensor is given for tensor in made for given in taken.tensors):
             return result  # nothing was done: it is the argument itself
         if (made or plan.guard) and not stays_closed(tape, plan.op, taken.inputs, made):
-            node = write(tape, plan.op, taken.args, taken.kwargs, taken.inputs, taken.kept, made, cut=is_cut())
-            if plan.random:
-                node.random = True
+            node = enter(taken, made)
+            node.random = plan.random
             if not isinstance(result, Tensor):
                 node.outputs_tuple = True
                 node.gaps = gaps(result)

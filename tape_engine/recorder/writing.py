@@ -7,22 +7,26 @@ makes the node and binds its outputs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from .. import aliases, modules, registry
 from ..errors import MissingRuleError, message
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
-from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
+from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of, versions_of
 from .state import OUTSIDE, SWEPT, UNSEEN, is_cut, state
 
 __all__ = [
     "AS_COMPLEX",
     "Taken",
     "as_constants",
+    "call",
+    "enter",
+    "held",
     "in_units_of",
     "is_update",
     "join_views",
@@ -30,6 +34,7 @@ __all__ = [
     "refuse_without_rule",
     "rule_to_add",
     "stays_closed",
+    "undo",
     "write",
 ]
 
@@ -38,18 +43,18 @@ Tensor = torch.Tensor
 
 def read(tensor: Tensor, tape: Tape) -> Value:
     """The value that `tensor` holds now; a new leaf if no tape knows it."""
-    entry = values_by_tensor.get(id(tensor))
-    if entry is None:
+    binding = values_by_tensor.get(id(tensor))
+    if binding is None:
         above = None if tensor._base is None else values_by_tensor.get(id(tensor._base))
-        if above is not None and above[2] is not None and not state.linking:
-            return _reread(tensor, above[1].constant, tape)  # a view made outside of a base written to since
+        if above is not None and above.node is not None and not state.linking:
+            return _reread(tensor, above.value.constant, tape)  # a view made outside of a base written to since
         return _leaf(tensor, tape)
-    _, value, node, counts = entry
+    value, node = binding.value, binding.node
     if state.linking:
         return value
     if value.stale:
         return _reread(tensor, value.constant, tape)
-    unchanged = version_of(tensor) in counts
+    unchanged = version_of(tensor) in binding.versions
     if node is None:
         if unchanged and value.shape == tensor.shape and value.dtype == tensor.dtype:
             tape.hold(tensor)
@@ -77,6 +82,22 @@ def read(tensor: Tensor, tape: Tape) -> Value:
             stand_in.closed = SWEPT
             return stand_in
     return value
+
+
+def held(tensor: Tensor, tape: Tape) -> tuple[Value, Node | None]:
+    """The value that `tensor` holds now, and the node that made it: `read`, with what is most frequent first."""
+    binding = values_by_tensor.get(id(tensor))
+    if binding is not None:
+        value, node = binding.value, binding.node
+        if not value.stale and versions_of(tensor)[0] in binding.versions and tensor.dtype is value.dtype:
+            if node is None:
+                if tensor.shape == value.shape:  # a leaf read again
+                    tape.hold(tensor)
+                    return value, None
+            elif node.tape is tape.token and not value.constant and value._tensor() is tensor:
+                return value, node  # what the same tape has just made
+    value = read(tensor, tape)
+    return value, value.node
 
 
 def is_update(value: Value, node: Node | None) -> bool:
@@ -155,41 +176,67 @@ def write(
     kept: Sequence[Kept | None],
     made: Sequence[Tensor],
     *,
+    sources: Sequence[Node | None] | None = None,
     cut: bool = False,
 ) -> Node:
     """Records one operation; afterwards the tensors `made` hold its outputs.
 
-    `args` and `kwargs` have values in the place of tensors; `inputs` are those values in order, and `kept`
-    the cells of those whose data the gradient rule reads.
+    `args` and `kwargs` have values in the place of tensors; `inputs` are those values in order, `kept` the
+    cells of those whose data the gradient rule reads, and `sources` the nodes that made them.
     """
+    if sources is None:
+        sources = [v.node for v in inputs]
     frame = user_frame()
-    node = Node(
-        op,
-        args,
-        kwargs,
-        tuple(inputs),
-        None if frame is None else frame.f_code,
-        0 if frame is None else frame.f_lasti,
-        modules.path(),
-    )
+    code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
+    node = Node(op, args, kwargs, tuple(inputs), tuple(sources), code, lasti, modules.path())
     ref = weakref.ref(node)
     outputs = []
     for index, tensor in enumerate(made):
-        value = Value(tensor, constant=cut)
-        value.index = index
+        value = Value(tensor)
         value._node = ref
+        if index:
+            value.index = index
+        if cut:
+            value.constant = True
         bind(tensor, value, node)
         outputs.append(value)
+        if op.reads_output and not cut:
+            # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
+            kept = (*kept, value.keep(_alias(tensor)))
     node.outputs = tuple(outputs)
     if cut:
         node.cut = True
-    elif op.reads_output:
-        # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-        node.saved = (*kept, *[v.keep(t.detach()) for v, t in zip(outputs, made, strict=True)])
     else:
         node.saved = tuple(kept)
     tape.append(node)
     return node
+
+
+def enter(taken: Taken, made: Sequence[Tensor]) -> Node:
+    """Records the call whose arguments were `taken`, and which made the tensors `made`."""
+    t = taken
+    return write(t.tape, t.op, t.args, t.kwargs, t.inputs, t.kept, made, sources=t.sources, cut=is_cut())
+
+
+_alias = torch._C.TensorBase.detach  # torch's own: the method on Tensor is wrapped while a block is open
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lazily: bool) -> Any:
+    """What a call gives; `lazily` for one that reads complex numbers.
+
+    Torch hides lazy conjugation from what runs below a mode, and its own composites rely on it (pinv).
+    """
+    if lazily:
+        with _SetExcludeDispatchKeyGuard(DispatchKey.Conjugate, False):
+            return func(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def undo(tape: Tape, length: int) -> None:
+    """After a failed call: views that were read off their bases for it will be read off again."""
+    for node in tape.rewind(length):
+        for value in node.outputs:
+            value.stale = True
 
 
 class Taken:
@@ -198,52 +245,42 @@ class Taken:
     Attributes:
         args, kwargs: the arguments.
         inputs: the values, in order.
+        sources: the nodes that made them, ``None`` for leaves.
         tensors: the tensors that hold them.
         kept: the cells of those that the rule reads, made before the call: it may write to them.
+        complex: whether one of them is complex.
     """
 
-    __slots__ = ("args", "inputs", "kept", "kwargs", "length", "op", "tape", "tensors")
+    __slots__ = ("args", "complex", "inputs", "kept", "kwargs", "length", "op", "sources", "tape", "tensors")
 
     def __init__(self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.op = op
         self.tape = tape
         self.length = tape.length
+        self.complex = False
         self.inputs: list[Value] = []
+        self.sources: list[Node | None] = []
         self.tensors: list[Tensor] = []
         self.kept: list[Kept | None] = []
-        self.args = tuple([self.take(a, op.reads_argument(i)) for i, a in enumerate(args)])
-        self.kwargs = {k: self.take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
+        take = self.take
+        self.args = tuple([take(a, keep) for a, keep in zip(args, op.reads_places(len(args)), strict=False)])
+        self.kwargs = {k: take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
 
     def value_of(self, tensor: Tensor) -> Value:
         """The value of a tensor that the call writes to, which it may have been given as an argument or not."""
         places = [i for i, given in enumerate(self.tensors) if given is tensor]
         return self.inputs[places[0]] if places else read(tensor, self.tape)
 
-    def undo(self) -> None:
-        """After a failed call: views that were read off their bases for it will be read off again."""
-        for node in self.tape.rewind(self.length):
-            for value in node.outputs:
-                value.stale = True
-
     def take(self, argument: Any, keep: bool) -> Any:
+        """`argument` with values in the place of tensors; those are noted."""
         if isinstance(argument, Tensor):
-            entry = values_by_tensor.get(id(argument))
-            if (  # what a chain of operations does most: read what the same tape has just made
-                entry is not None
-                and entry[2] is not None
-                and entry[2].tape is self.tape.token
-                and not entry[1].stale
-                and version_of(argument) in entry[3]
-                and entry[1].dtype is argument.dtype
-                and not entry[1].constant
-                and entry[1].holder is argument
-            ):
-                value = entry[1]
-            else:
-                value = read(argument, self.tape)
+            value, source = held(argument, self.tape)
             self.inputs.append(value)
+            self.sources.append(source)
             self.tensors.append(argument)
             self.kept.append(value.keep(argument) if keep else None)
+            if value.dtype.is_complex:
+                self.complex = True
             return value
         kind = type(argument)
         if kind is list or kind is tuple:
