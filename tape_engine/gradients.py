@@ -32,12 +32,12 @@ def refill(argument: Any, contents: Any) -> Any:
     return argument
 
 
-def in_order(returned: Any, node: Node) -> list[Tensor | None]:
+def in_order(returned: Any, node: Node) -> Sequence[Tensor | None]:
     """One gradient for each input of the node.
 
     A rule may leave out the optional tensor arguments that were not given, or return None for them.
     """
-    given = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    given = returned if isinstance(returned, (tuple, list)) else [returned]
     if len(given) == len(node.inputs):
         return given
     places = [isinstance(each, Value) for each in _tensor_arguments(node)]

@@ -31,9 +31,10 @@ _OPEN = (_HERE + "cli.py", _HERE + "demo.py")  # rooms of ours that are user cod
 _is_user_file: dict[str, bool] = {}
 
 
-def user_frame() -> FrameType | None:
-    """The innermost frame that is neither torch's nor the engine's."""
-    frame: FrameType | None = sys._getframe(1)
+def user_frame(frame: FrameType | None = None) -> FrameType | None:
+    """The innermost frame that is neither torch's nor the engine's, from `frame` outwards."""
+    if frame is None:
+        frame = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
         ours = _is_user_file.get(filename)

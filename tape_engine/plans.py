@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from .registry import Op, composite, find
 
-__all__ = ["Plan", "plan_of"]
+__all__ = ["Plan", "plan_of", "plans"]
 
 aten = torch.ops.aten
 
@@ -76,16 +76,17 @@ class Plan:
     call: Any = None
 
 
-_plans: dict[OpOverload, Plan] = {}
+#: Those made so far, by overload.
+plans: dict[OpOverload, Plan] = {}
 
 
 def plan_of(overload: OpOverload, args: tuple[Any, ...] = ()) -> Plan:
     """The plan of an overload; made at its first use."""
     if overload is BATCH_NORM and len(args) > 5 and args[5] and args[3] is not None and args[4] is not None:
         return _TRAINING
-    found = _plans.get(overload)
+    found = plans.get(overload)
     if found is None:
-        found = _plans[overload] = _make(overload)
+        found = plans[overload] = _make(overload)
     return found
 
 

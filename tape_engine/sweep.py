@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .gradients import borrowed, fitted, in_order, refill
 from .names import call_site, local_name, located, user_frame
 from .specialise import specialise
 from .tape import (
+    Kept,
     Node,
     Value,
     bind,
@@ -42,8 +44,8 @@ from .tape import (
     global_tape,
     new_global_tape,
     next_in_sequence,
-    unwritten,
     values_by_tensor,
+    version_of,
 )
 
 __all__ = ["backward", "grad"]
@@ -204,38 +206,34 @@ class Sweep:
     def _step(self, node: Node) -> None:
         """Takes the gradients of a node's outputs, and passes on those of its inputs."""
         g = [self._arrive(value) for value in node.outputs]
-        if all(each is None for each in g):
+        if not any(each is not None for each in g):
             return
         if node.cut:
             for i, j in node.mutates:  # as in torch: under no_grad a gradient passes over a write
                 if i >= 0 and g[j] is not None:
                     self._add(node.inputs[i], g[j], node)  # type: ignore[arg-type]
             return
-        needs = tuple([self._needs(value) for value in node.inputs])
-        if not node.op.differentiable or not any(needs):
+        inputs, useful = node.inputs, self.useful
+        if useful is None:
+            needs = tuple([value.differentiable for value in inputs])
+        else:
+            needs = tuple([value in useful for value in inputs])
+        if True not in needs or not node.op.differentiable:
             return
-        for value, contribution in zip(node.inputs, self._apply(node, g, needs), strict=True):
-            if contribution is not None and self._needs(value):
+        for value, need, contribution in zip(inputs, needs, self._apply(node, g, needs), strict=True):
+            if need and contribution is not None:
                 self._add(value, fitted(contribution, value, node), node)
 
     def _arrive(self, value: Value) -> Tensor | None:
         """The complete gradient of a value: all that used it have been passed."""
         g = self.pending.pop(value, None)
-        if g is not None and self._is_asked(value):
+        if g is None:
+            return None
+        if value in self.asked if self.asked is not None else value._tensor() is not None:
             self.gradients[value] = g
-        if g is not None and self.record:
+        if self.record:
             self.arrivals.append((value, g))
         return g
-
-    def _needs(self, value: Value) -> bool:
-        if self.useful is not None:
-            return value in self.useful
-        return value.differentiable
-
-    def _is_asked(self, value: Value) -> bool:
-        if self.asked is not None:
-            return value in self.asked
-        return value.holder is not None
 
     def _add(self, value: Value, contribution: Tensor, reader: Node) -> None:
         if value.closed and not self.structure:
@@ -249,14 +247,25 @@ class Sweep:
             self.pending[value] = before + contribution
             self._summed.add(value)
 
-    def _apply(self, node: Node, g: list[Tensor | None], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    def _apply(self, node: Node, g: list[Tensor | None], needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
         """The contributions of one node to its inputs, as its rule gives them."""
         op = node.op
-        outputs = [self._contents(node, len(node.inputs) + i, value) for i, value in enumerate(node.outputs)]
-        inputs = iter([self._contents(node, i, value) for i, value in enumerate(node.inputs)])
-        args = [refill(each, inputs) for each in node.args]
-        kwargs = {name: refill(each, inputs) for name, each in node.kwargs.items()}
-        out, g_out = node.returned(outputs), node.returned(g)
+        contents: list[Any] = list(node.inputs)
+        outputs: list[Any] = list(node.outputs)
+        for i, kept in enumerate(node.saved):
+            if kept is not None:
+                if i < len(contents):
+                    contents[i] = self._contents(node, kept, contents[i], node.sources[i])
+                else:
+                    k = i - len(contents)
+                    outputs[k] = self._contents(node, kept, outputs[k], node)
+        out, g_out = (outputs[0], g[0]) if not node.outputs_tuple else (node.returned(outputs), node.returned(g))
+        if node.args is node.inputs:
+            args, kwargs = contents, node.kwargs
+        else:
+            left = iter(contents)
+            args = [refill(each, left) for each in node.args]
+            kwargs = {name: refill(each, left) for name, each in node.kwargs.items()}
         rule = borrowed(node, needs) if op.grad is None else specialise(op.grad, needs)
         try:
             returned = rule(g_out, out, *args, **kwargs)
@@ -273,12 +282,10 @@ class Sweep:
             ) from error
         return in_order(returned, node)
 
-    def _contents(self, node: Node, i: int, value: Value) -> Any:
-        """What the rule is given for a value: its contents if it reads them, otherwise its description."""
-        kept = node.saved[i] if i < len(node.saved) else None
-        if kept is None:
-            return value
-        if not self.structure and (not kept.intact or _written_unseen(value)):
+    def _contents(self, node: Node, kept: Kept, value: Value, source: Node | None) -> Any:
+        """What the rule of `node` is given for a value whose contents it reads."""
+        tensor = kept.tensor
+        if not self.structure and (not kept.intact or (value._tensor() is not tensor and _written_unseen(value))):
             raise OverwrittenError(
                 message(
                     f"{value.name or 'a value'} that the rule of {node.op.name} reads "
@@ -288,11 +295,11 @@ class Sweep:
                     fix="write to it inside te.record(), or to a copy of it: .clone()",
                 )
             )
-        if not self.record or bound(kept.tensor) is value:
-            return kept.tensor
+        if not self.record or bound(tensor) is value:
+            return tensor
         with recorder.quietly():
-            alias = kept.tensor.detach()  # a tensor that stands for the value, so that the recording finds it
-            bind(alias, value, node if i >= len(node.inputs) else node.sources[i])
+            alias = tensor.detach()  # a tensor that stands for the value, so that the recording finds it
+            bind(alias, value, source)
         return alias
 
     # -- which values matter ----------------------------------------------------------------------------
@@ -366,6 +373,9 @@ def _uses(storage: torch.UntypedStorage) -> int:
     return count
 
 
+_by_seq = attrgetter("seq")
+
+
 def _ancestors(node: Node | None) -> list[Node]:
     """The nodes through which a gradient can pass from `node` back, in the order of recording."""
     if node is None:
@@ -376,11 +386,11 @@ def _ancestors(node: Node | None) -> list[Node]:
         here = stack.pop()
         if not here.op.differentiable or (here.cut and not here.mutates):
             continue
-        for value, source in zip(here.inputs, here.sources, strict=True):
-            if source is not None and source not in seen and value.differentiable:
+        for i, source in enumerate(here.sources):
+            if source is not None and source not in seen and here.inputs[i].differentiable:
                 seen.add(source)
                 stack.append(source)
-    return sorted(seen, key=lambda each: each.seq)
+    return sorted(seen, key=_by_seq)
 
 
 def _close(order: list[Node]) -> None:
@@ -404,9 +414,15 @@ def _as_given(gradients: list[Tensor]) -> None:
 
 
 def _written_unseen(value: Value) -> bool:
-    """Whether the tensor that holds the value was written to without the recorder noticing."""
-    holder = value.holder
-    return holder is not None and not value.leaf and bound(holder) is value and not unwritten(holder)
+    """Whether the tensor that holds the value was written to without the recorder noticing.
+
+    An alias that is kept in its place was made below torch's count of writes, and does not share it.
+    """
+    holder = value._tensor()
+    binding = None if holder is None else values_by_tensor.get(id(holder))
+    if holder is None or binding is None or binding.value is not value or value.leaf:
+        return False
+    return version_of(holder) not in binding.versions
 
 
 # -- what a user gave -------------------------------------------------------------------------------------

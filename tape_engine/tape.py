@@ -70,6 +70,12 @@ class Kept:
             return version_of(tensor) in self.versions and address_of(tensor) == self.address
 
 
+#: The dtypes whose values can have a gradient.
+DIFFERENTIABLE = frozenset(
+    each for each in vars(torch).values() if isinstance(each, torch.dtype) and (each.is_floating_point or each.is_complex)
+)
+
+
 class Value:
     """One tensor at one point of a recording: its description, and where it came from.
 
@@ -141,7 +147,7 @@ class Value:
     @property
     def differentiable(self) -> bool:
         """Whether it can have a gradient: floating or complex, and no constant."""
-        return not self.constant and (self.dtype.is_floating_point or self.dtype.is_complex)
+        return not self.constant and self.dtype in DIFFERENTIABLE
 
     # What a rule may ask of an argument whose data it does not read.
     @property
@@ -499,14 +505,16 @@ class Binding(weakref.ref[torch.Tensor]):
 values_by_tensor: dict[int, Binding] = {}
 
 
-def _forget(ref: Any, table: dict[int, Binding] = values_by_tensor) -> None:
-    if table.get(ref.key) is ref:  # the default outlives the module when the interpreter ends
-        del table[ref.key]
+def forget(ref: Any, table: dict[int, Binding] = values_by_tensor) -> None:
+    """Drops the binding of a tensor that is gone."""
+    key = ref.key
+    if table.get(key) is ref:  # the default outlives the module when the interpreter ends
+        del table[key]
 
 
 def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     """From now on `tensor` holds `value`, made by `node`."""
-    made = Binding(tensor, _forget)
+    made = Binding(tensor, forget)
     made.key = key = id(tensor)
     made.value = value
     made.node = node

@@ -141,10 +141,12 @@ class record:
 def pause() -> Iterator[None]:
     """A context in which nothing is recorded: its results are constants to the sweep."""
     state.paused += 1
+    state.deaf += 1
     try:
         yield
     finally:
         state.paused -= 1
+        state.deaf -= 1
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch._C import DisableTorchFunctionSubclass
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..plans import plan_of
+from ..plans import plan_of, plans
 from ..tape import Tape, Value, bind, current_tape, unbind
 from .inplace import record_write, unrecorded
 from .plain import record_plain
@@ -39,6 +39,9 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tape = self.tape
+        plan = plans.get(func)
+        if plan is not None and plan.plain and not (kwargs or state.deaf) and tape is current_tape():
+            return record_plain(tape, plan, args)
         kwargs = kwargs or {}
         if state.quiet or (tape.strong and tape is not current_tape()):
             return func(*args, **kwargs)
@@ -47,8 +50,6 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return unrecorded(func, plan, args, kwargs)
         if plan.writes:
             return record_write(tape, func, plan, args, kwargs)
-        if plan.plain and not kwargs:
-            return record_plain(tape, plan, args)
         taken = Taken(plan.op, tape, args, kwargs)
         if tape.strict:
             refuse_without_rule(plan.op, taken.inputs)
@@ -105,9 +106,11 @@ class quietly:
         if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), Mode):
             self.mode = torch._C._pop_torch_dispatch_stack(None)  # else each operation would pay the detour
         state.quiet += 1
+        state.deaf += 1
 
     def __exit__(self, *error: object) -> None:
         state.quiet -= 1
+        state.deaf -= 1
         if self.mode is not None:
             torch._C._push_on_torch_dispatch_stack(self.mode)
         self.guard.__exit__(None, None, None)
@@ -121,12 +124,12 @@ def recording(tape: Tape, *, sweep: bool = False, opening: bool = False) -> Iter
     the rules are given is linked to the values that it stands for. With ``opening=True`` a named operation
     is recorded as the torch operations of its body.
     """
-    before = state.quiet, state.grad_mode, state.linking, state.opening
-    state.quiet, state.opening = 0, opening
+    before = state.quiet, state.deaf, state.grad_mode, state.linking, state.opening
+    state.quiet, state.deaf, state.opening = 0, state.paused, opening
     if sweep:
         state.grad_mode, state.linking = False, True
     try:
         with Mode(tape):
             yield
     finally:
-        state.quiet, state.grad_mode, state.linking, state.opening = before
+        state.quiet, state.deaf, state.grad_mode, state.linking, state.opening = before

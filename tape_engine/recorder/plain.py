@@ -1,11 +1,13 @@
 """Recording what programs do most: an operation that makes one fresh tensor of others, and does nothing else.
 
-It is `Taken` and `write` in one, written out: what is saved here is saved at every operation of a program. Whatever
-is out of the ordinary (a list of tensors, a view, a write, a cut, a complex number) goes through those.
+It is `Taken` and `write` in one, written out, with their calls put in place: what is saved here is saved at every
+operation of a program (`tests/benchmarks` has the figures). Whatever is out of the ordinary (a list of tensors, a
+view, a write, a keyword argument) goes through those.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -14,37 +16,57 @@ import torch
 from .. import modules
 from ..names import user_frame
 from ..plans import Plan
-from ..tape import Kept, Node, Tape, Value, bind
+from ..tape import Binding, Kept, Node, Tape, Value, forget, values_by_tensor, versions_of
 from .state import is_cut
-from .writing import call, held, refuse_without_rule, stays_closed, undo
+from .writing import ALIAS, call, read, refuse_without_rule, stays_closed, undo
 
 __all__ = ["record_plain"]
 
 Tensor = torch.Tensor
 
-_alias = torch._C.TensorBase.detach  # torch's own: the method on Tensor is wrapped while a block is open
 _WITHOUT: dict[str, Any] = {}  # the keyword arguments of a call that has none
 
 
 def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
-    """The result of ``plan.call(*args)``, recorded on `tape`; `plan` is plain."""
-    op, length = plan.op, tape.length
+    """The result of ``plan.call(*args)``, recorded on `tape`; `plan` is plain.
+
+    It is called by `Mode.__torch_dispatch__`, and that by torch: the user's frame lies beyond.
+    """
+    op, token, length = plan.op, tape.token, tape.length
+    reads = op.reads_places(len(args))
     inputs: list[Value] = []
     sources: list[Node | None] = []
     saved: list[Kept | None] = []
-    given: list[Any] = []
-    is_complex = False
-    for argument, keep in zip(args, op.reads_places(len(args)), strict=False):
-        if isinstance(argument, Tensor):
-            value, source = held(argument, tape)
-            inputs.append(value)
-            sources.append(source)
-            saved.append(value.keep(argument) if keep else None)
-            given.append(value)
-            if value.dtype.is_complex:
-                is_complex = True
-        else:
-            given.append(argument)
+    only_tensors, is_complex = True, False
+    for i, argument in enumerate(args):
+        if not isinstance(argument, Tensor):
+            only_tensors = False
+            continue
+        value, source = None, None
+        binding = values_by_tensor.get(id(argument))
+        if binding is not None:
+            value, source = binding.value, binding.node
+            try:
+                unchanged = argument._version in binding.versions
+            except RuntimeError:  # an inference tensor, whose writes nobody counts
+                unchanged = True
+            if not unchanged or value.stale or value.dtype is not argument.dtype:
+                value = None
+            elif source is None:  # a leaf
+                if value.shape == argument.shape:
+                    tape.hold(argument)
+                else:
+                    value = None
+            elif source.tape is not token or value.constant or value._tensor() is not argument:
+                value = None  # not what the same tape has just made
+        if value is None:
+            value = read(argument, tape)
+            source = value.node
+        if value.dtype.is_complex:
+            is_complex = True
+        inputs.append(value)
+        sources.append(source)
+        saved.append(value.keep(argument) if reads[i] else None)
     if tape.strict:
         refuse_without_rule(op, inputs)
     try:
@@ -54,29 +76,30 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
         raise
     if not tape.strong and stays_closed(tape, op, inputs, [result]):
         return result
-    frame = user_frame()
+
+    given = tuple(inputs)
+    args = given if only_tensors else _refilled(args, inputs)
+    frame = user_frame(sys._getframe(2))
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
-    read = tuple(inputs)
-    node = Node(
-        op,
-        read if len(read) == len(given) else tuple(given),
-        _WITHOUT,
-        read,
-        tuple(sources),
-        code,
-        lasti,
-        modules.path(),
-    )
+    node = Node(op, args, _WITHOUT, given, tuple(sources), code, lasti, modules.path())
     value = Value(result)
     value._node = weakref.ref(node)
-    bind(result, value, node)
+    binding = Binding(result, forget)
+    binding.key = key = id(result)
+    binding.value, binding.node, binding.versions = value, node, versions_of(result)
+    values_by_tensor[key] = binding
     node.outputs = (value,)
     if is_cut():
         value.constant = node.cut = True
     else:
         if op.reads_output:
-            # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-            saved.append(value.keep(_alias(result)))
+            saved.append(value.keep(ALIAS(result)))
         node.saved = tuple(saved)
     tape.append(node)
     return result
+
+
+def _refilled(args: tuple[Any, ...], inputs: list[Value]) -> tuple[Any, ...]:
+    """`args` with values in the place of tensors."""
+    values = iter(inputs)
+    return tuple([next(values) if isinstance(argument, Tensor) else argument for argument in args])

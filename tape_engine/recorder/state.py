@@ -36,8 +36,9 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         self.quiet = 0  # inside the body of a named operation, a rule, a replay: nothing is heard
-        self.detaching = 0  # inside a detach() of the user's
         self.paused = 0  # inside te.pause(): heard, and left out
+        self.deaf = 0  # the sum of the two
+        self.detaching = 0  # inside a detach() of the user's
         self.opening = False  # named operations run their bodies, which are heard
         self.linking = False  # inside a sweep that is recorded: every binding counts, closed or not
         self.grad_mode = True  # torch's grad mode where the recording began: a change of it is a cut

@@ -17,16 +17,16 @@ from .. import aliases, modules, registry
 from ..errors import MissingRuleError, message
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
-from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of, versions_of
+from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
 from .state import OUTSIDE, SWEPT, UNSEEN, is_cut, state
 
 __all__ = [
+    "ALIAS",
     "AS_COMPLEX",
     "Taken",
     "as_constants",
     "call",
     "enter",
-    "held",
     "in_units_of",
     "is_update",
     "join_views",
@@ -82,22 +82,6 @@ def read(tensor: Tensor, tape: Tape) -> Value:
             stand_in.closed = SWEPT
             return stand_in
     return value
-
-
-def held(tensor: Tensor, tape: Tape) -> tuple[Value, Node | None]:
-    """The value that `tensor` holds now, and the node that made it: `read`, with what is most frequent first."""
-    binding = values_by_tensor.get(id(tensor))
-    if binding is not None:
-        value, node = binding.value, binding.node
-        if not value.stale and versions_of(tensor)[0] in binding.versions and tensor.dtype is value.dtype:
-            if node is None:
-                if tensor.shape == value.shape:  # a leaf read again
-                    tape.hold(tensor)
-                    return value, None
-            elif node.tape is tape.token and not value.constant and value._tensor() is tensor:
-                return value, node  # what the same tape has just made
-    value = read(tensor, tape)
-    return value, value.node
 
 
 def is_update(value: Value, node: Node | None) -> bool:
@@ -202,7 +186,7 @@ def write(
         outputs.append(value)
         if op.reads_output and not cut:
             # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-            kept = (*kept, value.keep(_alias(tensor)))
+            kept = (*kept, value.keep(ALIAS(tensor)))
     node.outputs = tuple(outputs)
     if cut:
         node.cut = True
@@ -218,7 +202,8 @@ def enter(taken: Taken, made: Sequence[Tensor]) -> Node:
     return write(t.tape, t.op, t.args, t.kwargs, t.inputs, t.kept, made, sources=t.sources, cut=is_cut())
 
 
-_alias = torch._C.TensorBase.detach  # torch's own: the method on Tensor is wrapped while a block is open
+#: An alias of a tensor. Torch's own method: that of Tensor is wrapped while a block is open.
+ALIAS = torch._C.TensorBase.detach
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lazily: bool) -> Any:
@@ -274,9 +259,9 @@ class Taken:
     def take(self, argument: Any, keep: bool) -> Any:
         """`argument` with values in the place of tensors; those are noted."""
         if isinstance(argument, Tensor):
-            value, source = held(argument, self.tape)
+            value = read(argument, self.tape)
             self.inputs.append(value)
-            self.sources.append(source)
+            self.sources.append(value.node)
             self.tensors.append(argument)
             self.kept.append(value.keep(argument) if keep else None)
             if value.dtype.is_complex:
