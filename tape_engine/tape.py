@@ -72,7 +72,9 @@ class Kept:
 
 #: The dtypes whose values can have a gradient.
 DIFFERENTIABLE = frozenset(
-    each for each in vars(torch).values() if isinstance(each, torch.dtype) and (each.is_floating_point or each.is_complex)
+    each
+    for each in vars(torch).values()
+    if isinstance(each, torch.dtype) and (each.is_floating_point or each.is_complex)
 )
 
 

@@ -38,6 +38,7 @@ ROOMS = (
     "ops",
     "rules",
     "gradients",
+    "walk",
     "sweep",
     "program",
     "explain",
@@ -71,7 +72,6 @@ LINES = 400
 LONG = {
     "tape_engine/tape.py": "the data model, which is best read in one place",
     "tape_engine/registry.py": "an operation's whole record, with the samples that it carries",
-    "tape_engine/sweep.py": "the walk, and the checks of what a user gives it",
     "dev.py": "it stands alone: it runs before anything is installed",
 }
 

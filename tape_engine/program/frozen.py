@@ -16,8 +16,8 @@ from ..aliases import write_view
 from ..errors import NotRecordedError, ShapeError, message
 from ..names import call_site, local_name, names_of, user_frame
 from ..recorder import SWEEP, SWEPT, UNSEEN, quietly, read, recording
-from ..sweep import Sweep
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
+from ..walk import Sweep
 from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
 from .opened import opened
 from .passes.dead import drop_dead

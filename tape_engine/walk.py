@@ -1,0 +1,391 @@
+"""The walk back over the tape: the gradients of what was recorded, node by node.
+
+A rule is mathematics for one operation. What is the same for all of them is done here, once: adding up the
+contributions to a value that was used several times, and checking that what a rule reads is what was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from . import recorder
+from .errors import NotRecordedError, OverwrittenError, RuleError, SweptError, TapeError, message
+from .gradients import borrowed, fitted, in_order, refill
+from .names import located
+from .specialise import specialise
+from .tape import (
+    DIFFERENTIABLE,
+    Kept,
+    Node,
+    Value,
+    bind,
+    bound,
+    current_tape,
+    describe,
+    next_in_sequence,
+    values_by_tensor,
+    version_of,
+)
+
+__all__ = ["Sweep", "closed_error"]
+
+Tensor = torch.Tensor
+
+
+class Sweep:
+    """One walk back from `root`.
+
+    Attributes:
+        structure: whether only the recording of the sweep matters and no number in it, so that contents
+            overwritten since do not.
+        order: the nodes that `root` depends on, in the order of recording.
+        arrivals: for a recorded sweep, each value with its complete gradient, in the order of the walk.
+        gradients: the gradients of the values that are asked for, as far as known.
+    """
+
+    def __init__(
+        self,
+        root: Value,
+        node: Node | None,
+        seed: Tensor,
+        *,
+        given: Tensor | None = None,
+        targets: list[Tensor] | None = None,
+        record: bool = False,
+        structure: bool = False,
+    ) -> None:
+        self.structure = structure
+        self.root = root
+        self.order = _ancestors(node)
+        self.record = record
+        self.targets = None if targets is None else {id(tensor) for tensor in targets}
+        self.asked = None if targets is None else self._asked()
+        self.useful = None if self.asked is None else self._useful(self.asked)
+        self.pending: dict[Value, Tensor] = {}
+        self.gradients: dict[Value, Tensor] = {}
+        self.arrivals: list[tuple[Value, Tensor]] = []
+        self._summed: set[Value] = set()  # whose pending gradient is memory of our own: it may be added to
+        self.tape = current_tape()
+        self._began = next_in_sequence()
+        self._given = given
+        self.pending[root] = seed
+
+    def run(self) -> Sweep:
+        """Walks back; afterwards `gradients` is complete."""
+        recording = recorder.recording(self.tape, sweep=True) if self.record else nullcontext()
+        length = self.tape.length
+        try:
+            with torch.no_grad(), recording:
+                if self.record or self.structure:
+                    for node in reversed(self.order):
+                        self._step(node)
+                else:
+                    self._walk()
+                for value in list(self.pending):  # what is left are the leaves
+                    self._arrive(value)
+                self._separate()
+        except BaseException:
+            if self.record:
+                self.tape.rewind(length)
+            raise
+        return self
+
+    def _walk(self) -> None:
+        """`_step` for each node, with what most of them need written out: it is done for every operation.
+
+        Most nodes have one output and a rule, read what is intact, and their gradients fit as they are.
+        """
+        pending, gradients, asked, useful, summed = self.pending, self.gradients, self.asked, self.useful, self._summed
+        for node in reversed(self.order):
+            op, inputs = node.op, node.inputs
+            if len(node.outputs) != 1 or op.grad is None or node.cut or node.outputs_tuple or node.kwargs:
+                self._step(node)
+                continue
+            out = node.outputs[0]
+            g = pending.pop(out, None)
+            if g is None:
+                continue
+            if (out._tensor() is not None) if asked is None else (out in asked):
+                gradients[out] = g
+            if useful is None:
+                needs = tuple([not v.constant and v.dtype in DIFFERENTIABLE for v in inputs])
+            else:
+                needs = tuple([v in useful for v in inputs])
+            if True not in needs or not op.differentiable:
+                continue
+            given: list[Any] = [*inputs, out]
+            for i, kept in enumerate(node.saved):
+                if kept is not None:
+                    tensor = kept.tensor
+                    if given[i]._tensor() is not tensor or not kept.intact:
+                        tensor = self._contents(node, kept, given[i])
+                    given[i] = tensor
+            read = given.pop()
+            if node.args is not inputs:
+                left = iter(given)
+                given = [refill(each, left) for each in node.args]
+            rule = op.grad if False not in needs else specialise(op.grad, needs)
+            try:
+                contributions = rule(g, read, *given)
+            except TapeError:
+                raise
+            except Exception as error:
+                raise _failed(node, [g], error) from error
+            if type(contributions) is not tuple or len(contributions) != len(inputs):
+                contributions = in_order(contributions, node)
+            for value, need, contribution in zip(inputs, needs, contributions, strict=True):
+                if contribution is None or not need:
+                    continue
+                if (
+                    type(contribution) is not Tensor
+                    or contribution.shape != value.shape
+                    or contribution.dtype is not value.dtype
+                    or contribution.device != value.device
+                ):
+                    contribution = fitted(contribution, value, node)
+                before = pending.get(value)
+                if before is None and not value.closed:
+                    pending[value] = contribution
+                elif value in summed:
+                    before.add_(contribution)  # type: ignore[union-attr]
+                else:
+                    self._add(value, contribution, node)
+
+    def _step(self, node: Node) -> None:
+        """Takes the gradients of a node's outputs, and passes on those of its inputs."""
+        g = [self._arrive(value) for value in node.outputs]
+        if not any(each is not None for each in g):
+            return
+        if node.cut:
+            for i, j in node.mutates:  # as in torch: under no_grad a gradient passes over a write
+                if i >= 0 and g[j] is not None:
+                    self._add(node.inputs[i], g[j], node)  # type: ignore[arg-type]
+            return
+        inputs, useful = node.inputs, self.useful
+        if useful is None:
+            needs = tuple([value.differentiable for value in inputs])
+        else:
+            needs = tuple([value in useful for value in inputs])
+        if True not in needs or not node.op.differentiable:
+            return
+        for value, need, contribution in zip(inputs, needs, self._apply(node, g, needs), strict=True):
+            if need and contribution is not None:
+                self._add(value, fitted(contribution, value, node), node)
+
+    def _arrive(self, value: Value) -> Tensor | None:
+        """The complete gradient of a value: all that used it have been passed."""
+        g = self.pending.pop(value, None)
+        if g is None:
+            return None
+        if value in self.asked if self.asked is not None else value._tensor() is not None:
+            self.gradients[value] = g
+        if self.record:
+            self.arrivals.append((value, g))
+        return g
+
+    def _add(self, value: Value, contribution: Tensor, reader: Node) -> None:
+        if value.closed and not self.structure:
+            raise closed_error(value, located(reader))
+        before = self.pending.get(value)
+        if before is None:
+            self.pending[value] = contribution
+        elif value in self._summed and not self.record:
+            before.add_(contribution)
+        else:
+            self.pending[value] = before + contribution
+            self._summed.add(value)
+
+    def _apply(self, node: Node, g: list[Tensor | None], needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
+        """The contributions of one node to its inputs, as its rule gives them."""
+        op = node.op
+        contents: list[Any] = [*node.inputs, *node.outputs]
+        sources = [*node.sources, *[node] * len(node.outputs)]
+        for i, kept in enumerate(node.saved):
+            if kept is not None:
+                contents[i] = self._linked(self._contents(node, kept, contents[i]), contents[i], sources[i])
+        count = len(node.inputs)
+        outputs, left = contents[count:], iter(contents[:count])
+        args = [refill(each, left) for each in node.args]
+        kwargs = {name: refill(each, left) for name, each in node.kwargs.items()}
+        out, g_out = node.returned(outputs), node.returned(g)
+        rule = borrowed(node, needs) if op.grad is None else specialise(op.grad, needs)
+        try:
+            returned = rule(g_out, out, *args, **kwargs)
+        except TapeError:
+            raise
+        except Exception as error:
+            raise _failed(node, g, error) from error
+        return in_order(returned, node)
+
+    def _contents(self, node: Node, kept: Kept, value: Value) -> Tensor:
+        """What the rule of `node` is given for a value whose contents it reads: those recorded, or an error."""
+        tensor = kept.tensor
+        if self.structure or (kept.intact and (value._tensor() is tensor or not _written_unseen(value))):
+            return tensor
+        raise OverwrittenError(
+            message(
+                f"{value.name or 'a value'} that the rule of {node.op.name} reads "
+                "was changed by a write that the recorder could not see.",
+                where=located(node),
+                operands=[(value.name or "value", describe(value))],
+                fix="write to it inside te.record(), or to a copy of it: .clone()",
+            )
+        )
+
+    def _linked(self, tensor: Tensor, value: Value, source: Node | None) -> Tensor:
+        """In a sweep that is recorded, a tensor that stands for `value`, so that the recording finds it."""
+        if not self.record or bound(tensor) is value:
+            return tensor
+        with recorder.quietly():
+            alias = tensor.detach()
+            bind(alias, value, source)
+        return alias
+
+    # -- which values matter ----------------------------------------------------------------------------
+
+    def _asked(self) -> set[Value]:
+        """The values that the tensors of `wrt` hold, or held as leaves."""
+        assert self.targets is not None
+        asked = {self.root} if id(self.root.holder) in self.targets else set()
+        for node in self.order:
+            for value in (*node.inputs, *node.outputs):
+                holder = value.holder
+                if holder is None or id(holder) not in self.targets or not value.differentiable:
+                    continue
+                if value.leaf or bound(holder) is value:
+                    asked.add(value)
+        return asked
+
+    def _useful(self, asked: set[Value]) -> set[Value]:
+        """The values through which a gradient finds its way to those asked for."""
+        useful = set(asked)
+        # a tensor that is not found here may lie behind a closed value: then that has to say so
+        hidden = self.targets is not None and self.targets > {id(value.holder) for value in asked}
+        for node in self.order:
+            if hidden:
+                useful.update(value for value in node.inputs if value.closed)
+            if any(value in useful for value in node.inputs):
+                useful.update(value for value in node.outputs if value.differentiable)
+        return useful
+
+    # -- what comes out ---------------------------------------------------------------------------------
+
+    def by_tensor(self) -> list[tuple[Tensor, Tensor]]:
+        """The gradients by the tensors that hold the values now; a leaf's are added up."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        late: list[tuple[Tensor, Tensor]] = []
+        for value, g in self.gradients.items():
+            holder = value.holder
+            if holder is None:
+                continue
+            if bound(holder) is value and not value.stale:
+                found[id(holder)] = (holder, g)
+            elif value.leaf:
+                late.append((holder, g))
+        for holder, g in late:
+            now = bound(holder)
+            if id(holder) not in found:
+                found[id(holder)] = (holder, g)
+            elif now is not None and recorder.is_update(now, now.node):
+                found[id(holder)] = (holder, g)  # the gradient passed over the write, and met what was there
+            elif now is not None and now.leaf:  # one leaf, written to in between: both readings count
+                found[id(holder)] = (holder, found[id(holder)][1] + g)
+        return list(found.values())
+
+    def _separate(self) -> None:
+        """Gives each gradient memory of its own: a rule may have returned ``g``, a view, or an argument."""
+        seen: set[int] = set()
+        for value, g in self.gradients.items():
+            known = values_by_tensor.get(id(g))
+            older = known is not None and (known.node is None or known.node.seq < self._began)
+            storage = g.untyped_storage()
+            # counted: the tensor itself and the handle in the line above
+            if g is self._given or older or storage._cdata in seen or _uses(storage) > 2:
+                g = g.clone(memory_format=torch.contiguous_format)
+                self.gradients[value] = g
+                storage = g.untyped_storage()
+            seen.add(storage._cdata)
+
+
+def _uses(storage: torch.UntypedStorage) -> int:
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+_by_seq = attrgetter("seq")
+
+
+def _ancestors(node: Node | None) -> list[Node]:
+    """The nodes through which a gradient can pass from `node` back, in the order of recording."""
+    if node is None:
+        return []
+    seen = {node}
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if not here.op.differentiable or (here.cut and not here.mutates):
+            continue
+        for i, source in enumerate(here.sources):
+            if source is not None and source not in seen and here.inputs[i].differentiable:
+                seen.add(source)
+                stack.append(source)
+    return sorted(seen, key=_by_seq)
+
+
+def _written_unseen(value: Value) -> bool:
+    """Whether the tensor that holds the value was written to without the recorder noticing.
+
+    An alias that is kept in its place was made below torch's count of writes, and does not share it.
+    """
+    holder = value._tensor()
+    binding = None if holder is None else values_by_tensor.get(id(holder))
+    if holder is None or binding is None or binding.value is not value or value.leaf:
+        return False
+    return version_of(holder) not in binding.versions
+
+
+def _failed(node: Node, g: list[Tensor | None], error: Exception) -> RuleError:
+    """What is raised when the rule of `node` raised `error`."""
+    title = getattr(node.op.grad, "__name__", "borrowed rule")
+    return RuleError(
+        message(
+            f"the rule {title} of {node.op.name} raised {type(error).__name__}: {error}",
+            where=located(node),
+            operands=_described(node, g),
+        )
+    )
+
+
+def _described(node: Node, g: list[Tensor | None]) -> list[tuple[str, str]]:
+    rows = [("g", describe(each)) for each in g if each is not None]
+    return rows + [(name, describe(v)) for name, v in zip(node.input_names, node.inputs, strict=True)]
+
+
+def closed_error(value: Value, where: str | None) -> TapeError:
+    """What says that no gradient may pass into a value."""
+    kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
+    name = value.name or "a value"
+    return kind(
+        message(
+            f"the gradient reaches {name}, which {value.closed}.",
+            where=where,
+            operands=[(value.name or "value", describe(value))],
+            fix=_way_around(value),
+        )
+    )
+
+
+def _way_around(value: Value) -> str:
+    name = value.name or "it"
+    if value.closed == recorder.SWEPT:
+        return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
+    if value.closed == recorder.SWEEP:
+        return "pass record=True to that sweep"
+    if value.closed == recorder.OUTSIDE:
+        return f"compute {name} inside `with te.record():`, or go on from {name}.detach()"
+    return f"write to {name} inside the recording, or to a copy of it: .clone()"
