@@ -46,29 +46,37 @@ class Kept:
 
     ``versions`` are torch's counts of the writes to it, by which a write unseen is found out. They are two
     just after a write, which torch counts once the recorder has seen it. ``address`` is where its elements
-    lie, by which ``x.data = y`` is found out, which torch does not count.
+    lie, by which ``x.data = y`` is found out, which torch does not count. For a copy, and for an alias that does
+    not share the count of its tensor's writes, there is nothing to find out: they are ``own``.
     """
 
-    __slots__ = ("__weakref__", "address", "tensor", "versions")
+    __slots__ = ("__weakref__", "address", "own", "tensor", "versions")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.replace(tensor)
-
-    def replace(self, tensor: torch.Tensor) -> None:
-        """From now on `tensor` has the contents."""
+    def __init__(self, tensor: torch.Tensor, *, own: bool = False) -> None:
         self.tensor = tensor
-        self.versions = versions_of(tensor)
-        self.address = address_of(tensor)
+        self.own = own
+        self.versions: tuple[int, ...] = ()
+        self.address = 0
+        if not own:
+            self.versions, self.address = versions_of(tensor), address_of(tensor)
+
+    def replace(self, copy: torch.Tensor) -> None:
+        """From now on `copy`, which nobody else has, has the contents."""
+        self.tensor, self.own = copy, True
 
     @property
     def intact(self) -> bool:
         """Whether the contents are still those that were recorded."""
+        if self.own:
+            return True
         tensor = self.tensor
         try:
             return tensor._version in self.versions and _data_ptr(tensor) == self.address
         except (RuntimeError, NotImplementedError):
             return version_of(tensor) in self.versions and address_of(tensor) == self.address
 
+
+_STRIDED = torch.strided
 
 #: The dtypes whose values can have a gradient.
 DIFFERENTIABLE = frozenset(
@@ -108,7 +116,7 @@ class Value:
         self.shape = tensor.shape
         self.dtype = tensor.dtype
         self.device = tensor.device
-        self.strides = tensor.stride() if tensor.layout is torch.strided else ()
+        self.strides = tensor.stride() if tensor.layout is _STRIDED else ()
         self._tensor: weakref.ref[torch.Tensor] = weakref.ref(tensor)
         if constant:
             self.constant = True
@@ -138,11 +146,11 @@ class Value:
         """The cell of its contents, if a rule keeps it."""
         return None if self._kept is None else self._kept()
 
-    def keep(self, tensor: torch.Tensor) -> Kept:
+    def keep(self, tensor: torch.Tensor, *, own: bool = False) -> Kept:
         """The cell of its contents, made of `tensor` if there is none yet."""
-        found = self.kept
+        found = None if self._kept is None else self._kept()
         if found is None:
-            found = Kept(tensor)
+            found = Kept(tensor, own=own)
             self._kept = weakref.ref(found)
         return found
 
@@ -520,7 +528,11 @@ def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     made.key = key = id(tensor)
     made.value = value
     made.node = node
-    made.versions = versions_of(tensor)
+    try:
+        count = tensor._version
+    except RuntimeError:
+        count = 0
+    made.versions = _FEW[count] if count < 32 else (count,)
     values_by_tensor[key] = made
 
 

@@ -63,9 +63,8 @@ class Sweep:
         self.root = root
         self.order = _ancestors(node)
         self.record = record
-        self.targets = None if targets is None else {id(tensor) for tensor in targets}
-        self.asked = None if targets is None else self._asked()
-        self.useful = None if self.asked is None else self._useful(self.asked)
+        self.asked = None if targets is None else self._asked(targets)
+        self.useful = None if targets is None or self.asked is None else self._useful(self.asked, targets)
         self.pending: dict[Value, Tensor] = {}
         self.gradients: dict[Value, Tensor] = {}
         self.arrivals: list[tuple[Value, Tensor]] = []
@@ -101,6 +100,7 @@ class Sweep:
         Most nodes have one output and a rule, read what is intact, and their gradients fit as they are.
         """
         pending, gradients, asked, useful, summed = self.pending, self.gradients, self.asked, self.useful, self._summed
+        devices = torch.accelerator.is_available()  # else all tensors are on the CPU, or shapes alone
         for node in reversed(self.order):
             op, inputs = node.op, node.inputs
             if len(node.outputs) != 1 or op.grad is None or node.cut or node.outputs_tuple or node.kwargs:
@@ -121,8 +121,8 @@ class Sweep:
             given: list[Any] = [*inputs, out]
             for i, kept in enumerate(node.saved):
                 if kept is not None:
-                    tensor = kept.tensor
-                    if given[i]._tensor() is not tensor or not kept.intact:
+                    tensor, holder = kept.tensor, given[i]._tensor()
+                    if not ((kept.own or kept.intact) and (holder is None or holder is tensor)):
                         tensor = self._contents(node, kept, given[i])
                     given[i] = tensor
             read = given.pop()
@@ -145,7 +145,7 @@ class Sweep:
                     type(contribution) is not Tensor
                     or contribution.shape != value.shape
                     or contribution.dtype is not value.dtype
-                    or contribution.device != value.device
+                    or (devices and contribution.device != value.device)
                 ):
                     contribution = fitted(contribution, value, node)
                 before = pending.get(value)
@@ -248,29 +248,30 @@ class Sweep:
 
     # -- which values matter ----------------------------------------------------------------------------
 
-    def _asked(self) -> set[Value]:
+    def _asked(self, targets: list[Tensor]) -> set[Value]:
         """The values that the tensors of `wrt` hold, or held as leaves."""
-        assert self.targets is not None
-        asked = {self.root} if id(self.root.holder) in self.targets else set()
+        wanted = {id(tensor) for tensor in targets}
+        asked = {self.root} if id(self.root.holder) in wanted else set()
+        made = [value for each in targets if (value := bound(each)) is not None and not value.leaf]
+        if made:
+            nodes = set(self.order)
+            asked.update(value for value in made if value.node in nodes and value.differentiable)
         for node in self.order:
-            for value in (*node.inputs, *node.outputs):
-                holder = value.holder
-                if holder is None or id(holder) not in self.targets or not value.differentiable:
-                    continue
-                if value.leaf or bound(holder) is value:
+            for value in node.inputs:
+                if value._node is None and id(value._tensor()) in wanted and value.differentiable:
                     asked.add(value)
         return asked
 
-    def _useful(self, asked: set[Value]) -> set[Value]:
+    def _useful(self, asked: set[Value], targets: list[Tensor]) -> set[Value]:
         """The values through which a gradient finds its way to those asked for."""
         useful = set(asked)
         # a tensor that is not found here may lie behind a closed value: then that has to say so
-        hidden = self.targets is not None and self.targets > {id(value.holder) for value in asked}
+        hidden = {id(tensor) for tensor in targets} > {id(value.holder) for value in asked}
         for node in self.order:
             if hidden:
                 useful.update(value for value in node.inputs if value.closed)
-            if any(value in useful for value in node.inputs):
-                useful.update(value for value in node.outputs if value.differentiable)
+            if not useful.isdisjoint(node.inputs):
+                useful.update([value for value in node.outputs if value.differentiable])
         return useful
 
     # -- what comes out ---------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ import torch
 from .. import modules
 from ..names import user_frame
 from ..plans import Plan
-from ..tape import Binding, Kept, Node, Tape, Value, forget, values_by_tensor, versions_of
-from .state import is_cut
+from ..tape import Kept, Node, Tape, Value, bind, values_by_tensor
+from .state import state
 from .writing import ALIAS, call, read, refuse_without_rule, stays_closed, undo
 
 __all__ = ["record_plain"]
@@ -66,7 +66,11 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
             is_complex = True
         inputs.append(value)
         sources.append(source)
-        saved.append(value.keep(argument) if reads[i] else None)
+        if reads[i]:
+            cell = None if value._kept is None else value._kept()
+            saved.append(value.keep(argument) if cell is None else cell)
+        else:
+            saved.append(None)
     if tape.strict:
         refuse_without_rule(op, inputs)
     try:
@@ -84,18 +88,19 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
     node = Node(op, args, _WITHOUT, given, tuple(sources), code, lasti, modules.path())
     value = Value(result)
     value._node = weakref.ref(node)
-    binding = Binding(result, forget)
-    binding.key = key = id(result)
-    binding.value, binding.node, binding.versions = value, node, versions_of(result)
-    values_by_tensor[key] = binding
+    bind(result, value, node)
     node.outputs = (value,)
-    if is_cut():
+    if state.grad_mode and not torch.is_grad_enabled():
         value.constant = node.cut = True
     else:
         if op.reads_output:
-            saved.append(value.keep(ALIAS(result)))
+            saved.append(value.keep(ALIAS(result), own=True))  # below autograd: the count is not shared
         node.saved = tuple(saved)
-    tape.append(node)
+    if tape.strong:
+        node.tape = token
+        tape._nodes.append(node)
+    else:
+        tape.append(node)
     return result
 
 
