@@ -116,6 +116,7 @@ class Op:
         broadcasts: whether the sweep may sum a gradient over broadcast dimensions; ``None`` lets it
             where the output's shape is what broadcasting the arguments gives.
         saves: the names of the rule's parameters whose data it reads; ``None`` without a rule.
+        outputs_read: of an operation with several outputs, those that its rule reads (``out[1]``); ``None`` for all.
         samples: the calls with which its rule is tested.
         formula: what a picture writes inside its box.
     """
@@ -136,6 +137,7 @@ class Op:
         self._differentiable = True
         self.broadcasts = broadcasts
         self.saves: frozenset[str] | None = None
+        self.outputs_read: frozenset[int] | None = None
         self.rule_parameters: tuple[str, ...] = ()
         self.samples: tuple[Sample, ...] = tuple(samples)
         self.formula = formula
@@ -180,6 +182,7 @@ class Op:
                 )
             )
         self.grad, self.saves, self.rule_parameters = function, saves, names or ()
+        self.outputs_read = None if names is None else places_read(function, names[1])
         self.differentiable = True
         return function
 
@@ -262,6 +265,37 @@ def reads(function: Rule) -> tuple[frozenset[str], tuple[str, ...] | None]:
         )
         read.update(loaded[:-1] if described else loaded)
     return frozenset(read) & set(names), names
+
+
+def places_read(function: Rule, name: str) -> frozenset[int] | None:
+    """Of a parameter that is a tuple, the elements that a rule's code reads; ``None`` if it reads it otherwise.
+
+    For ``g * out[1]`` that is ``{1}``.
+    """
+    code = inspect.unwrap(function).__code__
+    if name in code.co_cellvars:
+        return None
+    found: set[int] = set()
+    instructions = [each for each in dis.get_instructions(code) if each.opname not in ("CACHE", "EXTENDED_ARG")]
+    for i, here in enumerate(instructions):
+        if "LOAD_FAST" not in here.opname:
+            continue
+        loaded = here.argval if isinstance(here.argval, tuple) else (here.argval,)
+        if name not in loaded:
+            continue
+        index, subscript = [*instructions[i + 1 : i + 3], None, None][:2]
+        subscripted = (
+            index is not None
+            and subscript is not None
+            and index.opname in ("LOAD_CONST", "LOAD_SMALL_INT")
+            and type(index.argval) is int
+            and index.argval >= 0
+            and (subscript.opname == "BINARY_SUBSCR" or (subscript.opname, subscript.argrepr) == ("BINARY_OP", "[]"))
+        )
+        if name in loaded[:-1] or index is None or not subscripted:
+            return None
+        found.add(index.argval)
+    return frozenset(found)
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -186,7 +186,8 @@ def write(
         outputs.append(value)
         if op.reads_output and not cut:
             # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-            kept = (*kept, value.keep(ALIAS(tensor)))
+            read = op.outputs_read is None or len(made) == 1 or index in op.outputs_read
+            kept = (*kept, value.keep(ALIAS(tensor)) if read else None)
     node.outputs = tuple(outputs)
     if cut:
         node.cut = True

@@ -202,7 +202,8 @@ def _updated() -> Sample:
 
 def _batch_norm(
     g: Tensor,
-    out: Any,
+    mean: Tensor,
+    r: Tensor,
     x: Tensor,
     weight: Any,
     bias: Any,
@@ -212,7 +213,7 @@ def _batch_norm(
     eps: float,
 ) -> tuple[Any, ...]:
     gradients = aten.native_batch_norm_backward(
-        g, x, weight, running_mean, running_var, out[1], out[2], training, eps, _wanted(weight, bias)
+        g, x, weight, running_mean, running_var, mean, r, training, eps, _wanted(weight, bias)
     )
     return _with_bias(gradients, g, weight, bias, [d for d in range(x.ndim) if d != 1])
 
@@ -222,14 +223,14 @@ def _batch_norm(
 def native_batch_norm_grad(g, out, x, weight, bias, running_mean, running_var, training, momentum, eps):
     if g[0] is None:
         return None, None, None, None, None
-    return *_batch_norm(g[0], out, x, weight, bias, running_mean, running_var, training, eps), None, None
+    return *_batch_norm(g[0], out[1], out[2], x, weight, bias, running_mean, running_var, training, eps), None, None
 
 
 @rule(aten._batch_norm_with_update_functional.default, formula="batch norm(x)", samples=[_updated()])
 def batch_norm_with_update_grad(g, out, x, weight, bias, running_mean, running_var, momentum, eps):
     if g[0] is None:
         return None, None, None, None, None
-    return *_batch_norm(g[0], out, x, weight, bias, running_mean, running_var, True, eps), None, None
+    return *_batch_norm(g[0], out[1], out[2], x, weight, bias, running_mean, running_var, True, eps), None, None
 
 
 @rule(
@@ -240,7 +241,7 @@ def batch_norm_with_update_grad(g, out, x, weight, bias, running_mean, running_v
 def batch_norm_no_stats_grad(g, out, x, weight, bias, training, momentum, eps):
     if g[0] is None:
         return None, None, None
-    return _batch_norm(g[0], out, x, weight, bias, None, None, training, eps)
+    return _batch_norm(g[0], out[1], out[2], x, weight, bias, None, None, training, eps)
 
 
 @rule(
