@@ -1,0 +1,462 @@
+"""A rule's gradients held against finite differences and against ``torch.autograd``.
+
+Central differences decide where the operation is smooth: of a rule that agrees with them the difference to torch
+is only told. At a kink the two one-sided differences bound what a gradient may be; there an operation of torch has
+to give what torch gives, and a named one what lies between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import RuleError
+from .case import SEED, Case, differentiable
+from .hints import hints, shape_hints
+from .reports import CallReport, Fault
+
+__all__ = ["Differences", "compare", "ours", "reference", "seeds", "worst"]
+
+Tensor = torch.Tensor
+
+#: Of a larger argument this many elements are looked at one by one, and all of them together in some directions.
+ELEMENTS = 128
+DIRECTIONS = 2
+
+
+# -- three ways to a gradient ------------------------------------------------------------------------------
+
+
+def seeds(outputs: Sequence[Tensor], reached: Sequence[bool]) -> list[Tensor | None]:
+    """A gradient for each output that is reached: numbers from 0.2 to 1.5, no two alike."""
+    generator = torch.Generator().manual_seed(SEED)
+    found: list[Tensor | None] = []
+    for out, reach in zip(outputs, reached, strict=True):
+        drawn = 0.2 + 1.3 * torch.rand(out.shape, generator=generator, dtype=torch.float64)
+        if out.is_complex():
+            drawn = torch.complex(drawn, 0.2 + 1.3 * torch.rand(out.shape, generator=generator, dtype=torch.float64))
+        found.append(drawn.to(out.device, out.dtype) if reach and differentiable(out) else None)
+    return found
+
+
+@dataclass
+class Reference:
+    """What torch knows of a case.
+
+    Attributes:
+        known: the inputs of which torch has a gradient.
+        reached: the outputs from which torch lets one come; ``None`` where it knows nothing.
+    """
+
+    case: Case
+    known: list[bool]
+    reached: list[bool] | None
+
+    def gradients(self, g: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Torch's gradient of each input that is known; zeros where it sees no dependence."""
+        case = self.case
+        if not any(self.known):
+            return [None] * len(case.inputs)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() if k else t for t, k in zip(case.inputs, self.known, strict=True)]
+            outs = case.forward(leaves)
+            pairs = [(o, s) for o, s in zip(outs, g, strict=True) if s is not None and _has_gradient(o)]
+            asked = [t for t, k in zip(leaves, self.known, strict=True) if k]
+            if not pairs:
+                return [torch.zeros_like(t) if k else None for t, k in zip(case.inputs, self.known, strict=True)]
+            made = torch.autograd.grad([o for o, _ in pairs], asked, [s for _, s in pairs], allow_unused=True)
+        found = iter(made)
+        return [_or_zeros(next(found), t) if k else None for t, k in zip(case.inputs, self.known, strict=True)]
+
+
+def _or_zeros(g: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if g is None else g
+
+
+def _has_gradient(out: Tensor) -> bool:
+    """Whether torch lets a gradient come to this output, and knows what to do with it."""
+    return differentiable(out) and out.requires_grad and "NotImplemented" not in type(out.grad_fn).__name__
+
+
+def reference(case: Case) -> Reference:
+    """What torch knows of a case, tried with all inputs together, then with each alone."""
+    wanted = [differentiable(t) for t in case.inputs]
+    reached = _tried(case, wanted)
+    if reached is not None:
+        return Reference(case, wanted, reached)
+    alone = [[i == j for j in range(len(wanted))] if w else None for i, w in enumerate(wanted)]
+    tries = [None if one is None else _tried(case, one) for one in alone]
+    known = [each is not None for each in tries]
+    reached = next((each for each in tries if each is not None), None)
+    if sum(known) > 1 and _tried(case, known) is None:
+        known = [i == known.index(True) for i in range(len(known))]
+    return Reference(case, known, reached)
+
+
+def _tried(case: Case, wanted: list[bool]) -> list[bool] | None:
+    """The outputs that torch reaches when these inputs require a gradient; ``None`` where it cannot."""
+    if not any(wanted):
+        return None
+    try:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() if w else t for t, w in zip(case.inputs, wanted, strict=True)]
+            outs = case.forward(leaves)
+            reached = [_has_gradient(o) for o in outs]
+            made = [o for o, r in zip(outs, reached, strict=True) if r]
+            if not made:
+                return None
+            asked = [t for t, w in zip(leaves, wanted, strict=True) if w]
+            torch.autograd.grad(made, asked, [torch.ones_like(o) for o in made], allow_unused=True)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None
+    return reached
+
+
+def ours(case: Case, g: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Fault], list[Tensor | None]]:
+    """What the rule gives each input, fitted as the sweep does; what is wrong about it; and what it returned.
+
+    Raises:
+        RuleError: for a rule that raises, or returns another number of gradients.
+    """
+    returned = case.in_order(case.rule(g))
+    found: list[Tensor | None] = []
+    faults: list[Fault] = []
+    for place, (contribution, given) in enumerate(zip(returned, case.inputs, strict=True)):
+        if contribution is None or not differentiable(given):
+            found.append(torch.zeros_like(given) if differentiable(given) else None)
+            continue
+        try:
+            found.append(case.fitted(contribution, place))
+        except RuleError as error:
+            found.append(None)
+            faults.append(Fault(case.names[place], "shape", str(error).partition("\n")[0]))
+            continue
+        exact = all(t.dtype in (torch.float64, torch.complex128) for t in [*case.inputs, *g] if differentiable(t))
+        if exact and contribution.dtype not in (torch.float64, torch.complex128):
+            told = str(contribution.dtype).removeprefix("torch.")
+            what = f"the rule computes in {told} what is given in float64, and loses half of the digits or more"
+            faults.append(Fault(case.names[place], "precision", what))
+    return found, faults, returned
+
+
+class Differences:
+    """Finite differences of a case's forward, weighted by several choices of ``g`` at once."""
+
+    def __init__(self, case: Case, choices: Sequence[Sequence[Tensor | None]]) -> None:
+        self.case = case
+        self.choices = choices
+        self.base = case.outputs
+        self.eps = case.eps
+        self.step = self.eps ** (1 / 3)
+        self._known: dict[tuple[int, tuple[int, ...], complex], list[float]] = {}
+        self.noise = [self.eps * self._weight(g) / self.step for g in choices]
+
+    def _weight(self, g: Sequence[Tensor | None]) -> float:
+        pairs = [(s, o) for s, o in zip(g, self.base, strict=True) if s is not None]
+        return sum(float((s.abs() * o.abs()).nan_to_num(0, 0, 0).sum()) for s, o in pairs)
+
+    def _moved(self, place: int, direction: Tensor, by: float) -> list[Tensor]:
+        moved = list(self.case.inputs)
+        moved[place] = moved[place] + by * direction
+        return self.case.forward(moved)
+
+    def _contracted(self, a: Sequence[Tensor], b: Sequence[Tensor], by: float) -> list[float]:
+        found = []
+        for g in self.choices:
+            total = 0.0
+            for s, left, right in zip(g, a, b, strict=True):
+                if s is not None:
+                    if left.shape != right.shape:
+                        return [float("nan")] * len(self.choices)
+                    total += float((s.conj() * (left - right)).real.sum()) / by
+            found.append(total)
+        return found
+
+    def along(self, place: int, direction: Tensor, step: float) -> list[float]:
+        """The slope along `direction` for each choice of ``g``."""
+        up, down = self._moved(place, direction, step), self._moved(place, direction, -step)
+        return self._contracted(up, down, 2 * step)
+
+    def at(self, place: int, index: tuple[int, ...], unit: complex) -> list[float]:
+        """The slope for one element, real or imaginary part, for each choice of ``g``."""
+        found = self._known.get((place, index, unit))
+        if found is None:
+            found = self.along(place, _unit(self.case.inputs[place], index, unit), self.step)
+            self._known[place, index, unit] = found
+        return found
+
+    def sides(self, place: int, direction: Tensor, step: float) -> tuple[list[float], list[float]]:
+        """The slopes after and before the point, for each choice of ``g``."""
+        after = self._contracted(self._moved(place, direction, step), self.base, step)
+        before = self._contracted(self.base, self._moved(place, direction, -step), step)
+        return after, before
+
+
+# -- held against each other ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Compared:
+    """The elements of one argument that were looked at, for one choice of ``g``."""
+
+    expected: Tensor
+    wrong: Tensor
+    off: float = 0.0
+    kinks: list[tuple[tuple[int, ...], float, float, float]] = field(default_factory=list)
+    unknown: int = 0
+
+
+def compare(case: Case, choices: Sequence[Sequence[Tensor | None]], known: Reference, report: CallReport) -> None:
+    """Adds to `report` what is right and wrong of the rule for each choice of ``g``."""
+    slopes = Differences(case, choices)
+    told: set[tuple[str, str]] = {(fault.argument, fault.kind) for fault in report.faults}
+    for which, g in enumerate(choices):
+        try:
+            gradients, faults, returned = ours(case, g)
+        except Exception as error:
+            report.faults.append(_raised(case, g, error))
+            return
+        torchs = known.gradients(g)
+        found: list[Compared | None] = [None] * len(gradients)
+        for place, gradient in enumerate(gradients):
+            if differentiable(case.inputs[place]):
+                found[place] = _against_differences(case, slopes, which, place, gradient, torchs[place])
+        for fault in faults:
+            if (fault.argument, fault.kind) not in told:
+                place = case.names.index(fault.argument)
+                there, gave = found[place], returned[place]
+                shown = tuple(shape_hints(gave, there.expected)) if there is not None and gave is not None else ()
+                report.faults.append(Fault(fault.argument, fault.kind, fault.what, hints=shown))
+                told.add((fault.argument, fault.kind))
+        expected = [None if each is None else each.expected for each in found]
+        for place, (gradient, one) in enumerate(zip(gradients, found, strict=True)):
+            name = case.names[place]
+            if one is None or gradient is None or (name, "value") in told:
+                continue
+            if bool(one.wrong.any()):
+                given = "" if all(s is not None for s in g) else f", with g of output {_given(g)} alone"
+                clues = hints(place, gradient, one.expected, one.wrong, expected, case.inputs, case.names, case.outputs)
+                report.faults.append(worst(name, gradient, one.expected, one.wrong, given, tuple(clues)))
+                told.add((name, "value"))
+                report.agrees.pop(name, None)
+                continue
+            _note(case, report, place, gradient, one, torchs[place])
+            if which == 0:
+                report.agrees[name] = _agreement(one, gradient, torchs[place])
+
+
+def _given(g: Sequence[Tensor | None]) -> str:
+    return ", ".join(str(i) for i, s in enumerate(g) if s is not None)
+
+
+def _raised(case: Case, g: Sequence[Tensor | None], error: Exception) -> Fault:
+    """The fault of a rule that raised: that it reads what its code does not show, perhaps."""
+    if isinstance(error, RuleError):
+        return Fault("", "count", str(error).partition("\n")[0])
+    named = getattr(case.node.op.grad, "__name__", "the rule")
+    try:
+        case.rule(g, whole=True)
+    except Exception:  # it raises whatever it is given: the first error tells
+        absent = "" if all(s is not None for s in g) else f" where g of output {_given(g)} alone is given"
+        return Fault("", "error", f"{named} raised {type(error).__name__}{absent}: {error}")
+    what = f"{named} reads the data of an argument in a way that its code does not show"
+    clue = "name the argument outright in the rule: only what its code names is kept until the sweep"
+    return Fault("", "hidden", f"{what} ({type(error).__name__}: {error})", hints=(clue,))
+
+
+def worst(name: str, got: Tensor, expected: Tensor, wrong: Tensor, given: str, clues: tuple[str, ...]) -> Fault:
+    """The fault of a gradient with wrong elements: it tells the one that is furthest off."""
+    error = (got - expected).abs()
+    # what is NaN or infinite on one side alone is furthest off
+    error = torch.where(wrong & ~error.isfinite(), torch.full_like(error, float("inf")), error)
+    error = torch.where(wrong, error, torch.full_like(error, -1.0))
+    flat = int(error.reshape(-1).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), got.shape)) if got.ndim else ()
+    largest = float(error.reshape(-1)[flat])
+    scale = expected[wrong].abs()
+    ratio = float((error[wrong] / scale).nan_to_num(float("inf")).max())
+    e, a = expected[index].item(), got[index].item()
+    place = "" if not index else f" at {list(index)}"
+    what = (
+        f"wrong in {int(wrong.sum())} of {int((~expected.isnan() | wrong).sum())} elements of {tuple(got.shape)}{given}; "
+        f"most{place}: expected {e:.6g}, the rule gives {a:.6g} (off by {largest:.2g}, relative {ratio:.2g})"
+    )
+    return Fault(name, "value", what, index, e, a, largest, ratio, clues)
+
+
+def _note(case: Case, report: CallReport, place: int, got: Tensor, one: Compared, torchs: Tensor | None) -> None:
+    name = case.names[place]
+    for index, before, after, gives in one.kinks[:1]:
+        at = f"{name}{list(index)}" if index else name
+        more = f" (and at {len(one.kinks) - 1} more)" if len(one.kinks) > 1 else ""
+        told = f"a kink at {at}{more}: slope {before:.6g} before and {after:.6g} after, the rule gives {gives:.6g}"
+        if told not in report.notes:
+            report.notes.append(told)
+    if one.unknown:
+        told = f"{name}: the differences at {one.unknown} elements are not finite, and tell nothing"
+        if told not in report.notes:
+            report.notes.append(told)
+    if torchs is not None and not one.kinks and not one.unknown and not _near(got, torchs, 1e-6).all():
+        told = f"{name}: torch.autograd gives something else; finite differences agree with the rule"
+        if told not in report.notes:
+            report.notes.append(told)
+
+
+def _agreement(one: Compared, got: Tensor, torchs: Tensor | None) -> str:
+    count = int((~one.expected.isnan()).sum())
+    told = f"{count} of {got.numel()} elements" if count < got.numel() else f"{count} element{'s' * (count != 1)}"
+    told = f"agrees with finite differences ({told}, to {one.off:.0e})"
+    return told + ("" if torchs is None else " and torch.autograd")
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
+    """Where two gradients agree, relative to the largest; NaN agrees with NaN, and infinity with itself."""
+    finite = b.abs()[b.isfinite()] if b.numel() else b.abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return torch.isclose(a, b.to(a.dtype), rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def _against_differences(
+    case: Case, slopes: Differences, which: int, place: int, got: Tensor | None, torchs: Tensor | None
+) -> Compared:
+    """The elements of an input's gradient held against differences; `got` is missing where its shape was wrong."""
+    x = case.inputs[place]
+    expected = torch.full(x.shape, float("nan"), dtype=x.dtype, device=x.device)
+    one = Compared(expected, torch.zeros(x.shape, dtype=torch.bool, device=x.device))
+    if x.numel() == 0:
+        return one
+    for index in _elements(x.shape):
+        total = complex(0)
+        for unit in (1.0, 1j) if x.is_complex() else (1.0,):
+            total += unit * slopes.at(place, index, unit)[which]
+        expected[index] = total if x.is_complex() else total.real
+    if got is None:
+        return one
+    tolerance = max(1e-5, 4 * slopes.eps ** (2 / 3))
+    finite = expected[expected.isfinite()].abs()
+    floor = tolerance * (float(finite.max()) if finite.numel() else 0.0) + 20 * slopes.noise[which]
+    looked = ~expected.isnan()
+    miss = (got - expected).abs() > floor + tolerance * expected.abs()
+    miss |= ~expected.isfinite() | ~got.isfinite()
+    tried = torch.zeros_like(looked)
+    for index in _elements(x.shape):
+        tried[index] = True
+    for index in (miss & tried).nonzero().tolist():
+        _settle(case, slopes, which, place, tuple(index), got, torchs, one, floor)
+    if slopes.eps > 1e-10 and torchs is not None:  # too coarse for differences: torch has the finer eye
+        one.wrong |= ~_near(got, torchs, 50 * slopes.eps) & ~_near(got.nan_to_num(), torchs.nan_to_num(), 50 * slopes.eps)
+        one.expected = torch.where(one.wrong, torchs, one.expected)
+    good = looked & ~one.wrong & expected.isfinite() & got.isfinite() & ~miss
+    if bool(good.any()):
+        one.off = float(((got - expected).abs()[good].max() / max(float(expected.abs()[good].max()), 1e-300)))
+    if x.numel() > ELEMENTS and not bool(one.wrong.any()):
+        _along_directions(slopes, which, place, got, one)
+    return one
+
+
+def _elements(shape: torch.Size) -> Iterator[tuple[int, ...]]:
+    """The indices that are looked at one by one: all, or `ELEMENTS` of them spread evenly."""
+    count = shape.numel()
+    chosen = range(count) if count <= ELEMENTS else [i * (count - 1) // (ELEMENTS - 1) for i in range(ELEMENTS)]
+    for flat in chosen:
+        index = []
+        for size in reversed(shape):
+            flat, left = divmod(flat, size)
+            index.append(left)
+        yield tuple(reversed(index))
+
+
+def _unit(x: Tensor, index: tuple[int, ...], unit: complex) -> Tensor:
+    """The direction of one element, real or imaginary."""
+    direction = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    direction[index] = unit if x.is_complex() else unit.real
+    return direction
+
+
+def _settle(
+    case: Case,
+    slopes: Differences,
+    which: int,
+    place: int,
+    index: tuple[int, ...],
+    got: Tensor,
+    torchs: Tensor | None,
+    one: Compared,
+    floor: float,
+) -> None:
+    """Tells a wrong element from a kink, and from where differences tell nothing."""
+    x = case.inputs[place]
+    as_torch = None if torchs is None else bool(_near(got, torchs, 1e-6)[index])
+    for unit in (1.0, 1j) if x.is_complex() else (1.0,):
+        direction = _unit(x, index, unit)
+        value = complex(got[index].item())
+        gives = value.imag if unit == 1j else value.real
+        wide = [each[which] for each in slopes.sides(place, direction, slopes.step)]
+        close = [each[which] for each in slopes.sides(place, direction, slopes.step / 16)]
+        loose = 100 * floor + 1e-3 * abs(gives) + 1e-9
+        slope = [c for c in close if c == c and abs(c) != float("inf")]
+        if len(slope) < 2:  # the edge of the domain
+            one_sided = any(abs(c - gives) <= loose for c in slope)
+            if as_torch or one_sided:
+                one.unknown += not one_sided
+            elif as_torch is False:
+                one.wrong[index], one.expected[index] = True, torchs[index]  # type: ignore[index]
+            elif slope:
+                one.wrong[index] = True
+                one.expected[index] = slope[0]
+            else:
+                one.unknown += 1
+            continue
+        gap, gap_close = abs(wide[0] - wide[1]), abs(close[0] - close[1])
+        smooth = gap_close <= 0.3 * gap + 40 * floor
+        if smooth:
+            middle = (close[0] + close[1]) / 2
+            # where it bends quickly the shorter step is the better one
+            if abs(gives - middle) > 20 * floor + 1e-5 * abs(middle) + abs(middle - (wide[0] + wide[1]) / 2):
+                one.wrong[index] = True
+            continue
+        jumps = max(map(abs, close)) > 6 * max(map(abs, wide))
+        low, high = min(close), max(close)
+        if jumps:
+            low = high = min(close, key=abs)
+        conventional = low - loose <= gives <= high + loose
+        if as_torch or (conventional and (case.node.op.is_named or as_torch is None)):
+            one.kinks.append((index, close[1], close[0], gives))
+        else:
+            one.wrong[index] = True
+            one.expected[index] = torchs[index] if torchs is not None else (low + high) / 2
+
+
+def _along_directions(slopes: Differences, which: int, place: int, got: Tensor, one: Compared) -> None:
+    """All elements of a large argument together; where that is off, halving finds one that is wrong."""
+    x = slopes.case.inputs[place]
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(DIRECTIONS):
+        weights = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype) + 0.5
+        flat = torch.arange(x.numel(), device=x.device)
+        if not _off_along(slopes, which, place, got, weights, flat):
+            continue
+        while len(flat) > 1:
+            left, right = flat[: len(flat) // 2], flat[len(flat) // 2 :]
+            flat = left if _off_along(slopes, which, place, got, weights, left) else right
+        index = tuple(int(i) for i in torch.unravel_index(flat[0].cpu(), x.shape))
+        if not _off_along(slopes, which, place, got, weights, flat):
+            continue  # scattered below what one element shows: rounding, or kinks that were crossed
+        one.wrong[index] = True
+        one.expected[index] = slopes.at(place, index, 1.0)[which]
+        return
+
+
+def _off_along(slopes: Differences, which: int, place: int, got: Tensor, weights: Tensor, flat: Tensor) -> bool:
+    direction = torch.zeros_like(weights).reshape(-1)
+    direction[flat] = weights.reshape(-1)[flat]
+    direction = direction.reshape(weights.shape)
+    product = float((got.conj() * direction).real.sum())
+    size = float((got.abs() * direction.abs()).square().sum().sqrt())
+    best = min(
+        abs(product - slopes.along(place, direction, h)[which]) for h in (slopes.step, slopes.step / 16)
+    )
+    return not best <= 1e-4 * size + 300 * slopes.noise[which]
