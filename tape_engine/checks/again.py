@@ -119,6 +119,13 @@ class Again:
                     overlay[value] = overlay.get(value, self.held[value]) + by[value]
         return overlay.get(self.root, self.held[self.root])
 
+    def slope(self, by: dict[Value, Tensor], seed: Tensor) -> float:
+        """How far the root, weighted by `seed`, moves; NaN where an operation does not take what is moved."""
+        try:
+            return float((seed.conj() * (self.moved(by) - self.held[self.root])).real.sum())
+        except RuntimeError:
+            return float("nan")
+
     def _run_on(self, node: Node, place: int, overlay: dict[Value, Tensor]) -> None:
         if node.cut:  # under no_grad the gradient of a tensor passes over a write to it
             for i, j in node.mutates:
@@ -130,7 +137,7 @@ class Again:
         if not node.op.differentiable:
             return
         tensors = [overlay.get(value, self.held[value]) for value in node.inputs]
-        results = run(node, tensors, SEED + place)[0]
+        results = _run_tracked(node, tensors, SEED + place)
         for value, result in zip(node.outputs, results, strict=True):
             if value.differentiable:
                 overlay[value] = result if result.dtype == self.held[value].dtype else result.to(self.held[value].dtype)
@@ -172,6 +179,23 @@ class Again:
                 raise Unknown(str(error)) from None
         by_value = dict(zip(found, made, strict=True))
         return [by_value.get(value) for value in wanted]
+
+
+def _run_tracked(node: Node, tensors: list[Tensor], seed: int) -> list[Tensor]:
+    """The forward; tensors that torch takes only without a gradient (statistics, weights of a loss) go without."""
+    tracked = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+    try:
+        return run(node, tensors, seed)[0]
+    except RuntimeError:
+        if not tracked:
+            raise
+    for i in tracked:
+        alone = [t if k == i else t.detach() for k, t in enumerate(tensors)]
+        try:
+            run(node, alone, seed)
+        except RuntimeError:
+            tensors = [t.detach() if k == i else t for k, t in enumerate(tensors)]
+    return run(node, tensors, seed)[0]
 
 
 def _renamed(argument: object, values: object, double: bool) -> object:

@@ -92,7 +92,8 @@ def run(node: Node, tensors: Sequence[Tensor], seed: int = SEED) -> tuple[list[T
     args = [refill(each, contents) for each in node.args]
     kwargs = {name: refill(each, contents) for name, each in node.kwargs.items()}
     sow(seed)
-    result = node.op.forward(*args, **kwargs)
+    with torch.enable_grad():  # as where it was recorded: some operations leave out what their rule reads without it
+        result = node.op.forward(*args, **kwargs)
     return tensors_in(result), result
 
 
@@ -175,7 +176,7 @@ def case_of(op: Op, args: Sequence[Any], kwargs: dict[str, Any], double: bool = 
     named = {name: take(change(each)) for name, each in kwargs.items()}
     node = Node(op, tuple(given), named, tuple(values))
     outputs, result = run(node, tensors)
-    outputs = [each.clone() if any(each is t for t in tensors) else each for each in outputs]
+    outputs = [each.clone() if any(each is t for t in tensors) else each.detach() for each in outputs]
     node.outputs = tuple(Value(each) for each in outputs)
     node.outputs_tuple = not isinstance(result, Tensor)
     node.gaps = tuple(i for i, each in enumerate(result) if each is None) if node.outputs_tuple else ()

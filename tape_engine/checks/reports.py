@@ -46,6 +46,7 @@ class CallReport:
         agrees: for each argument that is right, how it was told.
         faults: what is wrong.
         notes: what could not be compared, or is a matter of convention.
+        apart: the arguments whose gradient is torch's convention rather than the forward's slope.
         second: ``agrees``, ``differs``, or why there is no second derivative to compare.
     """
 
@@ -53,6 +54,7 @@ class CallReport:
     agrees: dict[str, str] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    apart: set[str] = field(default_factory=set)
     second: str = ""
 
     def __bool__(self) -> bool:
