@@ -40,16 +40,28 @@ class Again:
         self.twins: dict[Value, Value] = {}
         self.held: dict[Value, Tensor] = {}
         self.random = False
+        self._lost: set[Value] = set()  # what was overwritten before any rule needed it
         made: dict[Node, Node] = {}
         for place, each in enumerate(_behind(node)):
-            made[each] = self._renewed(each, place, made)
+            given = _given(each)
+            if given is None:
+                made[each] = self._renewed(each, place, made)
+            else:
+                for value, tensor in zip(each.outputs, given, strict=True):
+                    self._twin(value, doubled(tensor) if double else tensor.detach().clone())
         self.root = self._leaf(root) if node is None else self.twins[root]
-        self.node = None if node is None else made[node]
+        self.node = None if node is None else made.get(node)
 
-    def _leaf(self, value: Value) -> Value:
+    def _leaf(self, value: Value, *, unread: bool = False) -> Value:
         twin = self.twins.get(value)
-        if twin is None:
-            contents = _contents(value)
+        if twin is None or (value in self._lost and not unread):
+            try:
+                contents = _contents(value)
+            except OverwrittenError:
+                if not unread:
+                    raise
+                self._lost.add(value)
+                contents = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
             tensor = doubled(contents) if self.double else contents.detach().clone()
             twin = self.twins[value] = self._twin(value, tensor)
         return twin
@@ -62,20 +74,22 @@ class Again:
         return twin
 
     def _renewed(self, old: Node, place: int, made: dict[Node, Node]) -> Node:
+        # what a write under no_grad left behind is there, and what was there before need not be
+        given = _available(old) if old.cut and old.mutates else None
         for value, source in zip(old.inputs, old.sources, strict=True):
             if source is None:
-                self._leaf(value)
+                self._leaf(value, unread=given is not None)
         inputs = [self.twins[value] for value in old.inputs]
         filled = iter(inputs)
         args = tuple([_renamed(each, filled, self.double) for each in old.args])
         kwargs = {name: _renamed(each, filled, self.double) for name, each in old.kwargs.items()}
         node = Node(old.op, args, kwargs, tuple(inputs), *old.site, old.scope)
-        node.sources = tuple([None if source is None else made[source] for source in old.sources])
+        node.sources = tuple([None if source is None else made.get(source) for source in old.sources])
         node.outputs_tuple, node.gaps, node.mutates = old.outputs_tuple, old.gaps, old.mutates
         node.cut, node.random = old.cut, old.random
-        self.random |= old.random
         tensors = [self.held[value] for value in inputs]
-        results = run(node, tensors, SEED + place)[0]
+        self.random |= old.random
+        results = run(node, tensors, SEED + place)[0] if given is None else given
         outputs = []
         for value, result in zip(old.outputs, results, strict=True):
             tensor = self._as_recorded(result, value)
@@ -211,11 +225,35 @@ def _behind(node: Node | None) -> list[Node]:
     seen = {node}
     stack = [node]
     while stack:
-        for source in stack.pop().sources:
+        here = stack.pop()
+        if here is not node and _given(here) is not None:
+            continue
+        for source in here.sources:
             if source is not None and source not in seen:
                 seen.add(source)
                 stack.append(source)
     return sorted(seen, key=lambda each: each.seq)
+
+
+def _given(node: Node) -> list[Tensor] | None:
+    """What a node that takes no gradient gave (noise, a mask, a constant), where that is still there."""
+    if any(value.differentiable for value in node.inputs) or node.mutates:
+        return None
+    return _available(node)
+
+
+def _available(node: Node) -> list[Tensor] | None:
+    """The outputs of a node as they were recorded, if all of them can still be had."""
+    found = []
+    for value in node.outputs:
+        kept, tensor = value.kept, value.tensor
+        if kept is not None and kept.intact:
+            found.append(kept.tensor)
+        elif tensor is not None and unwritten(tensor):
+            found.append(tensor.detach())
+        else:
+            return None
+    return found
 
 
 def _contents(value: Value) -> Tensor:

@@ -417,7 +417,7 @@ def _settle(
         loose = 100 * floor + 1e-3 * abs(gives) + 1e-9
         slope = [c for c in close if c == c and abs(c) != float("inf")]
         if len(slope) < 2:  # the edge of the domain
-            one_sided = any(abs(c - gives) <= loose for c in slope)
+            one_sided = math.isfinite(gives) and any(abs(c - gives) <= loose for c in slope)
             if as_torch or one_sided:
                 one.unknown += not one_sided
             elif as_torch is False:

@@ -56,9 +56,6 @@ def hints(
     if factor is not None:
         yield from _factor_told(factor, inputs, names, out)
         return
-    if got.is_complex() and alike(got.conj(), expected):
-        yield "the conjugate is missing: for a holomorphic function, g times the conjugate of the derivative"
-        return
     for i, other in enumerate(others):
         if i != place and other is not None and alike(got, other):
             yield f"this is the gradient of {names[i]}: are the two in the wrong order?"
@@ -72,6 +69,9 @@ def hints(
         if alike(got.flip(dim), expected):
             yield f"its elements run the other way along dimension {dim}"
             return
+    if got.is_complex() and alike(got.abs(), expected.abs()):
+        yield "only the phase is wrong: a holomorphic rule multiplies g by the conjugate of the derivative"
+        return
     yield from _region(wrong, inputs[place], known)
 
 

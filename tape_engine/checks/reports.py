@@ -14,7 +14,8 @@ class Fault:
 
     Attributes:
         argument: the name of the argument (or tensor) whose gradient is wrong; "" for the rule as a whole.
-        kind: ``value``, ``second``, ``shape``, ``error``, ``write``, ``purity``, ``precision``, ``part``.
+        kind: ``value``, ``second``, ``shape``, ``count``, ``error``, ``hidden``, ``write``,
+            ``purity``, ``linear``, ``precision``, ``part``, ``differences``.
         what: the fault in words.
         index: the element that is furthest off.
         expected, got: its gradient as it should be, and as the rule gives it.

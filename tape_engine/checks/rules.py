@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DTypeError, MissingRuleError, RuleError, TapeError, message
+from ..exits import close_exits, open_exits
 from ..names import call_site, user_frame
 from ..recorder import recording, rule_to_add
 from ..registry import Op, Spec, records
@@ -277,6 +278,11 @@ def _check_manners(case: Case, g: Sequence[Tensor | None], report: CallReport) -
         same = all(map(_same, first, again))
     except Exception:
         same = False
+    doubled = [None if each is None else 2 * each for each in g]
+    fixed = same and any(isinstance(f, Tensor) and bool(f.any()) for f in first)
+    if fixed and all(map(_same, first, case.in_order(case.rule(doubled)))):
+        what = f"{named} gives the same whatever g is; a rule multiplies g by its own factor"
+        report.faults.append(Fault("", "linear", what, hints=("write g * ... in front of each gradient",)))
     if not same:
         what = f"{named} gives something else when it is called again with the same arguments"
         clue = "compute what it needs from g, the output and the arguments: it must not remember a call or draw numbers"
@@ -383,6 +389,7 @@ def _recorded_twice(
     kwargs = {name: _refilled(each, contents) for name, each in node.kwargs.items()}
     tape = Tape(strong=True)
     push_tape(tape)
+    open_exits()  # so that a rule's own detach() is heard
     try:
         with torch.enable_grad(), recording(tape):
             sow(SEED)
@@ -401,6 +408,7 @@ def _recorded_twice(
                     return tuple(None for _ in places)
                 raise
     finally:
+        close_exits()
         pop_tape(tape)
 
 

@@ -117,7 +117,7 @@ def _aims(again: Again, wrt: Sequence[Tensor]) -> list[tuple[str, list[Value]]]:
     if not wrt:
         found = []
         for values in by_holder.values():
-            leaves = [v for v in values if v.leaf]
+            leaves = [v for v in values if again.twins[v].leaf]
             if leaves:
                 found.append((titles.get(id(leaves[0]), leaves[0].name or "leaf"), leaves))
         return found
@@ -125,7 +125,7 @@ def _aims(again: Again, wrt: Sequence[Tensor]) -> list[tuple[str, list[Value]]]:
     for i, tensor in enumerate(wrt):
         now = bound(tensor)
         values = by_holder.get(id(tensor), [])
-        chosen = [now] if now in values and now is not None and not now.leaf else [v for v in values if v.leaf]
+        chosen = [now] if now in values and now is not None and not now.leaf else [v for v in values if again.twins[v].leaf]
         name = local_name(user_frame(), tensor) or (titles.get(id(chosen[0])) if chosen else None)
         aims.append((name or f"tensor {i}", chosen))
     return aims
