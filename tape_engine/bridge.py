@@ -46,7 +46,7 @@ def fill_grad(parameters: Any, accumulate: bool = False) -> None:
             Whatever is raised, no ``.grad`` has changed.
     """
     with pause(), quietly():
-        named = list(dict((id(p), (name, p)) for name, p in _named(parameters)).values())
+        named = list({id(p): (name, p) for name, p in _named(parameters)}.values())
         pairs = [(p, _checked(name, p)) for name, p in named]
         if pairs and all(g is None for _, g in pairs):
             raise NotRecordedError(
@@ -148,7 +148,7 @@ def _checked(name: str, p: Tensor) -> Tensor | None:
     if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
         raise ShapeError(
             message(
-                f"te.fill_grad: the .g of {name} is not of its shape, dtype and device: {name} changed since the sweep.",
+                f"te.fill_grad: the .g of {name} is not of its shape, dtype and device; {name} has changed since.",
                 where=call_site(user_frame()),
                 operands=[(name, describe(p)), (f"{name}.g", describe(g))],
                 fix="sweep again, from a loss computed with the parameters as they are now",

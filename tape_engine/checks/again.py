@@ -164,7 +164,7 @@ class Again:
         """
         overlay: dict[Value, Tensor] = {}
         with torch.enable_grad():
-            asked = {value: None for value in wanted}
+            asked = dict.fromkeys(wanted)
             for value in asked:
                 if value.leaf:
                     overlay[value] = self.held[value].detach().requires_grad_()

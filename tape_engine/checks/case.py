@@ -15,7 +15,22 @@ from ..registry import Op
 from ..specialise import specialise
 from ..tape import Node, Value
 
-__all__ = ["DOUBLE", "SEED", "Case", "apart", "case_of", "differentiable", "doubled", "precision", "reads_of", "run", "sow"]
+__all__ = [
+    "DOUBLE",
+    "SEED",
+    "Case",
+    "apart",
+    "case_of",
+    "copied",
+    "differentiable",
+    "doubled",
+    "first_line",
+    "precision",
+    "reads_of",
+    "run",
+    "sow",
+    "tensors_in",
+]
 
 Tensor = torch.Tensor
 
@@ -64,6 +79,11 @@ def copied(argument: Any) -> Any:
     if type(argument) in (list, tuple):
         return type(argument)(copied(each) for each in argument)
     return argument
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def precision(tensors: Sequence[Any]) -> float:

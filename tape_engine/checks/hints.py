@@ -61,10 +61,9 @@ def hints(
             yield f"this is the gradient of {names[i]}: are the two in the wrong order?"
             return
     for order in itertools.permutations(range(got.ndim)) if 2 <= got.ndim <= 4 else ():
-        if order != tuple(range(got.ndim)) and got.permute(order).shape == got.shape:
-            if alike(got.permute(order), expected):
-                yield "it is transposed" if got.ndim == 2 else f"its dimensions are in another order: permute{order}"
-                return
+        if order != tuple(range(got.ndim)) and alike(got.permute(order), expected):
+            yield "it is transposed" if got.ndim == 2 else f"its dimensions are in another order: permute{order}"
+            return
     for dim in range(got.ndim):
         if alike(got.flip(dim), expected):
             yield f"its elements run the other way along dimension {dim}"
@@ -87,7 +86,9 @@ def _factor(got: Tensor, expected: Tensor, known: Tensor) -> complex | None:
     return factor if e.numel() > 1 or abs(factor - round(factor.real)) < TOLERANCE * abs(factor) else None
 
 
-def _factor_told(factor: complex, inputs: Sequence[Tensor], names: Sequence[str], out: Sequence[Tensor]) -> Iterator[str]:
+def _factor_told(
+    factor: complex, inputs: Sequence[Tensor], names: Sequence[str], out: Sequence[Tensor]
+) -> Iterator[str]:
     if abs(factor.imag) > TOLERANCE * abs(factor):
         yield f"the rule gives {factor:.6g} times what it should everywhere"
         return
@@ -97,7 +98,9 @@ def _factor_told(factor: complex, inputs: Sequence[Tensor], names: Sequence[str]
         return
     yield f"the rule gives {real:.6g} times what it should everywhere"
     for name, tensor in [*zip(names, inputs, strict=True), *(("the output", each) for each in out)]:
-        for count, of in [(tensor.numel(), "elements of"), *((n, f"elements along dimension {i} of") for i, n in enumerate(tensor.shape))]:
+        counts = [(tensor.numel(), "elements of")]
+        counts += [(n, f"elements along dimension {i} of") for i, n in enumerate(tensor.shape)]
+        for count, of in counts:
             if count > 2 and abs(abs(real) / count - 1) < TOLERANCE:
                 yield f"{count} is the number of {of} {name}: is the division of a mean missing?"
                 return

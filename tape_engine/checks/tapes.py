@@ -16,9 +16,10 @@ from ..names import call_site, local_name, located, names_of, user_frame
 from ..sweep import Sweep, root_of
 from ..tape import Node, Value, bound, describe
 from .again import Again, Unknown
-from .case import SEED, apart, differentiable
-from .compare import compare, reference, seeds, worst
+from .case import SEED, apart
+from .compare import compare, worst
 from .reports import CallReport, Fault, GradientReport
+from .ways import reference, seeds
 
 __all__ = ["check"]
 
@@ -81,7 +82,9 @@ def check(C: Tensor, *wrt: Tensor) -> GradientReport:
                 )
             )
         report = GradientReport(f"check of {local_name(user_frame(), C) or 'the tensor'} {describe(C)}")
-        (seed,) = seeds([exact.held[exact.root]], [True]) if C.numel() != 1 else (torch.ones_like(exact.held[exact.root]),)
+        (seed,) = (
+            seeds([exact.held[exact.root]], [True]) if C.numel() != 1 else (torch.ones_like(exact.held[exact.root]),)
+        )
         assert seed is not None
         try:
             # the recorded tape itself, or where something random was drawn, what is drawn now
@@ -125,7 +128,9 @@ def _aims(again: Again, wrt: Sequence[Tensor]) -> list[tuple[str, list[Value]]]:
     for i, tensor in enumerate(wrt):
         now = bound(tensor)
         values = by_holder.get(id(tensor), [])
-        chosen = [now] if now in values and now is not None and not now.leaf else [v for v in values if again.twins[v].leaf]
+        chosen = (
+            [now] if now in values and now is not None and not now.leaf else [v for v in values if again.twins[v].leaf]
+        )
         name = local_name(user_frame(), tensor) or (titles.get(id(chosen[0])) if chosen else None)
         aims.append((name or f"tensor {i}", chosen))
     return aims
@@ -184,7 +189,12 @@ def _swept(fault: Fault) -> Fault:
 
 
 def _against_differences(
-    root: Value, node: Node | None, exact: Again, aims: list[tuple[str, list[Value]]], seed: Tensor, report: GradientReport
+    root: Value,
+    node: Node | None,
+    exact: Again,
+    aims: list[tuple[str, list[Value]]],
+    seed: Tensor,
+    report: GradientReport,
 ) -> None:
     try:
         double = Again(root, node, double=True)
@@ -255,7 +265,11 @@ def _along(
             what = f"wrong along a random direction: finite differences give {found:.6g}, the sweep gives {product:.6g}"
             error = abs(found - product)
             return Fault(name, "value", what, None, found, product, error, error / max(abs(found), 1e-300)), ""
-    told = f"finite differences ({len(chosen)} of {count} elements" if count > limit else "finite differences (all elements"
+    told = (
+        f"finite differences ({len(chosen)} of {count} elements"
+        if count > limit
+        else "finite differences (all elements"
+    )
     told += f", {DIRECTIONS} directions" if count > limit else ""
     return None, told + (f"; {crossed} at a kink)" if crossed else ")")
 
@@ -278,8 +292,8 @@ def _slope(
     first = float("nan")
     tolerance = max(3e-5, 10 * eps ** (2 / 3))
     for step in steps:
-        up = again.slope({value: step * direction for value in twins}, seed)
-        down = again.slope({value: -step * direction for value in twins}, seed)
+        up = again.slope(dict.fromkeys(twins, step * direction), seed)
+        down = again.slope(dict.fromkeys(twins, -step * direction), seed)
         middle = (up - down) / (2 * step)
         first = middle if first != first else first
         floor = tolerance * scale + 50 * noise / step
