@@ -91,10 +91,15 @@ def precision(tensors: Sequence[Any]) -> float:
     return max((torch.finfo(t.dtype).eps for t in tensors if differentiable(t)), default=torch.finfo(torch.float64).eps)
 
 
+def _on_gpu() -> bool:
+    """Whether this process uses a GPU: asking anything else of it would make it."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """A context that records nothing and leaves torch's generators and modes as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if _on_gpu() else ()
     with quietly(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
         yield
 
@@ -102,7 +107,7 @@ def apart() -> Iterator[None]:
 def sow(seed: int) -> None:
     """Seeds the generators; those of a GPU only if it is in use, as torch would seed it later otherwise."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if _on_gpu():
         torch.cuda.manual_seed_all(seed)
 
 

@@ -193,7 +193,7 @@ def _against_differences(
         total = complex(0)
         for unit in (1.0, 1j) if x.is_complex() else (1.0,):
             total += unit * slopes.at(place, index, unit)[which]
-        expected[index] = total if x.is_complex() else total.real
+        expected[index] = torch.tensor(total if x.is_complex() else total.real, dtype=x.dtype)
     if got is None:
         return one
     tolerance = max(1e-5, 4 * slopes.eps ** (2 / 3))

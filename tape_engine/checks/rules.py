@@ -23,6 +23,9 @@ __all__ = ["check_rule"]
 
 Tensor = torch.Tensor
 
+#: An operation with its arguments.
+Call = tuple[Op, Sequence[Any], dict[str, Any]]
+
 
 def check_rule(op: Any, *args: Any, **kwargs: Any) -> RuleReport:
     """Checks the gradient rule of `op`, and says which argument is wrong, where, and by how much.
@@ -69,14 +72,14 @@ def _without_rule(op: Op) -> MissingRuleError:
     )
 
 
-def _samples(ops: Sequence[Op]) -> list[tuple[Op, Sequence[Any], dict[str, Any]]]:
+def _samples(ops: Sequence[Op]) -> list[Call]:
     generator = torch.Generator().manual_seed(SEED)
     calls = [
         (op, [_drawn(each, generator) for each in s.args], {k: _drawn(v, generator) for k, v in s.kwargs.items()})
         for op in ops
         for s in op.samples
     ]
-    bound = [(op, *op.bind(tuple(args), kwargs)) for op, args, kwargs in calls]
+    bound: list[Call] = [(op, *op.bind(tuple(args), kwargs)) for op, args, kwargs in calls]
     kept = [call for call in bound if any(differentiable(t) for t in tensors_in([call[1], call[2]]))]
     if not kept:
         name = ops[0].name
@@ -96,9 +99,7 @@ def _drawn(argument: Any, generator: torch.Generator) -> Any:
     return type(argument)(_drawn(a, generator) for a in argument) if type(argument) in (list, tuple) else argument
 
 
-def _given(
-    target: Any, ops: Sequence[Op], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[tuple[Op, Sequence[Any], dict[str, Any]]]:
+def _given(target: Any, ops: Sequence[Op], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
     """The call that was asked for, under the overload that torch takes for it."""
     if not any(differentiable(t) for t in tensors_in([args, kwargs])):
         raise DTypeError(

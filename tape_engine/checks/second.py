@@ -57,9 +57,9 @@ def check_second(case: Case, g: Sequence[Tensor | None], report: CallReport) -> 
                 told = f"{slopes[0]:.6g} is expected, the sweep of the sweep gives {mine:.6g}"
                 what = f"the second derivative is wrong: along a direction {told}"
                 clue = "does the rule detach something, leave torch, or read a number off a tensor?"
-                error = abs(mine - slopes[0])
-                ratio = error / max(abs(slopes[0]), 1e-300)
-                fault = Fault(case.names[place], "second", what, None, slopes[0], mine, error, ratio, (clue,))
+                off = abs(mine - slopes[0])
+                ratio = off / max(abs(slopes[0]), 1e-300)
+                fault = Fault(case.names[place], "second", what, None, slopes[0], mine, off, ratio, (clue,))
                 report.faults.append(fault)
         else:
             unsettled = True

@@ -19,7 +19,7 @@ from .again import Again, Unknown
 from .case import SEED, apart
 from .compare import compare, worst
 from .reports import CallReport, Fault, GradientReport
-from .ways import reference, seeds
+from .ways import reference, seeds, unit_of
 
 __all__ = ["check"]
 
@@ -128,9 +128,8 @@ def _aims(again: Again, wrt: Sequence[Tensor]) -> list[tuple[str, list[Value]]]:
     for i, tensor in enumerate(wrt):
         now = bound(tensor)
         values = by_holder.get(id(tensor), [])
-        chosen = (
-            [now] if now in values and now is not None and not now.leaf else [v for v in values if again.twins[v].leaf]
-        )
+        leaves = [v for v in values if again.twins[v].leaf]
+        chosen = leaves if now is None or now.leaf or now not in values else [now]
         name = local_name(user_frame(), tensor) or (titles.get(id(chosen[0])) if chosen else None)
         aims.append((name or f"tensor {i}", chosen))
     return aims
@@ -244,14 +243,13 @@ def _along(
         slope = complex(0)
         bad = False
         for unit in (1.0, 1j) if x.is_complex() else (1.0,):
-            direction = torch.zeros_like(x)
-            direction[index] = unit if x.is_complex() else 1.0
+            direction = unit_of(x, index, unit)
             product = float((got.conj() * direction).real.sum())
             found, fits, kinked = _slope(again, twins, direction, seed, steps, product, scale, outer * eps, eps)
             slope += unit * found
             bad |= not fits
             crossed += kinked
-        expected[index] = slope if x.is_complex() else slope.real
+        expected[index] = torch.tensor(slope if x.is_complex() else slope.real, dtype=x.dtype)
         wrong[index] = bad
     if bool(wrong.any()):
         return _swept(worst(name, got, expected, wrong, " against finite differences", ())), ""

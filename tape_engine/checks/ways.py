@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import RuleError
-from .case import SEED, Case, differentiable
+from .case import SEED, Case, differentiable, precision
 from .reports import Fault
 
 __all__ = ["Differences", "Reference", "ours", "reference", "seeds", "unit_of"]
@@ -121,7 +121,7 @@ def ours(case: Case, g: Sequence[Tensor | None]) -> tuple[list[Tensor | None], l
             found.append(None)
             faults.append(Fault(case.names[place], "shape", str(error).partition("\n")[0]))
             continue
-        exact = all(t.dtype in (torch.float64, torch.complex128) for t in [*case.inputs, *g] if differentiable(t))
+        exact = precision([*case.inputs, *g]) < 1e-15
         if exact and contribution.dtype not in (torch.float64, torch.complex128):
             told = str(contribution.dtype).removeprefix("torch.")
             what = f"the rule computes in {told} what is given in float64, and loses half of the digits or more"
@@ -188,5 +188,5 @@ class Differences:
 def unit_of(x: Tensor, index: tuple[int, ...], unit: complex) -> Tensor:
     """The direction of one element, real or imaginary."""
     direction = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    direction[index] = unit if x.is_complex() else unit.real
+    direction[index] = torch.tensor(unit if x.is_complex() else unit.real, dtype=x.dtype)
     return direction

@@ -235,8 +235,8 @@ def test_a_fault_tells_the_element_and_by_how_much() -> None:
 
     (fault,) = te.check_rule(made(lambda x: x * x, grad), X).faults
     assert fault.index == (3, 0)
-    assert isinstance(fault.expected, float)
-    assert isinstance(fault.got, float)
+    assert fault.expected is not None
+    assert fault.got is not None
     assert fault.got - fault.expected == pytest.approx(-2.0, abs=1e-6)
     assert fault.max_abs == pytest.approx(2.0, abs=1e-6)
     assert "wrong in 2 of 12 elements of (4, 3)" in str(fault)
@@ -556,7 +556,8 @@ def complex_numbers() -> tuple[Run, list[Tensor]]:
 
 def symmetric() -> tuple[Run, list[Tensor]]:
     def run(a: Tensor) -> Tensor:
-        return torch.linalg.cholesky(a @ a.mT + 3 * torch.eye(3, dtype=torch.float64)).sum()
+        factor: Tensor = torch.linalg.cholesky(a @ a.mT + 3 * torch.eye(3, dtype=torch.float64))
+        return factor.sum()
 
     return run, [torch.randn(3, 3, dtype=torch.float64)]
 
