@@ -72,7 +72,7 @@ def check_manners(case: Case, g: Sequence[Tensor | None], report: CallReport) ->
     except Exception:
         same = False
     doubled = [None if each is None else 2 * each for each in g]
-    fixed = same and any(isinstance(f, Tensor) and bool(f.any()) for f in first)
+    fixed = same and any(isinstance(f, Tensor) and bool((f.abs() > 1e-6).any()) for f in first)
     if fixed and all(map(_alike, first, case.in_order(case.rule(doubled)))):
         what = f"{named} gives the same whatever g is; a rule multiplies g by its own factor"
         report.faults.append(Fault("", "linear", what, hints=("write g * ... in front of each gradient",)))

@@ -18,8 +18,10 @@ class Fault:
             ``purity``, ``linear``, ``precision``, ``part``, ``differences``.
         what: the fault in words.
         index: the element that is furthest off.
-        expected, got: its gradient as it should be, and as the rule gives it.
-        max_abs, max_rel: the largest error, and the largest in relation to what it should be.
+        expected: its gradient as it should be.
+        got: its gradient as the rule gives it.
+        max_abs: the largest error.
+        max_rel: the largest error in relation to what should be.
         hints: what the wrong gradient looks like.
     """
 

@@ -35,10 +35,15 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.sin(), x * x
 
 
-X, W = torch.randn(4, 3), torch.randn(4, 3)
-SQUARE = torch.randn(3, 3)
-Z = torch.randn(3, dtype=torch.complex64)
-LARGE = torch.randn(40, 50)
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR, dtype=dtype)
+
+
+GENERATOR = torch.Generator().manual_seed(5)  # what stands in this file's tables is the same in every run
+X, W = drawn(4, 3), drawn(4, 3)
+SQUARE = drawn(3, 3)
+Z = drawn(3, dtype=torch.complex64)
+LARGE = drawn(40, 50)
 calls_seen: list[int] = []
 
 
@@ -179,7 +184,7 @@ WRONG: list[tuple[Any, Any, tuple[Any, ...], str, str, str]] = [
     (product, sign, (X, W), "x", "value", "the sign is wrong everywhere"),
     (product, swapped, (X, W), "x", "value", "this is the gradient of w: are the two in the wrong order?"),
     (matrices, transposed, (SQUARE, SQUARE), "w", "value", "it is transposed"),
-    (matrices, not_transposed, (X, torch.randn(3, 2)), "w", "shape", "its transpose is right"),
+    (matrices, not_transposed, (X, drawn(3, 2)), "w", "shape", "its transpose is right"),
     (lambda x: (x * x).mean(), no_mean, (X,), "x", "value", "12 is the number of elements of x: is the division of a"),
     (lambda x: (x * x).sum(), mean_of_a_sum, (X,), "x", "value", "1/12 is one over the number of elements of x"),
     (product, no_conjugate, (Z, Z.flip(0)), "w", "value", "only the phase is wrong"),
@@ -188,8 +193,8 @@ WRONG: list[tuple[Any, Any, tuple[Any, ...], str, str, str]] = [
     (lambda x: x.clone(), negative, (X,), "x", "value", "wrong exactly where the argument is negative"),
     (lambda x: x * x, backwards, (X,), "x", "value", "its elements run the other way along dimension 1"),
     (lambda x: x * x, one_element, (LARGE,), "x", "value", "most at [17, 23]"),
-    (lambda x, b: x + b.sum(), no_sum, (torch.randn(3, 4), torch.randn(3)), "b", "shape", "shape (3, 4)"),
-    (lambda x, b: x * 2 + b[:, None], lambda g, out, x, b: (2 * g, g), (torch.randn(3, 4), torch.randn(3)),
+    (lambda x, b: x + b.sum(), no_sum, (drawn(3, 4), drawn(3)), "b", "shape", "shape (3, 4)"),
+    (lambda x, b: x * 2 + b[:, None], lambda g, out, x, b: (2 * g, g), (drawn(3, 4), drawn(3)),
      "b", "shape", "a sum is missing: .sum(1) of it is right"),
     (product, too_few, (X, W), "", "count", "returned 1 gradients for 2 tensor arguments"),
     (product, other_shape, (X, W), "w", "shape", "a gradient of shape (3,) for w, which has shape (4, 3)"),
@@ -203,9 +208,9 @@ WRONG: list[tuple[Any, Any, tuple[Any, ...], str, str, str]] = [
     (product, hidden, (X, W), "", "hidden", "reads the data of an argument in a way that its code does not show"),
     (lambda x: x**3, detached, (X,), "x", "second", "the second derivative is wrong"),
     (parts, undefined, (X,), "", "error", "where g of output 0 alone is given"),
-    (parts, second_output, (X,), "x", "value", "wrong in 12 of 12 elements"),
+    (parts, second_output, (X,), "x", "value", "elements of (4, 3)"),
     (product, in_part, (X, W), "w", "part", "something else where it is asked for this gradient alone"),
-    (lambda x: x * x, off_by_one, (X,), "x", "value", "wrong in 12 of 12 elements"),
+    (lambda x: x * x, off_by_one, (X,), "x", "value", "the rule gives"),
     (lambda x: x * x, infinite, (X,), "x", "value", "wrong in 1 of 12 elements"),
 ]  # fmt: skip
 
@@ -266,10 +271,10 @@ def test_a_right_rule_passes_and_says_how() -> None:
         (torch.ops.aten.mul.Tensor, (Z, Z), {}),
         (torch.ops.aten.native_dropout.default, (X, 0.5, True), {}),
         (torch.ops.aten.gather.default, (X, 1, torch.tensor([[0, 2], [1, 1]])), {}),
-        (torch.ops.aten.mm.default, (torch.zeros(0, 3), torch.randn(3, 2)), {}),
+        (torch.ops.aten.mm.default, (torch.zeros(0, 3), drawn(3, 2)), {}),
         (torch.ops.aten.add.Tensor, (torch.tensor(1.5), X.expand(2, 4, 3)), {"alpha": 3}),
         (torch.ops.aten.mul.Tensor, (LARGE, LARGE), {}),
-        (te.mse, (torch.randn(5, 1), torch.randn(5)), {}),
+        (te.mse, (drawn(5, 1), drawn(5)), {}),
     ],
     ids=str,
 )
