@@ -38,7 +38,7 @@ from .tape import (
 )
 from .walk import Sweep, closed_error
 
-__all__ = ["Sweep", "backward", "grad", "root_of"]
+__all__ = ["backward", "grad", "root_of"]
 
 Tensor = torch.Tensor
 

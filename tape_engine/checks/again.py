@@ -10,8 +10,8 @@ import torch
 from ..errors import NotRecordedError, OverwrittenError, message
 from ..gradients import refill
 from ..names import call_site, user_frame
-from ..sweep import Sweep
 from ..tape import Kept, Node, Value, describe, unwritten
+from ..walk import Sweep
 from .case import DOUBLE, SEED, Case, doubled, reads_of, run
 
 __all__ = ["Again", "Unknown"]
@@ -83,8 +83,8 @@ class Again:
         filled = iter(inputs)
         args = tuple([_renamed(each, filled, self.double) for each in old.args])
         kwargs = {name: _renamed(each, filled, self.double) for name, each in old.kwargs.items()}
-        node = Node(old.op, args, kwargs, tuple(inputs), *old.site, old.scope)
-        node.sources = tuple([None if source is None else made.get(source) for source in old.sources])
+        sources = tuple([None if source is None else made.get(source) for source in old.sources])
+        node = Node(old.op, args, kwargs, tuple(inputs), sources, *old.site, old.scope)
         node.outputs_tuple, node.gaps, node.mutates = old.outputs_tuple, old.gaps, old.mutates
         node.cut, node.random = old.cut, old.random
         tensors = [self.held[value] for value in inputs]
@@ -247,10 +247,12 @@ def _available(node: Node) -> list[Tensor] | None:
     found = []
     for value in node.outputs:
         kept, tensor = value.kept, value.tensor
-        if kept is not None and kept.intact:
-            found.append(kept.tensor)
-        elif tensor is not None and unwritten(tensor):
+        if tensor is not None:
+            if not unwritten(tensor):
+                return None
             found.append(tensor.detach())
+        elif kept is not None and kept.intact:
+            found.append(kept.tensor)
         else:
             return None
     return found

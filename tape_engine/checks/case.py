@@ -178,7 +178,7 @@ class Case:
         return rule(node.returned(list(g)), out, *args, **kwargs)
 
     def in_order(self, returned: Any) -> list[Tensor | None]:
-        return in_order(returned, self.node)
+        return list(in_order(returned, self.node))
 
     def fitted(self, contribution: Tensor, place: int) -> Tensor:
         return fitted(contribution, self.node.inputs[place], self.node)
@@ -199,7 +199,7 @@ def case_of(op: Op, args: Sequence[Any], kwargs: dict[str, Any], double: bool = 
 
     given = [take(change(each)) for each in args]
     named = {name: take(change(each)) for name, each in kwargs.items()}
-    node = Node(op, tuple(given), named, tuple(values))
+    node = Node(op, tuple(given), named, tuple(values), (None,) * len(values))
     outputs, result = run(node, tensors)
     outputs = [each.clone() if any(each is t for t in tensors) else each.detach() for each in outputs]
     node.outputs = tuple(Value(each) for each in outputs)

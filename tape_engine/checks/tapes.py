@@ -13,8 +13,9 @@ import torch
 
 from ..errors import DTypeError, MissingRuleError, NotRecordedError, RuleError, message
 from ..names import call_site, local_name, located, names_of, user_frame
-from ..sweep import Sweep, root_of
+from ..sweep import root_of
 from ..tape import Node, Value, bound, describe
+from ..walk import Sweep
 from .again import Again, Unknown
 from .case import SEED, apart
 from .compare import compare, worst
