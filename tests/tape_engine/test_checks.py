@@ -605,6 +605,9 @@ def test_the_gradients_of_what_a_user_writes_agree(program: Callable[[], tuple[R
     report = te.check(C)
     assert report, report
     assert len(report.agrees) >= len(inputs)
+    differs = [note for note in report.notes if "finite differences give something else" in note]
+    # of a symmetric matrix one half is read, and torch gives both halves their share
+    assert bool(differs) == (program in (one_half_read, symmetric)), differs
 
 
 @pytest.mark.parametrize("program", [convolutional, cuts, writes, noisy], ids=lambda each: each.__name__)
