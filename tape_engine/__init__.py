@@ -14,6 +14,8 @@ tensor, and a tape can be replayed on new inputs. `ops` is the page to begin wit
 from __future__ import annotations
 
 from . import listing, rules  # noqa: F401 - what registers itself: print(tape), the gradient rules of torch
+from .bridge import fill_grad
+from .checks import check, check_rule
 from .errors import (
     DTypeError,
     GuardError,
@@ -55,7 +57,10 @@ __all__ = [
     "TapeWarning",
     "Value",
     "backward",
+    "check",
+    "check_rule",
     "current_tape",
+    "fill_grad",
     "global_tape",
     "grad",
     "lin",

@@ -35,7 +35,7 @@ import torch
 
 from .errors import DTypeError, MissingRuleError, RuleError, message
 
-__all__ = ["Op", "Sample", "Spec", "declare", "find", "op", "ops", "reads", "rule", "sample", "spec"]
+__all__ = ["Op", "Sample", "Spec", "declare", "find", "op", "ops", "reads", "records", "rule", "sample", "spec"]
 
 Rule = Callable[..., Any]
 
@@ -381,7 +381,7 @@ def rule(
     """
 
     def enter(function: Rule) -> Rule:
-        for found in _targets(target):
+        for found in records(target):
             found._enter(function)
             found.samples = tuple(samples) or found.samples
             found.broadcasts = broadcasts if broadcasts is not None else found.broadcasts
@@ -394,11 +394,12 @@ def rule(
 def declare(*targets: Any) -> None:
     """Declares operations through which no gradient passes (comparisons, argmax, factories…)."""
     for target in targets:
-        for found in _targets(target):
+        for found in records(target):
             found.differentiable = False
 
 
-def _targets(target: Any) -> list[Op]:
+def records(target: Any) -> list[Op]:
+    """The records that a named operation, an ATen overload or a torch function stands for."""
     if isinstance(target, Op):
         return [target]
     if isinstance(target, torch._ops.OpOverload):

@@ -38,7 +38,7 @@ from .tape import (
 )
 from .walk import Sweep, closed_error
 
-__all__ = ["backward", "grad"]
+__all__ = ["backward", "grad", "root_of"]
 
 Tensor = torch.Tensor
 
@@ -80,7 +80,7 @@ def backward(
     """
     with recorder.quietly():
         targets = None if wrt is None else _targets(wrt, "te.backward")
-        root, node = _root(C, "te.backward")
+        root, node = root_of(C, "te.backward")
         found = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
         writes = found.by_tensor()
         if accumulate:
@@ -122,7 +122,7 @@ def grad(
     """
     with recorder.quietly():
         targets = _targets(wrt, "te.grad")
-        root, node = _root(C, "te.grad")
+        root, node = root_of(C, "te.grad")
         sweep = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
         found = {id(tensor): g for tensor, g in sweep.by_tensor()}
         results = tuple(found.get(id(tensor)) for tensor in targets)
@@ -174,7 +174,7 @@ def _targets(wrt: Tensor | Sequence[Tensor], caller: str) -> list[Tensor]:
     return targets
 
 
-def _root(C: Tensor, caller: str) -> tuple[Value, Node | None]:
+def root_of(C: Tensor, caller: str) -> tuple[Value, Node | None]:
     """The value that `C` holds and the node that made it."""
     frame = user_frame()
     if not isinstance(C, Tensor):

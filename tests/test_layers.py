@@ -40,6 +40,7 @@ ROOMS = (
     "gradients",
     "walk",
     "sweep",
+    "bridge",
     "program",
     "explain",
     "checks",
