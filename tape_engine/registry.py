@@ -199,6 +199,10 @@ class Op:
         """`reads_argument` of the first `count` positions, and perhaps some more."""
         return self._reads if count <= len(self._reads) else [self.reads_argument(i) for i in range(count)]
 
+    def reads_output_at(self, place: int, count: int) -> bool:
+        """Whether its rule reads the data of the output at `place`, of `count`."""
+        return self.reads_output and (self.outputs_read is None or count == 1 or place in self.outputs_read)
+
     def _note_reads(self) -> None:
         """Works out what the rule reads once, as it is asked at every call."""
         saves, names = self.saves or frozenset(), self.rule_parameters

@@ -126,7 +126,8 @@ def reads_of(node: Node) -> tuple[bool, ...]:
     """For each input, then each output, whether the rule reads its data."""
     keyed: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
     inputs = [node.op.reads_argument(key) for key, argument in keyed for _ in _values_in(argument)]
-    return (*inputs, *[node.op.reads_output] * len(node.outputs))
+    count = len(node.outputs)
+    return (*inputs, *[node.op.reads_output_at(place, count) for place in range(count)])
 
 
 def _values_in(argument: Any) -> Iterator[Value]:

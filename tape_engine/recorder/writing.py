@@ -68,9 +68,9 @@ def read(tensor: Tensor, tape: Tape) -> Value:
     if tensor.requires_grad and (value.constant or (tensor.is_leaf and value.holder is not tensor)):
         return _leaf(tensor, tape)  # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
     if node.tape is not tape.token:
-        if not value.differentiable or is_update(value, node):
-            # No gradient passes, or an optimizer wrote to a parameter: a leaf, so that a counter or a
-            # statistic does not chain one step to the next.
+        if not value.differentiable or node.rule == "none" or is_update(value, node):
+            # No gradient passes (a factory's tensor, a counter), or an optimizer wrote to a parameter: a leaf,
+            # so that a statistic does not chain one step to the next.
             leaf = _leaf(tensor, tape, name=value.name)
             leaf.constant = value.constant
             return leaf
@@ -186,8 +186,7 @@ def write(
         outputs.append(value)
         if op.reads_output and not cut:
             # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-            read = op.outputs_read is None or len(made) == 1 or index in op.outputs_read
-            kept = (*kept, value.keep(ALIAS(tensor)) if read else None)
+            kept = (*kept, value.keep(ALIAS(tensor)) if op.reads_output_at(index, len(made)) else None)
     node.outputs = tuple(outputs)
     if cut:
         node.cut = True

@@ -276,7 +276,10 @@ def test_a_right_rule_passes_and_says_how() -> None:
         (torch.ops.aten.mul.Tensor, (LARGE, LARGE), {}),
         (te.mse, (drawn(5, 1), drawn(5)), {}),
     ],
-    ids=str,
+    ids=(
+        "a number|a torch function|two tensors|a keyword|a list|a method, narrow dtypes|complex|random|integers|"
+        "no rows|expanded|large|a named operation"
+    ).split("|"),
 )
 def test_right_rules_of_every_kind_of_target_and_argument_pass(target: Any, args: Any, kwargs: Any) -> None:
     assert te.check_rule(target, *args, **kwargs), te.check_rule(target, *args, **kwargs)
