@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tape_engine import article as by_hand
-from tests.benchmarks import article, timing
+from tests.benchmarks import article, models, timing
 from tests.benchmarks.__main__ import main
+from tests.helpers import g_of
 
 
 @pytest.mark.slow
@@ -21,13 +22,18 @@ def test_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["machine"]["torch"] == torch.__version__
     assert f"torch {torch.__version__}" in printed
-    assert len(report["tables"]) == 6
+    assert len(report["tables"]) == 6 + len(models.MODELS)
+    assert [each["name"] for each in report["memory"]] == [model.name for model in models.MODELS]
+    for each in report["memory"]:
+        assert each["name"] in printed
+        assert each["autograd"] > 0
+        assert each["recorded"] > 0
     for table in report["tables"]:
         assert table["title"] in printed
         first, *others = table["timings"]
         assert first["name"] == "torch.autograd, eager"
         assert first["ratio"] == 1.0
-        assert others[-1]["name"] == "tape_engine, replay"
+        assert others[-1]["name"] in ("tape_engine, replay", "tape_engine, te.record() over plain torch")
         for each in table["timings"]:
             assert each["name"] in printed
             assert 0 < each["low"] <= each["median"] <= each["high"]
@@ -79,3 +85,25 @@ def test_median_and_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.median, first.low, first.high) == (2.0, 1.0, 3.0)
     assert (second.median, second.low, second.high) == (1.0, 1.0, 1.5)
     assert table.ratio(second) == 0.5
+
+
+def test_the_most_memory_is_that_held_at_one_time() -> None:
+    with models.counting() as peak:
+        first = torch.ones(1000)
+        second = torch.ones(3000)
+        del first
+        third = torch.ones(2000)
+    assert peak == [4 * (3000 + 2000)]
+    del second, third
+
+
+def test_both_ways_of_a_model_give_the_same_gradients() -> None:
+    for model in models.MODELS:
+        parameters, loss = model.prepared(2)
+        autograd, recorded = models._ways(parameters, loss)
+        torch.manual_seed(1)
+        autograd()
+        torch.manual_seed(1)
+        recorded()
+        for parameter in parameters:
+            torch.testing.assert_close(g_of(parameter), parameter.grad)

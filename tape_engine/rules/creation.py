@@ -19,4 +19,6 @@ declare(
     aten.fill.Scalar, aten.zero.default,
     # what leaves for Python
     aten._local_scalar_dense.default, aten._linalg_check_errors.default,
+    # the state of a gradient scaler
+    aten._amp_update_scale.default, aten._amp_foreach_non_finite_check_and_unscale.default,
 )  # fmt: skip

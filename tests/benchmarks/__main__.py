@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 import tape_engine as te
 from tape_engine import data
 
-from . import article, steps
+from . import article, models, steps
 from .timing import Table, Timing
 
 
@@ -76,12 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         X, Y = article.random_data(rows)
 
+    size = 2 if options.quick else None
     small = rounds if options.quick else 5 * rounds
     jobs: list[Callable[[Callable[[str], None]], Table]] = [
         lambda tell: article.all_gradients(X, Y, rounds, on_run=tell),
         lambda tell: article.parameters_only(X, Y, rounds, on_run=tell),
         lambda tell: steps.chain(30 if options.quick else 300, rounds, on_run=tell),
         *((lambda tell, batch=batch: steps.perceptron(batch, small, on_run=tell)) for batch in (1, 64, 512)),
+        *((lambda tell, model=model: models.step(model, rounds, batch=size, on_run=tell)) for model in models.MODELS),
     ]
     tables = []
     for job in jobs:
@@ -89,8 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             tables.append(job(tell))
         console.print()
         console.print(shown(tables[-1]))
+    peaks = [models.memory(model, batch=size) for model in models.MODELS]
+    console.print()
+    console.print(held(peaks))
     if options.json:
         report = {"machine": about, "tables": [table.as_data() for table in tables]}
+        report["memory"] = [each.as_data() for each in peaks]
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"\n{options.json}")
     return 0
@@ -118,6 +124,18 @@ def shown(table: Table) -> RichTable:
         made.add_column(column, justify="right", no_wrap=True)
     for timing in table.timings:
         made.add_row(timing.name, *_figures(timing, scale), f"{table.ratio(timing):.2f} x")
+    return made
+
+
+def held(peaks: Sequence[models.Memory]) -> RichTable:
+    """The table of memory as it is printed."""
+    title = "the most memory that tensors hold in a step, forward and back to the parameters, beyond those"
+    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", title_style="bold")
+    made.add_column("", no_wrap=True)
+    for column in ("torch.autograd, MB", "te.record() and sweep, MB", "of eager torch"):
+        made.add_column(column, justify="right", no_wrap=True)
+    for each in peaks:
+        made.add_row(each.name, _short(each.autograd / 1e6), _short(each.recorded / 1e6), f"{each.ratio:.2f} x")
     return made
 
 
