@@ -214,4 +214,4 @@ def _record_cut(tensor: Tensor) -> None:
         write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
 
 
-exits.on_exit(_hears, _record_tolist, _record_cut, detaching)
+exits.on_exit(_hears, _record_tolist, _record_cut, detaching, quietly)

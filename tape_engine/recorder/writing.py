@@ -62,6 +62,10 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         # written to between two recordings
         return _leaf(tensor, tape, name=value.name, closed=UNSEEN if value.closed == UNSEEN else "")
     if not unchanged:
+        if node.tape is not tape.token and not value.differentiable:
+            leaf = _leaf(tensor, tape, name=value.name)  # a buffer that was loaded, or written by a replay
+            leaf.constant = value.constant
+            return leaf
         return _leaf(tensor, tape, closed=UNSEEN)
     if tensor.dtype != value.dtype or tensor.shape != value.shape:
         return _leaf(tensor, tape)  # x.data = y
