@@ -8,6 +8,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``detach_()`` cuts a gradient, which torch does without telling the dispatcher. ``detach()`` and
   ``.data`` it does tell, but autograd detaches as well, each output that it saves: only the user's is a cut.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
+- ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
   on a value through which a gradient could pass they warn.
 """
@@ -18,6 +19,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,11 +39,12 @@ LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
 _DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
 _open = 0
-_original: dict[tuple[type, str], Any] = {}
+_original: dict[tuple[Any, str], Any] = {}
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
 _guard: Callable[[Tensor, Any], None] = print
 _cut: Callable[[Tensor], None] = print
 _detach: Callable[[Any, Tensor], Tensor] = print  # type: ignore[assignment]
+_quietly: Callable[[], AbstractContextManager[None]]
 
 
 def on_exit(
@@ -49,10 +52,11 @@ def on_exit(
     guard: Callable[[Tensor, Any], None],
     cut: Callable[[Tensor], None],
     detach: Callable[[Any, Tensor], Tensor],
+    quietly: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """The recorder says here whether it listens, and how a guard and a cut, in place or not, are recorded."""
-    global _heard, _guard, _cut, _detach
-    _heard, _guard, _cut, _detach = heard, guard, cut, detach
+    """The recorder says here whether it listens, how a guard and a cut are recorded, and what it does not hear."""
+    global _heard, _guard, _cut, _detach, _quietly
+    _heard, _guard, _cut, _detach, _quietly = heard, guard, cut, detach, quietly
 
 
 def open_exits() -> None:
@@ -67,6 +71,7 @@ def open_exits() -> None:
             _wrap(Tensor, "detach", _detaching(Tensor.detach))
             _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _DATA.__set__))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
+            _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
             _wrap(torch.autograd.Function, "apply", classmethod(_apply))
 
 
@@ -84,7 +89,7 @@ def close_exits() -> None:
             _original.clear()
 
 
-def _wrap(owner: type, name: str, wrapper: Any) -> None:
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     _original[owner, name] = owner.__dict__.get(name)
     setattr(owner, name, wrapper)
 
@@ -142,6 +147,19 @@ def _detach_(original: Any) -> Any:
         return result
 
     return detach_
+
+
+def _one_hot(original: Any) -> Any:
+    def one_hot(*args: Any, **kwargs: Any) -> Any:
+        count = args[1] if len(args) > 1 else kwargs.get("num_classes")
+        if not _heard() or not isinstance(count, int) or count < 0:
+            return original(*args, **kwargs)  # without a count the greatest class is the result's shape
+        with _quietly():
+            original(*args, **kwargs)  # it raises what torch raises
+        classes = args[0] if args else next(each for each in kwargs.values() if isinstance(each, Tensor))
+        return classes.new_zeros((*classes.shape, count)).scatter(-1, classes.unsqueeze(-1), 1)
+
+    return one_hot
 
 
 # -- a function's own backward ---------------------------------------------------------------------------
