@@ -7,10 +7,12 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``.
 - ``detach_()`` cuts a gradient, which torch does without telling the dispatcher. ``detach()`` and
   ``.data`` it does tell, but autograd detaches as well, each output that it saves: only the user's is a cut.
+- ``x.data = y`` gives a tensor other contents, ``torch.tensor(x)`` copies them without the gradient, and
+  ``nn.Parameter(x)`` looks into them: none of these says so.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
-  on a value through which a gradient could pass they warn.
+  on a value through which a gradient could pass they warn, and the elements handed out are a guard as well.
 """
 
 from __future__ import annotations
@@ -41,22 +43,27 @@ _lock = threading.Lock()
 _open = 0
 _original: dict[tuple[Any, str], Any] = {}
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
-_guard: Callable[[Tensor, Any], None] = print
+_guard: Callable[[Tensor, str], None] = print
 _cut: Callable[[Tensor], None] = print
 _detach: Callable[[Any, Tensor], Tensor] = print  # type: ignore[assignment]
+_set: Callable[[Any, Tensor, Any], None] = print
+_parameter: Callable[..., Any] = print
 _quietly: Callable[[], AbstractContextManager[None]]
 
 
 def on_exit(
     heard: Callable[[], bool],
-    guard: Callable[[Tensor, Any], None],
+    guard: Callable[[Tensor, str], None],
     cut: Callable[[Tensor], None],
     detach: Callable[[Any, Tensor], Tensor],
+    set_data: Callable[[Any, Tensor, Any], None],
+    parameter: Callable[..., Any],
     quietly: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """The recorder says here whether it listens, how a guard and a cut are recorded, and what it does not hear."""
-    global _heard, _guard, _cut, _detach, _quietly
-    _heard, _guard, _cut, _detach, _quietly = heard, guard, cut, detach, quietly
+    """The recorder says here whether it listens, how it records what is heard here, and how it hears nothing."""
+    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly
+    _heard, _guard, _cut, _detach = heard, guard, cut, detach
+    _set, _parameter, _quietly = set_data, parameter, quietly
 
 
 def open_exits() -> None:
@@ -69,7 +76,10 @@ def open_exits() -> None:
                 _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
             _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
             _wrap(Tensor, "detach", _detaching(Tensor.detach))
-            _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _DATA.__set__))
+            _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _setting(_DATA.__set__)))
+            _wrap(Tensor, "_make_subclass", staticmethod(_subclassing(Tensor._make_subclass)))
+            _wrap(torch, "tensor", _copying(torch.tensor, 0))
+            _wrap(Tensor, "new_tensor", _copying(Tensor.new_tensor, 1))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
             _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
             _wrap(torch.autograd.Function, "apply", classmethod(_apply))
@@ -117,6 +127,8 @@ def _leaving(name: str, original: Any) -> Any:
     def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _heard() and called_by_user():
             warn_of_exit(self, name)
+            if name != "data_ptr":  # an address, of which a replay has another
+                _guard(self, "elements")
         return original(self, *args, **kwargs)
 
     return wrapper
@@ -126,7 +138,7 @@ def _tolist(original: Any) -> Any:
     def tolist(self: Tensor) -> Any:
         result = original(self)
         if _heard() and called_by_user():
-            _guard(self, result)
+            _guard(self, "tolist")
         return result
 
     return tolist
@@ -137,6 +149,36 @@ def _detaching(original: Any) -> Any:
         return _detach(original, self) if _heard() else original(self)
 
     return detach
+
+
+def _setting(original: Any) -> Any:
+    def set_data(self: Tensor, other: Any) -> None:
+        if _heard() and isinstance(other, Tensor):
+            _set(original, self, other)
+        else:
+            original(self, other)
+
+    return set_data
+
+
+def _subclassing(original: Any) -> Any:
+    def make_subclass(cls: Any, data: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        if not _heard() or kwargs:
+            return original(cls, data, *rest, **kwargs)
+        return _parameter(original, cls, data, *rest)
+
+    return make_subclass
+
+
+def _copying(original: Any, place: int) -> Any:
+    """A function that copies its argument at `place`, where that is a tensor, as a constant."""
+
+    def copying(*args: Any, **kwargs: Any) -> Any:
+        if len(args) <= place or not isinstance(args[place], Tensor) or not _heard():
+            return original(*args, **kwargs)
+        return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
+
+    return copying
 
 
 def _detach_(original: Any) -> Any:

@@ -6,7 +6,7 @@ small enough to be trained for a few steps in a test, with every kind of layer t
 
 from __future__ import annotations
 
-from . import attention, convolutional, generative, graphs, plain, recurrent
+from . import attention, convolutional, differential, generative, graphs, plain, recurrent
 from .common import Architecture
 
 __all__ = ["ARCHITECTURES", "Architecture"]
@@ -18,4 +18,5 @@ ARCHITECTURES: list[Architecture] = [
     *attention.ARCHITECTURES,
     *graphs.ARCHITECTURES,
     *generative.ARCHITECTURES,
+    *differential.ARCHITECTURES,
 ]
