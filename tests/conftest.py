@@ -41,6 +41,7 @@ THOROUGH = (
     "program/test_values.py",
     "tape_engine/test_aliases.py",
     "tape_engine/test_architectures.py",
+    "tape_engine/test_degenerate.py",
     "tape_engine/test_memory.py",
     "tape_engine/test_rules.py",
     "tape_engine/test_cli.py",

@@ -114,6 +114,17 @@ def indexed() -> tuple[Any, ...]:
     return run, rand(3, 4), rand(4, 4)
 
 
+def bags() -> tuple[Any, ...]:
+    places, starts = torch.tensor([1, 3, 1, 0, 2]), torch.tensor([0, 3])
+
+    def run(table: Tensor) -> Tensor:
+        found = [F.embedding_bag(places, table, starts, mode=mode) for mode in ("sum", "mean", "max")]
+        found.append(F.embedding_bag(places, table, starts, mode="mean", padding_idx=3))
+        return torch.stack(found).pow(2).sum()
+
+    return run, rand(4, 3)
+
+
 def summed() -> tuple[Any, ...]:
     def run(x: Tensor, y: Tensor) -> Any:
         a = torch.einsum("ij,kj->ik", x, y) / x.norm(dim=1, keepdim=True)
@@ -171,6 +182,7 @@ COMPUTATIONS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("recurrent", recurrent),
     ("gated", gated),
     ("indexed", indexed),
+    ("bags", bags),
     ("summed", summed),
     ("complex numbers", complex_numbers),
     ("decompositions", decompositions),

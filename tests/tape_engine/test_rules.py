@@ -31,6 +31,7 @@ OPS = [
 
 #: Rules without samples of their own, and the test here that checks them instead.
 ELSEWHERE = {
+    aten._embedding_bag_forward_only.default: "bags",  # torch's autograd does not take it
     aten.linalg_eig.default: "linalg_eig",  # its loss must not depend on the phases of the vectors
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: "attention",  # torch has no second derivative
 }
