@@ -233,7 +233,14 @@ def _op_of(cls: Any) -> Op:
         floating = [isinstance(a, Tensor) and (a.dtype.is_floating_point or a.dtype.is_complex) for a in args]
         with torch.enable_grad():
             fresh = [a.detach().requires_grad_() if f else a for a, f in zip(args, floating, strict=True)]
+            stream = torch.get_rng_state()
             made = forward(*fresh)
+            if not torch.equal(torch.get_rng_state(), stream):
+                torch.set_rng_state(stream)
+                raise RuntimeError(
+                    "its forward draws random numbers, and is run again for its backward, where it would draw others: "
+                    "draw them before, and give them as an argument"
+                )
             pairs = zip(made if isinstance(made, tuple) else (made,), g, strict=True)
             reached = [(out, each) for out, each in pairs if each is not None and out.requires_grad]
             wanted = [a for a, f in zip(fresh, floating, strict=True) if f]

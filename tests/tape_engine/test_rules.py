@@ -16,7 +16,7 @@ import tape_engine as te
 from tape_engine import registry
 from tape_engine.registry import Op, sample, spec
 from tests.tape_engine import rule_checks as checks
-from tests.tape_engine.computations import COMPUTATIONS, attention_reference
+from tests.tape_engine.computations import COMPUTATIONS, attention_reference, bags_reference
 from tests.tape_engine.rule_calls import calls
 
 Tensor = torch.Tensor
@@ -222,7 +222,11 @@ def unfused(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return run(*tensors)
 
 
-REFERENCES: dict[str, Callable[..., Tensor]] = {"attention": lambda run, *tensors: attention_reference(*tensors)}
+#: The same computation by other operations, where torch has no second derivative of these.
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "attention": lambda run, *tensors: attention_reference(*tensors),
+    "bags": lambda run, *tensors: bags_reference(*tensors),
+}
 
 
 @pytest.mark.parametrize(("name", "make"), COMPUTATIONS, ids=[name for name, _ in COMPUTATIONS])
