@@ -10,6 +10,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``x.data = y`` gives a tensor other contents, ``torch.tensor(x)`` copies them without the gradient, and
   ``nn.Parameter(x)`` looks into them: none of these says so.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
+- ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
   on a value through which a gradient could pass they warn, and the elements handed out are a guard as well.
@@ -37,6 +38,9 @@ Tensor = torch.Tensor
 
 #: Methods that hand a tensor's memory, or its elements, to code that is not torch's.
 LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
+
+#: Methods that ask for a call at a gradient of torch's own.
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
 _DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
@@ -81,6 +85,8 @@ def open_exits() -> None:
             _wrap(torch, "tensor", _copying(torch.tensor, 0))
             _wrap(Tensor, "new_tensor", _copying(Tensor.new_tensor, 1))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
+            for name in HOOKS:
+                _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
             _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
             _wrap(torch.autograd.Function, "apply", classmethod(_apply))
 
@@ -121,6 +127,25 @@ def warn_of_exit(tensor: Tensor, name: str) -> None:
         TapeWarning,
         stacklevel=3,
     )
+
+
+def _hooking(name: str, original: Any) -> Any:
+    def register(self: Tensor, hook: Any) -> Any:
+        if _heard() and called_by_user():
+            value = bound(self)
+            warnings.warn(
+                message(
+                    f".{name}() asks for a call by torch's own backward: te.backward calls no hook.",
+                    where=call_site(user_frame()),
+                    operands=[] if value is None else [(value.name or "value", describe(value))],
+                    fix="change the gradient after the sweep, or in the rule of an operation of your own (te.op)",
+                ),
+                TapeWarning,
+                stacklevel=2,
+            )
+        return original(self, hook)
+
+    return register
 
 
 def _leaving(name: str, original: Any) -> Any:

@@ -440,6 +440,44 @@ def test_forward_hooks_take_part() -> None:
     follows_autograd(lambda x: layer(x).sum(), real(2, 4))
 
 
+@pytest.mark.parametrize("where", ["value", "leaf", "post accumulate", "module", "module, before"])
+def test_hooks_on_gradients_warn(where: str) -> None:
+    """Torch's backward calls them; a sweep does not, and says so."""
+    x, layer = real(3).requires_grad_(), nn.Tanh()
+    if where.startswith("module"):
+        register = layer.register_full_backward_pre_hook if "before" in where else layer.register_full_backward_hook
+        register(lambda *args: None)
+
+    def run() -> Tensor:
+        y: Any = layer(x * 2)
+        leaf: Any = x
+        if where == "value":
+            y.register_hook(lambda g: g * 2)
+        elif where == "leaf":
+            leaf.register_hook(lambda g: g * 2)
+        elif where == "post accumulate":
+            leaf.register_post_accumulate_grad_hook(lambda t: None)
+        return y.sum()  # type: ignore[no-any-return]
+
+    with te.record(), pytest.warns(te.TapeWarning, match="calls no hook"):
+        loss = run()
+    te.backward(loss)
+    close(g_of(x), 2 * (1 - torch.tanh(2 * plain(x)) ** 2))
+
+
+def test_a_hook_that_torch_calls_is_registered_as_ever() -> None:
+    """The warning changes nothing for torch's own backward."""
+    x = real(3).requires_grad_()
+    with te.record(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", te.TapeWarning)
+        y: Any = x * 2
+        handle = y.register_hook(lambda g: g * 5)
+    torch.autograd.backward(y.sum())
+    assert x.grad is not None
+    close(x.grad, torch.full((3,), 10.0, dtype=F64))
+    handle.remove()
+
+
 # -- dtypes --------------------------------------------------------------------------------------------
 
 MIXED: dict[str, tuple[Function, tuple[Tensor, ...]]] = {
