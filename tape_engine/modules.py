@@ -42,7 +42,7 @@ def _enter(module: torch.nn.Module, args: Any) -> None:
         _here.parameters.update({id(b): (name, b) for name, b in module.named_buffers()})
     if module._backward_hooks or module._backward_pre_hooks:
         warnings.warn(
-            f"{type(module).__name__} has a backward hook, which torch's own backward calls: te.backward calls no hook.",
+            f"{type(module).__name__} has a backward hook for torch's own backward: te.backward calls no hook.",
             TapeWarning,
             stacklevel=3,
         )

@@ -42,6 +42,7 @@ THOROUGH = (
     "tape_engine/test_aliases.py",
     "tape_engine/test_architectures.py",
     "tape_engine/test_degenerate.py",
+    "tape_engine/test_ordinary_torch.py",
     "tape_engine/test_memory.py",
     "tape_engine/test_rules.py",
     "tape_engine/test_cli.py",
