@@ -7,9 +7,13 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``.
 - ``detach_()`` cuts a gradient, which torch does without telling the dispatcher. ``detach()`` and
   ``.data`` it does tell, but autograd detaches as well, each output that it saves: only the user's is a cut.
+- ``x.data = y`` gives a tensor other contents, ``torch.tensor(x)`` copies them without the gradient, and
+  ``nn.Parameter(x)`` looks into them: none of these says so.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
+- ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
+- ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
-  on a value through which a gradient could pass they warn.
+  on a value through which a gradient could pass they warn, and the elements handed out are a guard as well.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -34,25 +39,35 @@ Tensor = torch.Tensor
 #: Methods that hand a tensor's memory, or its elements, to code that is not torch's.
 LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
 
+#: Methods that ask for a call at a gradient of torch's own.
+HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+
 _DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
 _open = 0
-_original: dict[tuple[type, str], Any] = {}
+_original: dict[tuple[Any, str], Any] = {}
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
-_guard: Callable[[Tensor, Any], None] = print
+_guard: Callable[[Tensor, str], None] = print
 _cut: Callable[[Tensor], None] = print
 _detach: Callable[[Any, Tensor], Tensor] = print  # type: ignore[assignment]
+_set: Callable[[Any, Tensor, Any], None] = print
+_parameter: Callable[..., Any] = print
+_quietly: Callable[[], AbstractContextManager[None]]
 
 
 def on_exit(
     heard: Callable[[], bool],
-    guard: Callable[[Tensor, Any], None],
+    guard: Callable[[Tensor, str], None],
     cut: Callable[[Tensor], None],
     detach: Callable[[Any, Tensor], Tensor],
+    set_data: Callable[[Any, Tensor, Any], None],
+    parameter: Callable[..., Any],
+    quietly: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """The recorder says here whether it listens, and how a guard and a cut, in place or not, are recorded."""
-    global _heard, _guard, _cut, _detach
+    """The recorder says here whether it listens, how it records what is heard here, and how it hears nothing."""
+    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly
     _heard, _guard, _cut, _detach = heard, guard, cut, detach
+    _set, _parameter, _quietly = set_data, parameter, quietly
 
 
 def open_exits() -> None:
@@ -65,8 +80,14 @@ def open_exits() -> None:
                 _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
             _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
             _wrap(Tensor, "detach", _detaching(Tensor.detach))
-            _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _DATA.__set__))
+            _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _setting(_DATA.__set__)))
+            _wrap(Tensor, "_make_subclass", staticmethod(_subclassing(Tensor._make_subclass)))
+            _wrap(torch, "tensor", _copying(torch.tensor, 0))
+            _wrap(Tensor, "new_tensor", _copying(Tensor.new_tensor, 1))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
+            for name in HOOKS:
+                _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
+            _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
             _wrap(torch.autograd.Function, "apply", classmethod(_apply))
 
 
@@ -84,7 +105,7 @@ def close_exits() -> None:
             _original.clear()
 
 
-def _wrap(owner: type, name: str, wrapper: Any) -> None:
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     _original[owner, name] = owner.__dict__.get(name)
     setattr(owner, name, wrapper)
 
@@ -108,10 +129,31 @@ def warn_of_exit(tensor: Tensor, name: str) -> None:
     )
 
 
+def _hooking(name: str, original: Any) -> Any:
+    def register(self: Tensor, hook: Any) -> Any:
+        if _heard() and called_by_user():
+            value = bound(self)
+            warnings.warn(
+                message(
+                    f".{name}() asks for a call by torch's own backward: te.backward calls no hook.",
+                    where=call_site(user_frame()),
+                    operands=[] if value is None else [(value.name or "value", describe(value))],
+                    fix="change the gradient after the sweep, or in the rule of an operation of your own (te.op)",
+                ),
+                TapeWarning,
+                stacklevel=2,
+            )
+        return original(self, hook)
+
+    return register
+
+
 def _leaving(name: str, original: Any) -> Any:
     def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _heard() and called_by_user():
             warn_of_exit(self, name)
+            if name != "data_ptr":  # an address, of which a replay has another
+                _guard(self, "elements")
         return original(self, *args, **kwargs)
 
     return wrapper
@@ -121,7 +163,7 @@ def _tolist(original: Any) -> Any:
     def tolist(self: Tensor) -> Any:
         result = original(self)
         if _heard() and called_by_user():
-            _guard(self, result)
+            _guard(self, "tolist")
         return result
 
     return tolist
@@ -134,6 +176,36 @@ def _detaching(original: Any) -> Any:
     return detach
 
 
+def _setting(original: Any) -> Any:
+    def set_data(self: Tensor, other: Any) -> None:
+        if _heard() and isinstance(other, Tensor):
+            _set(original, self, other)
+        else:
+            original(self, other)
+
+    return set_data
+
+
+def _subclassing(original: Any) -> Any:
+    def make_subclass(cls: Any, data: Tensor, *rest: Any, **kwargs: Any) -> Any:
+        if not _heard() or kwargs:
+            return original(cls, data, *rest, **kwargs)
+        return _parameter(original, cls, data, *rest)
+
+    return make_subclass
+
+
+def _copying(original: Any, place: int) -> Any:
+    """A function that copies its argument at `place`, where that is a tensor, as a constant."""
+
+    def copying(*args: Any, **kwargs: Any) -> Any:
+        if len(args) <= place or not isinstance(args[place], Tensor) or not _heard():
+            return original(*args, **kwargs)
+        return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
+
+    return copying
+
+
 def _detach_(original: Any) -> Any:
     def detach_(self: Tensor) -> Tensor:
         result: Tensor = original(self)
@@ -142,6 +214,19 @@ def _detach_(original: Any) -> Any:
         return result
 
     return detach_
+
+
+def _one_hot(original: Any) -> Any:
+    def one_hot(*args: Any, **kwargs: Any) -> Any:
+        count = args[1] if len(args) > 1 else kwargs.get("num_classes")
+        if not _heard() or not isinstance(count, int) or count < 0:
+            return original(*args, **kwargs)  # without a count the greatest class is the result's shape
+        with _quietly():
+            original(*args, **kwargs)  # it raises what torch raises
+        classes = args[0] if args else next(each for each in kwargs.values() if isinstance(each, Tensor))
+        return classes.new_zeros((*classes.shape, count)).scatter(-1, classes.unsqueeze(-1), 1)
+
+    return one_hot
 
 
 # -- a function's own backward ---------------------------------------------------------------------------
@@ -173,7 +258,14 @@ def _op_of(cls: Any) -> Op:
         floating = [isinstance(a, Tensor) and (a.dtype.is_floating_point or a.dtype.is_complex) for a in args]
         with torch.enable_grad():
             fresh = [a.detach().requires_grad_() if f else a for a, f in zip(args, floating, strict=True)]
+            stream = torch.get_rng_state()
             made = forward(*fresh)
+            if not torch.equal(torch.get_rng_state(), stream):
+                torch.set_rng_state(stream)
+                raise RuntimeError(
+                    "its forward draws random numbers, and is run again for its backward, where it would draw others: "
+                    "draw them before, and give them as an argument"
+                )
             pairs = zip(made if isinstance(made, tuple) else (made,), g, strict=True)
             reached = [(out, each) for out, each in pairs if each is not None and out.requires_grad]
             wanted = [a for a, f in zip(fresh, floating, strict=True) if f]

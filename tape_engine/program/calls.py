@@ -46,6 +46,10 @@ COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
 #: Overloads that leave out what their backward needs where torch's grad mode is off.
 GRAD_MODE = {torch.ops.aten.mkldnn_rnn_layer.default}
 
+#: Overloads that draw in the order of fresh contiguous memory, where the in-place ones that are recorded under
+#: them draw in the order in which their tensor lies.
+LAID_OUT = {torch.ops.aten.bernoulli.p: Tensor.bernoulli_}
+
 _known: dict[Any, Call] = {}
 
 
@@ -56,6 +60,8 @@ def call_of(node: Node) -> Call:
         return Call(forward, node.op.name, view=node.op.name == "read_view")
     if forward in GRAD_MODE:
         return Call(_with_grad_mode(forward), node.op.name)
+    if forward in LAID_OUT and node.mutates:
+        return Call(_filling(LAID_OUT[forward]), f"{node.op.name}_")
     key = (forward, _kind(node.args), _kind(node.kwargs), len(node.outputs), node.gaps)
     found = _known.get(key)
     if found is None:
@@ -71,6 +77,11 @@ def _with_grad_mode(forward: OpOverload) -> Callable[..., Any]:
             return forward(*[each.detach() if isinstance(each, Tensor) else each for each in args], **kwargs)
 
     return run
+
+
+def _filling(fill: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The in-place operation `fill`, on fresh memory that lies as its tensor does."""
+    return lambda tensor, *args, **kwargs: fill(torch.empty_like(tensor), *args, **kwargs)
 
 
 def _kind(argument: Any) -> Any:

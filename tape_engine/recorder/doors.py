@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import exits, modules, registry
+from .. import aliases, exits, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
@@ -17,7 +18,18 @@ from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
 from .listening import listen, listen_to, mark
 from .mode import Mode, quietly
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in
-from .writing import Taken, as_constants, enter, join_views, refuse_without_rule, stays_closed, undo, write
+from .writing import (
+    Taken,
+    as_constants,
+    begin,
+    enter,
+    join_views,
+    read,
+    refuse_without_rule,
+    stays_closed,
+    undo,
+    write,
+)
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]
 
@@ -194,17 +206,56 @@ def _hears() -> bool:
     return not (state.quiet or state.paused or current_tape_is_global())
 
 
-def _record_tolist(tensor: Tensor, result: Any) -> None:
+def _record_guard(tensor: Tensor, kind: str) -> None:
+    op = _GUARDS[kind]
     with quietly():
         tape = current_tape()
-        taken = Taken(_tolist, tape, (tensor,), {})
-        write(tape, _tolist, taken.args, {}, taken.inputs, taken.kept, []).result = result
+        taken = Taken(op, tape, (tensor,), {})
+        write(tape, op, taken.args, {}, taken.inputs, taken.kept, []).result = op.forward(tensor)
 
 
-_tolist = Op(Tensor.tolist, name="tolist")
+def _elements(tensor: Tensor) -> str:
+    """What tells the elements of a tensor from others, in a few letters."""
+    octets = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    return f"elements {hashlib.blake2b(octets.numpy().data, digest_size=6).hexdigest()}"
 
 
-_tolist.differentiable = False
+_GUARDS = {"tolist": Op(Tensor.tolist, name="tolist"), "elements": Op(_elements, name="elements")}
+for _op in _GUARDS.values():
+    _op.differentiable = False
+
+
+def _record_set(original: Any, tensor: Tensor, other: Tensor) -> None:
+    """``x.data = y``: x holds what y holds, and the gradient of x passes over that, as in torch."""
+    if bound(tensor) is None and bound(other) is None:
+        original(tensor, other)
+        return
+    with quietly():
+        tape = current_tape()
+        old, new = read(tensor, tape), read(other, tape)
+        aliases.protect(tensor, old)  # a rule that needs the old contents looks for them in `tensor`
+        original(tensor, other)
+        if (old.shape, old.dtype) == (new.shape, new.dtype):
+            node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
+            node.mutates = ((0, 0),)
+        else:
+            node = write(tape, cut_op, (new,), {}, [new], [None], [tensor], cut=True)
+        node.outputs[0].constant = old.constant
+        aliases.share(node.outputs[0], new)
+
+
+def _record_parameter(original: Any, cls: Any, data: Tensor, *rest: Any) -> Any:
+    """``nn.Parameter(x)`` of a computed x: the beginning of a gradient, whose contents a replay makes anew."""
+    made = original(cls, data, *rest)
+    held = bound(data)
+    if held is not None and held.node is not None:
+        with quietly():
+            tape = current_tape()
+            begin(made, read(data, tape), tape)
+    return made
+
+
+_COPY = registry.find(torch.ops.aten.copy.default)
 
 
 def _record_cut(tensor: Tensor) -> None:
@@ -214,4 +265,4 @@ def _record_cut(tensor: Tensor) -> None:
         write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
 
 
-exits.on_exit(_hears, _record_tolist, _record_cut, detaching)
+exits.on_exit(_hears, _record_guard, _record_cut, detaching, _record_set, _record_parameter, quietly)

@@ -18,13 +18,14 @@ from ..errors import MissingRuleError, message
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
-from .state import OUTSIDE, SWEPT, UNSEEN, is_cut, state
+from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, is_cut, state
 
 __all__ = [
     "ALIAS",
     "AS_COMPLEX",
     "Taken",
     "as_constants",
+    "begin",
     "call",
     "enter",
     "in_units_of",
@@ -62,11 +63,16 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         # written to between two recordings
         return _leaf(tensor, tape, name=value.name, closed=UNSEEN if value.closed == UNSEEN else "")
     if not unchanged:
+        if node.tape is not tape.token and not value.differentiable:
+            leaf = _leaf(tensor, tape, name=value.name)  # a buffer that was loaded, or written by a replay
+            leaf.constant = value.constant
+            return leaf
         return _leaf(tensor, tape, closed=UNSEEN)
     if tensor.dtype != value.dtype or tensor.shape != value.shape:
         return _leaf(tensor, tape)  # x.data = y
     if tensor.requires_grad and (value.constant or (tensor.is_leaf and value.holder is not tensor)):
-        return _leaf(tensor, tape)  # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
+        # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
+        return _leaf(tensor, tape) if node.tape is not tape.token else begin(tensor, value, tape)
     if node.tape is not tape.token:
         if not value.differentiable or node.rule == "none" or is_update(value, node):
             # No gradient passes (a factory's tensor, a counter), or an optimizer wrote to a parameter: a leaf,
@@ -106,6 +112,15 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     return value
 
 
+def begin(tensor: Tensor, value: Value, tape: Tape) -> Value:
+    """What `tensor` holds as the beginning of a gradient: made of `value`, so that a replay makes it too."""
+    begun = write(tape, _DETACH, (value,), {}, [value], [None], [tensor], cut=True).outputs[0]
+    begun.constant = False
+    begun.name = value.name
+    aliases.share(begun, value)
+    return begun
+
+
 def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     """The value of a view whose base was written to: read off what the base holds now."""
     if tensor._base is None:
@@ -130,6 +145,8 @@ def in_units_of(tensor: Tensor, base: Tensor, whole: Value, tape: Tape) -> tuple
 
 _AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
 
+
+_DETACH = registry.find(DETACH)
 
 AS_COMPLEX = registry.find(torch.ops.aten.view_as_complex.default)
 

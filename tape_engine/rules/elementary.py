@@ -146,7 +146,7 @@ def frac_grad(g, out, x):
 
 @rule(aten.logit.default, samples=[*unary(0.1, 0.9, complex=False), *unary(0.1, 0.9, 0.3, complex=False)])
 def logit_grad(g, out, x, eps=None):
-    slope = g / (x * (1 - x))
+    slope = g / (x * (1 - x)).abs()  # infinite with the sign of g at -0.0 too
     if eps is None:
         return torch.where((x < 0) | (x > 1), math.nan, slope)
     return keep_where((x >= eps) & (x <= 1 - eps), slope)
@@ -206,9 +206,18 @@ def special_i1e_grad(g, out, x):
 # -- of two elements ---------------------------------------------------------------------------------
 
 
-@rule(aten.atan2.default, broadcasts=True, formula="atan2(a, b)", samples=binary(complex=False))
+@rule(
+    aten.atan2.default,
+    broadcasts=True,
+    formula="atan2(a, b)",
+    samples=[
+        *binary(complex=False),
+        sample(spec(3, values=[0.0, 0.0, 1.0]), spec(3, values=[0.0, -1.0, 0.0])),
+    ],
+)
 def atan2_grad(g, out, a, b):
-    scaled = g / (a * a + b * b)
+    squared = a * a + b * b
+    scaled = g / torch.where(squared == 0, 1, squared)  # 0 where the angle is undefined
     return scaled * b, scaled * -a
 
 

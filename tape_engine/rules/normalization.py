@@ -285,3 +285,21 @@ def native_batch_norm_backward_grad(
         parts, gy, x, mean.reshape(channels), r.reshape(channels), _full(weight, channels), dims, not train
     )
     return by_gy, by_x, None if weight is None else by_weight.sum(dims), None, None, None, None
+
+
+@rule(
+    aten._weight_norm_interface.default,
+    formula="v s / |v|",
+    samples=[
+        sample(spec(3, 4), spec(3, 1)),
+        sample(spec(3, 2, 2), spec(3, 1, 1), 0),
+        sample(spec(3, 4), spec(1, 4), 1),
+    ],
+)
+def _weight_norm_interface_grad(g, out, v, s, dim=0):
+    """Of ``w = v s / |v|`` and of ``|v|``, the norm over all dimensions but one."""
+    g_w, g_norm = (0 if each is None else each for each in g)
+    others = tuple(d for d in range(v.ndim) if d != dim)
+    unit = v / out[1]
+    by_s = (g_w * unit).sum(others, keepdim=True)
+    return s / out[1] * (g_w - unit * by_s) + g_norm * unit, by_s

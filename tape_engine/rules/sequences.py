@@ -146,6 +146,7 @@ _bag = indices(1, 3, 1, 0), indices(0, 0, 0, 1), indices(3, 1), indices(1, 3)  #
         sample(spec(4, 3), indices(1, 3, 1, 0), indices(0, 3), False, 0, False, spec(4)),
     ],
 )
+@rule(aten._embedding_bag_forward_only.default)  # where nothing requires a gradient of torch's own
 def embedding_bag_grad(
     g, out, weight, index, offsets, scale_grad_by_freq=False, mode=0, sparse=False, per_sample_weights=None,
     include_last_offset=False, padding_idx=-1,

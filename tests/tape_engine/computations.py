@@ -114,6 +114,27 @@ def indexed() -> tuple[Any, ...]:
     return run, rand(3, 4), rand(4, 4)
 
 
+PLACES = torch.tensor([1, 3, 1, 0, 2])
+
+
+def bags() -> tuple[Any, ...]:
+    starts = torch.tensor([0, 3])
+
+    def run(table: Tensor, weights: Tensor) -> Tensor:
+        found = [F.embedding_bag(PLACES, table, starts, mode=mode) for mode in ("sum", "mean", "max")]
+        found.append(F.embedding_bag(PLACES, table, starts, mode="sum", per_sample_weights=weights))
+        return torch.stack(found).pow(2).sum()
+
+    return run, rand(4, 3), rand(5)
+
+
+def bags_reference(table: Tensor, weights: Tensor) -> Tensor:
+    rows, weighted = table[PLACES], table[PLACES] * weights[:, None]
+    bags = [(rows[:3], weighted[:3]), (rows[3:], weighted[3:])]
+    found = [torch.stack([r.sum(0), r.mean(0), r.amax(0), w.sum(0)]) for r, w in bags]
+    return torch.stack(found).pow(2).sum()
+
+
 def summed() -> tuple[Any, ...]:
     def run(x: Tensor, y: Tensor) -> Any:
         a = torch.einsum("ij,kj->ik", x, y) / x.norm(dim=1, keepdim=True)
@@ -171,6 +192,7 @@ COMPUTATIONS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("recurrent", recurrent),
     ("gated", gated),
     ("indexed", indexed),
+    ("bags", bags),
     ("summed", summed),
     ("complex numbers", complex_numbers),
     ("decompositions", decompositions),

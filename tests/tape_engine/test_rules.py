@@ -16,7 +16,7 @@ import tape_engine as te
 from tape_engine import registry
 from tape_engine.registry import Op, sample, spec
 from tests.tape_engine import rule_checks as checks
-from tests.tape_engine.computations import COMPUTATIONS, attention_reference
+from tests.tape_engine.computations import COMPUTATIONS, attention_reference, bags_reference
 from tests.tape_engine.rule_calls import calls
 
 Tensor = torch.Tensor
@@ -31,6 +31,7 @@ OPS = [
 
 #: Rules without samples of their own, and the test here that checks them instead.
 ELSEWHERE = {
+    aten._embedding_bag_forward_only.default: "bags",  # torch's autograd does not take it
     aten.linalg_eig.default: "linalg_eig",  # its loss must not depend on the phases of the vectors
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: "attention",  # torch has no second derivative
 }
@@ -221,7 +222,11 @@ def unfused(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return run(*tensors)
 
 
-REFERENCES: dict[str, Callable[..., Tensor]] = {"attention": lambda run, *tensors: attention_reference(*tensors)}
+#: The same computation by other operations, where torch has no second derivative of these.
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "attention": lambda run, *tensors: attention_reference(*tensors),
+    "bags": lambda run, *tensors: bags_reference(*tensors),
+}
 
 
 @pytest.mark.parametrize(("name", "make"), COMPUTATIONS, ids=[name for name, _ in COMPUTATIONS])

@@ -144,6 +144,43 @@ def by_autograd_of_autograd(x: Tensor) -> Tensor:
     return (h * x).sum()
 
 
+def by_autograd_of_what_was_computed(x: Tensor) -> Tensor:
+    leaf = (x * 2).detach().requires_grad_()
+    (g,) = torch.autograd.grad((leaf**3).sum(), leaf, create_graph=True)
+    return (g * x).sum()
+
+
+def by_a_parameter(x: Tensor) -> Tensor:
+    weight = torch.nn.Parameter(x * 2)
+    return (weight * x).sum()
+
+
+def by_a_layer_of_the_moment(x: Tensor) -> Tensor:
+    layer = torch.nn.Linear(3, 1, bias=False, dtype=F64)
+    layer.weight = torch.nn.Parameter((x * 2)[None])
+    return layer(x).sum()  # type: ignore[no-any-return]
+
+
+def by_setting_data(x: Tensor) -> Tensor:
+    y = x * 1
+    y.data = x * 2
+    return (y * x).sum()
+
+
+def by_setting_data_of_another_shape(x: Tensor) -> Tensor:
+    y = torch.zeros(1, dtype=F64)
+    y.data = x * 2
+    return (y * x).sum()
+
+
+def by_detached_numpy(x: Tensor) -> Tensor:
+    return (torch.from_numpy((x * 2).detach().numpy()) * x).sum()
+
+
+def by_numpy_of_an_input(x: Tensor) -> Tensor:
+    return x.sum() * float(x.detach().numpy().max())
+
+
 def by_functional_grad(x: Tensor) -> Tensor:
     return (torch.func.grad(lambda t: (t**3).sum())(x) * x).sum()  # type: ignore[no-any-return]
 
@@ -186,7 +223,9 @@ def by_checkpoint(x: Tensor) -> Tensor:
 CODE = [
     by_data, by_data_in_place, branch_on_data, branch_on_detached, by_deepcopy, by_torch_tensor,
     by_new_tensor, by_as_tensor, by_numpy, by_tolist, by_numbers, by_iteration, by_max_of_python, by_sorted,
-    by_contains, by_format, by_set, by_resize, by_autograd, by_autograd_of_autograd, by_functional_grad,
+    by_contains, by_format, by_set, by_resize, by_autograd, by_autograd_of_autograd, by_autograd_of_what_was_computed,
+    by_a_parameter, by_a_layer_of_the_moment, by_setting_data, by_setting_data_of_another_shape, by_detached_numpy,
+    by_numpy_of_an_input, by_functional_grad,
     by_vmap, by_sweep_that_is_not_recorded, by_backward_that_is_not_recorded, by_step_of_another_program,
     by_negative_view, by_checkpoint,
 ]  # fmt: skip

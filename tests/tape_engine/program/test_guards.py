@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import tape_engine as te
 from tests.helpers import close, g_of
@@ -237,3 +238,49 @@ def test_a_guard_after_batch_norm_comes_before_its_running_statistics() -> None:
     with pytest.raises(te.GuardError):
         program.step(-x)
     unchanged(before, x, *buffers)
+
+
+def test_classes_may_change_between_replays() -> None:
+    """What torch asks of a tensor's elements only to refuse them is no decision of the recorded code."""
+    x, y = draw(3, 5), torch.tensor([0, 2, 1])
+    program = freeze(lambda x, y: (F.one_hot(y, 5) * x).sum(), [x, y])
+    for classes in ([4, 4, 0], [1, 1, 1]):
+        y = torch.tensor(classes)
+        close(program(x, y), x[torch.arange(3), y].sum())
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        program(x, torch.tensor([0, 5, 1]))
+
+
+FUNCTIONS: Any = F  # one_hot is looked up at the call, as users do; its annotations know neither `input` nor mistakes
+
+BAD_CLASSES: list[Any] = [
+    lambda y: F.one_hot(y, 2),
+    lambda y: F.one_hot(-y, 5),
+    lambda y: F.one_hot(y.double(), 5),
+    lambda y: FUNCTIONS.one_hot(),
+    lambda y: FUNCTIONS.one_hot(y, "a"),
+    lambda y: FUNCTIONS.one_hot(3, 5),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_CLASSES)
+def test_classes_that_torch_refuses(bad: Any) -> None:
+    y = torch.tensor([0, 2, 1])
+    with pytest.raises((RuntimeError, TypeError)) as alone:
+        bad(y)
+    with te.record() as tape, pytest.raises(type(alone.value)) as heard:
+        bad(y)
+    assert str(heard.value) == str(alone.value)
+    assert not [node for node in tape.nodes if node.op.name == "scatter"]
+
+
+def test_classes_in_a_vectorised_function_and_by_keyword() -> None:
+    y = torch.tensor([0, 2, 1])
+    wanted = F.one_hot(y, 5), F.one_hot(y)
+    with te.record():
+        got = [torch.func.vmap(lambda each: F.one_hot(each, 5))(y), FUNCTIONS.one_hot(input=y, num_classes=5)]
+        largest = F.one_hot(y)
+        got += [F.one_hot(y[:0], 4), F.one_hot(y[0], 5)]
+    for each, w in zip(got, [wanted[0], wanted[0], wanted[0][:0, :4], wanted[0][0]], strict=True):
+        assert torch.equal(each, w)
+    assert torch.equal(largest, wanted[1])

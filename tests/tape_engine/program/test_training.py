@@ -175,6 +175,11 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
     "randint": lambda x: x[torch.randint(4, (6,))].cumsum(0),
     "multinomial": lambda x: x[torch.multinomial(torch.ones(4), 2)] * 2,
     "two draws, one unused": lambda x: (torch.rand(3), x * torch.rand(4, 3, dtype=F64))[1],
+    "bernoulli_ of a transposed one": lambda x: x * torch.empty(3, 4, dtype=F64).t().bernoulli_(0.5),
+    "bernoulli_ by a tensor": lambda x: x * torch.empty(3, 4, dtype=F64).t().bernoulli_(x.sigmoid()),
+    "uniform_ of a transposed one": lambda x: x * torch.empty(3, 4, dtype=F64).t().uniform_(),
+    "dropout of a transposed one": lambda x: F.dropout(x.view(2, 2, 3).transpose(0, 1), 0.5),
+    "dropout of a slice": lambda x: F.dropout(torch.cat([x, x], 1).t()[1:5:2], 0.5),
     "dropout1d": lambda x: F.dropout1d(x[None], 0.5),
     "alpha dropout": lambda x: F.alpha_dropout(x, 0.5, training=True),
     "rrelu": lambda x: F.rrelu(x, training=True),
@@ -220,3 +225,29 @@ def test_freezing_draws_nothing() -> None:
     program = tape.program(inputs=x, outputs=y)
     str(program), program.code
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("how", ["nothing", "loaded", "replayed", "data"])
+def test_buffers_that_changed_between_two_recordings(how: str) -> None:
+    """What happened to a module's buffers since another tape is of no concern to this one."""
+    net, x = nn.BatchNorm1d(3).double(), draw(4, 3)
+    saved = copy.deepcopy(net.state_dict())
+    with te.record() as tape:
+        y = net(x).sum()
+    first = tape.program(inputs=x, outputs=y)
+    if how == "loaded":
+        net.load_state_dict(saved)
+    elif how == "replayed":
+        first.step(x)
+    elif how == "data":
+        net.num_batches_tracked.data.zero_()  # type: ignore[union-attr]
+        net.running_mean.data.zero_()  # type: ignore[union-attr]
+    with te.record() as tape:
+        z = (net(x) * x).sum()
+    program = tape.program(inputs=x, outputs=z)
+    x, twin = draw(4, 3), copy.deepcopy(net)
+    wanted = (twin(tracked := x.clone().requires_grad_()) * tracked).sum()
+    (wanted_g,) = torch.autograd.grad(wanted, tracked)
+    close(program.step(x), wanted.detach())
+    close(g_of(x), wanted_g)
+    assert_same_state(net, twin)
