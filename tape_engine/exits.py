@@ -32,7 +32,7 @@ from .names import call_site, called_by_user, user_frame
 from .registry import Op
 from .tape import bound, describe
 
-__all__ = ["close_exits", "open_exits", "warn_of_exit"]
+__all__ = ["close_exits", "open_exits", "warn_of_exit", "warn_of_hook"]
 
 Tensor = torch.Tensor
 
@@ -132,20 +132,27 @@ def warn_of_exit(tensor: Tensor, name: str) -> None:
 def _hooking(name: str, original: Any) -> Any:
     def register(self: Tensor, hook: Any) -> Any:
         if _heard() and called_by_user():
-            value = bound(self)
-            warnings.warn(
-                message(
-                    f".{name}() asks for a call by torch's own backward: te.backward calls no hook.",
-                    where=call_site(user_frame()),
-                    operands=[] if value is None else [(value.name or "value", describe(value))],
-                    fix="change the gradient after the sweep, or in the rule of an operation of your own (te.op)",
-                ),
-                TapeWarning,
-                stacklevel=2,
-            )
+            warn_of_hook(self, f".{name}() asks for", stacklevel=3)
         return original(self, hook)
 
     return register
+
+
+def warn_of_hook(tensor: Tensor, what: str, stacklevel: int) -> None:
+    """Warns that a call by torch's own backward was asked for, which no sweep makes."""
+    frame = user_frame()
+    value = bound(tensor)
+    name = (None if value is None else value.name) or "value"
+    warnings.warn(
+        message(
+            f"{what} a call by torch's own backward: te.backward calls no hook.",
+            where=call_site(frame),
+            operands=[] if value is None else [(name, describe(value))],
+            fix="change the gradient after the sweep, or in the rule of an operation of your own (te.op)",
+        ),
+        TapeWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _leaving(name: str, original: Any) -> Any:

@@ -15,6 +15,7 @@ from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from .. import aliases, modules, registry
 from ..errors import MissingRuleError, message
+from ..exits import warn_of_hook
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
@@ -109,6 +110,8 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     bind(tensor, value, None)
     aliases.join(tensor, value)
     tape.hold(tensor)
+    if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
+        warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)
     return value
 
 

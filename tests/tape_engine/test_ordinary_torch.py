@@ -440,7 +440,7 @@ def test_forward_hooks_take_part() -> None:
     follows_autograd(lambda x: layer(x).sum(), real(2, 4))
 
 
-@pytest.mark.parametrize("where", ["value", "leaf", "post accumulate", "module", "module, before"])
+@pytest.mark.parametrize("where", ["value", "leaf", "before the block", "post accumulate", "module", "module, before"])
 def test_hooks_on_gradients_warn(where: str) -> None:
     """Torch's backward calls them; a sweep does not, and says so."""
     x, layer = real(3).requires_grad_(), nn.Tanh()
@@ -448,9 +448,12 @@ def test_hooks_on_gradients_warn(where: str) -> None:
         register = layer.register_full_backward_pre_hook if "before" in where else layer.register_full_backward_hook
         register(lambda *args: None)
 
+    leaf: Any = x
+    if where == "before the block":
+        leaf.register_hook(lambda g: g * 2)
+
     def run() -> Tensor:
         y: Any = layer(x * 2)
-        leaf: Any = x
         if where == "value":
             y.register_hook(lambda g: g * 2)
         elif where == "leaf":
