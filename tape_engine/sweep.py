@@ -22,10 +22,12 @@ from .errors import (
     DTypeError,
     NotRecordedError,
     ShapeError,
+    TapeError,
     message,
 )
 from .names import call_site, local_name, user_frame
 from .tape import (
+    DIFFERENTIABLE,
     Node,
     Value,
     bind,
@@ -176,80 +178,67 @@ def _targets(wrt: Tensor | Sequence[Tensor], caller: str) -> list[Tensor]:
 
 def root_of(C: Tensor, caller: str) -> tuple[Value, Node | None]:
     """The value that `C` holds and the node that made it."""
-    frame = user_frame()
     if not isinstance(C, Tensor):
-        raise DTypeError(message(f"{caller} takes a recorded tensor, not {type(C).__name__}.", where=call_site(frame)))
-    name = local_name(frame, C) or "the tensor"
-    row = [(name, describe(C))]
+        raise DTypeError(
+            message(f"{caller} takes a recorded tensor, not {type(C).__name__}.", where=call_site(user_frame()))
+        )
+
+    def refusal(kind: type[TapeError], what: str, fix: str | None = None) -> TapeError:
+        frame = user_frame()
+        name = local_name(frame, C) or "the tensor"
+        fix = fix and fix.format(name=name)
+        text = f"{caller}: {name} {what}"
+        return kind(message(text, where=call_site(frame), operands=[(name, describe(C))], fix=fix))
+
     binding = values_by_tensor.get(id(C))
     if binding is None:
-        raise NotRecordedError(
-            message(
-                f"{caller}: {name} is on no tape, so there is nothing to sweep.",
-                where=call_site(frame),
-                operands=row,
-                fix=f"compute {name} inside `with te.record():`, or with named operations such as te.mse",
-            )
+        raise refusal(
+            NotRecordedError,
+            "is on no tape, so there is nothing to sweep.",
+            "compute {name} inside `with te.record():`, or with named operations such as te.mse",
         )
     value = recorder.read(C, current_tape()) if binding.value.stale else binding.value
     node = values_by_tensor[id(C)].node
-    if not (C.dtype.is_floating_point or C.dtype.is_complex):
-        raise DTypeError(
-            message(
-                f"{caller}: {name} has the dtype {C.dtype}, and only floating or complex numbers have a gradient.",
-                where=call_site(frame),
-                operands=row,
-            )
-        )
+    if C.dtype not in DIFFERENTIABLE:
+        what = f"has the dtype {C.dtype}, and only floating or complex numbers have a gradient."
+        raise refusal(DTypeError, what)
     if value.constant:
-        raise NotRecordedError(
-            message(
-                f"{caller}: {name} is a constant: it was computed under torch.no_grad(), te.pause() "
-                "or te.stop_gradient().",
-                where=call_site(frame),
-                operands=row,
-                fix=f"compute {name} outside that block",
-            )
+        raise refusal(
+            NotRecordedError,
+            "is a constant: it was computed under torch.no_grad(), te.pause() or te.stop_gradient().",
+            "compute {name} outside that block",
         )
     if value.closed:
-        raise closed_error(value, call_site(frame))
+        raise closed_error(value, call_site(user_frame()))
     return value, node
 
 
 def _seed(C: Tensor, seed: Tensor | None) -> Tensor:
-    frame = user_frame()
-    name = local_name(frame, C) or "the tensor"
+    """The gradient with which the sweep from `C` begins, in its dtype and on its device."""
+
+    def refusal(kind: type[TapeError], what: str, fix: str) -> TapeError:
+        frame = user_frame()
+        name = local_name(frame, C) or "the tensor"
+        operands = [(name, describe(C)), *([] if seed is None else [("seed", describe(seed))])]
+        text = what.format(name=name)
+        return kind(message(text, where=call_site(frame), operands=operands, fix=fix.format(name=name)))
+
     if seed is None:
         if C.numel() != 1:
-            raise ShapeError(
-                message(
-                    f"{name} has {C.numel()} elements; its gradient needs a seed of the same shape.",
-                    where=call_site(frame),
-                    operands=[(name, describe(C))],
-                    fix=f"te.backward({name}, torch.ones_like({name})), or sweep from a sum or a mean of {name}",
-                )
+            raise refusal(
+                ShapeError,
+                f"{{name}} has {C.numel()} elements; its gradient needs a seed of the same shape.",
+                "te.backward({name}, torch.ones_like({name})), or sweep from a sum or a mean of {name}",
             )
-        return torch.ones_like(C, memory_format=torch.contiguous_format).as_subclass(Tensor)
+        return torch.ones(C.shape, dtype=C.dtype, device=C.device)
     if not isinstance(seed, Tensor):
-        raise DTypeError(message(f"the seed must be a tensor, not {type(seed).__name__}.", where=call_site(frame)))
-    if seed.shape != C.shape:
-        raise ShapeError(
-            message(
-                f"the seed has another shape than {name}.",
-                where=call_site(frame),
-                operands=[(name, describe(C)), ("seed", describe(seed))],
-                fix=f"give a seed of shape {tuple(C.shape)}",
-            )
-        )
-    if seed.is_complex() and not C.is_complex():
         raise DTypeError(
-            message(
-                f"the seed is complex, and {name} is real.",
-                where=call_site(frame),
-                operands=[(name, describe(C)), ("seed", describe(seed))],
-                fix="give a real seed, such as seed.real",
-            )
+            message(f"the seed must be a tensor, not {type(seed).__name__}.", where=call_site(user_frame()))
         )
+    if seed.shape != C.shape:
+        raise refusal(ShapeError, "the seed has another shape than {name}.", f"give a seed of shape {tuple(C.shape)}")
+    if seed.is_complex() and not C.is_complex():
+        raise refusal(DTypeError, "the seed is complex, and {name} is real.", "give a real seed, such as seed.real")
     return seed if seed.dtype == C.dtype and seed.device == C.device else seed.to(C.device, C.dtype)
 
 
