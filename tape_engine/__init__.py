@@ -17,6 +17,7 @@ from . import listing, rules  # noqa: F401 - what registers itself: print(tape),
 from .bridge import fill_grad
 from .checks import check, check_rule
 from .errors import (
+    BackendError,
     DTypeError,
     GuardError,
     InputError,
@@ -40,6 +41,7 @@ from .tape import Node, Tape, Value, current_tape, global_tape
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "DTypeError",
     "GuardError",
     "InputError",

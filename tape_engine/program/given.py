@@ -65,8 +65,10 @@ class Given:
         frozen = self._frozen
         titles = frozen.titles
         if len(inputs) != len(titles):
-            what = f"the program takes {len(titles)} inputs ({', '.join(titles)}), not {len(inputs)}."
-            raise InputError(message(what, where=call_site(user_frame())))
+            takes = ", ".join(titles)
+            what = f"the program takes {len(titles)} input{'s'[: len(titles) != 1]} ({takes}), not {len(inputs)}."
+            rows = [(name, f"recorded {describe(given)}") for name, given in zip(titles, frozen.given, strict=True)]
+            raise InputError(message(what, where=call_site(user_frame()), operands=rows, fix=f"program({takes})"))
         rows = [
             (name, f"recorded {describe(given)}, given {_described(tensor, given)}")
             for name, given, tensor in zip(titles, frozen.given, inputs, strict=True)

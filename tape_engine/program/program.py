@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..errors import DTypeError, MissingRuleError, message
+from ..errors import BackendError, DTypeError, MissingRuleError, message
 from ..names import call_site, user_frame
-from ..recorder import forget_leaves, quietly
+from ..recorder import quietly
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
 from .data import STEPPED, Frozen
@@ -40,6 +40,7 @@ class Program:
         self.tape = tape
         self._frozen = frozen
         self._copy = copy
+        self._marked = tape.token.marked  # the leaves that listen on behalf of the tape; empty once it is gone
         self._given = Given(frozen)
         self._forward = Function(frozen, with_sweep=False, copy=copy)
         self._step = Function(frozen, with_sweep=True, copy=copy)
@@ -55,8 +56,9 @@ class Program:
             InputError: naming every input (and live tensor) whose shape, dtype or device differs.
             GuardError: where a decision of the recorded code comes out differently.
         """
-        self._given.check(inputs)
-        if is_recorded(inputs, self._given.live):
+        with quietly():
+            self._given.check(inputs)
+        if is_recorded(inputs, self._given.live, self._marked):
             outputs = run_recorded(self._frozen, inputs)
         else:
             with quietly(), torch.no_grad():
@@ -79,8 +81,9 @@ class Program:
             InputError, GuardError: as calling the program. Whatever is raised, no ``.g`` has changed.
         """
         frozen, given = self._frozen, self._given
-        given.check(inputs)
-        if not frozen.gradients:
+        with quietly():
+            given.check(inputs)
+        if not frozen.gradients and not (frozen.unreached and frozen.outputs[0].differentiable):
             raise MissingRuleError(
                 message(
                     "program.step: the output depends on no value that could have a gradient.",
@@ -98,7 +101,7 @@ class Program:
             _write(targets, gradients, olds)
             for target in () if accumulate else frozen.unreached:
                 vars(inputs[target] if isinstance(target, int) else target).pop("g", None)
-        if is_recorded(inputs, given.live):
+        if is_recorded(inputs, given.live, self._marked):
             for made in (*outputs, *gradients):
                 value = Value(made)
                 value.closed = STEPPED
@@ -180,12 +183,14 @@ def freeze(
         NotRecordedError: for an output that is not on the tape, an input that was computed on it, or a tensor
             whose change between two readings the tape does not hold.
         ShapeError: for an input that is given twice.
+        BackendError: for a backend that there is not.
     """
     if backend not in BACKENDS:
-        raise DTypeError(
+        raise BackendError(
             message(
                 f"tape.program: backend is one of {', '.join(BACKENDS)}: not {backend!r}.",
                 where=call_site(user_frame()),
+                fix='leave it out: backend="auto" takes the quickest that can run the tape',
             )
         )
     given = _tensors(inputs, "inputs", "the tensors that a replay is given anew")
@@ -201,8 +206,6 @@ def freeze(
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
     with quietly():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
-        if tape.strong:  # its block is closed, its leaves are inputs and parameters of the replay from now on
-            forget_leaves(tape.token)
         return Program(tape, frozen, copy=copy)
 
 

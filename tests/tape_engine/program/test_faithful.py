@@ -1,0 +1,118 @@
+"""A replay gives what running the code again would: cases that went wrong once, or easily could."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import tape_engine as te
+from tape_engine.program import calls
+from tests.helpers import close, g_of
+from tests.tape_engine.program.common import F64, draw
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    te.global_tape().clear()
+    yield
+    assert te.current_tape() is te.global_tape()
+
+
+# -- what goes on beside a program ---------------------------------------------------------------------------
+
+
+def test_after_freezing_plain_operations_on_a_leaf_are_still_recorded() -> None:
+    x, w = draw(3), draw(3)
+    with te.record() as tape:
+        y = (w * x).sum()
+    program = tape.program(inputs=x, outputs=y)
+    z = (w * 2).sum() + y
+    te.backward(z)
+    close(g_of(w), x + 2)
+    assert program(x) == (w * x).sum()
+
+
+def test_a_replay_is_not_recorded_because_its_own_tape_listens() -> None:
+    x, w = draw(3), draw(3)
+    with te.record() as tape:
+        y = (w * x).sum()
+    program = tape.program(inputs=x, outputs=y)
+    length = len(te.global_tape())
+    made = program(x)
+    assert len(te.global_tape()) == length
+    assert type(made) is Tensor
+    Z = te.relu(w)  # now the global tape knows w as well, and the replay reads it
+    through = program(x) + Z.sum()
+    te.backward(through)
+    close(g_of(w), x + (w > 0).to(F64))
+
+
+def test_a_step_to_an_unreachable_tensor_leaves_it_without_g() -> None:
+    x, w = draw(3), draw(3)
+    with te.record() as tape:
+        y = (x * 2).sum() + w.detach().sum()
+    w.g = draw(3)  # type: ignore[attr-defined]
+    program = tape.program(inputs=x, outputs=y, wrt=w)
+    close(program.step(x), (x * 2).sum() + w.sum())
+    assert g_of(w) is None
+
+
+def test_a_step_from_what_has_no_gradient_is_refused_whatever_is_asked_for() -> None:
+    x = draw(3)
+    with te.record() as tape:
+        y = (x > 0).sum()
+    program = tape.program(inputs=x, outputs=y, wrt=x)
+    with pytest.raises(te.MissingRuleError):
+        program.step(x)
+
+
+def test_too_few_inputs_tell_the_line_and_what_is_taken() -> None:
+    x, y = draw(3), draw(2)
+    with te.record() as tape:
+        z = x.sum() * y
+    program = tape.program(inputs=(x, y), outputs=z)
+    with pytest.raises(te.InputError, match=r"takes 2 inputs \(x, y\), not 1") as caught:
+        program.step(x)
+    text = str(caught.value)
+    assert "program.step(x)" in text
+    assert "y    recorded (2,)  float64" in text
+    assert "fix: program(x, y)" in text
+
+
+def test_a_wrong_backend_is_a_value_error() -> None:
+    x = draw(3)
+    with te.record() as tape:
+        y = x.exp()
+    with pytest.raises(te.BackendError, match=r"not 'cobol'[\s\S]*fix: ") as caught:
+        tape.program(inputs=x, outputs=y, backend="cobol")
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_rate_that_changes_adds_no_way_to_call() -> None:
+    def once(rate: float) -> None:
+        x = torch.ones(3)
+        with te.record() as tape:
+            y = torch.add(x, x, alpha=rate).clamp(max=rate * 8)
+        close(tape.program(inputs=x, outputs=y)(x), torch.full((3,), 1 + rate))
+
+    once(0.5)
+    known = len(calls._known)
+    for turn in range(20):
+        once(0.25 + turn / 64)
+    assert len(calls._known) == known
+
+
+def test_the_ways_to_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "KINDS", 8)
+    for size in range(1, 30):
+        x = torch.ones(40)
+        with te.record() as tape:
+            y = x.reshape(8, 5).roll(size, 1).exp()
+        close(tape.program(inputs=x, outputs=y)(x), x.reshape(8, 5).roll(size, 1).exp())
+        assert len(calls._known) <= 8
