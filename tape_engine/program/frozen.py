@@ -18,6 +18,7 @@ from ..names import call_site, local_name, names_of, user_frame
 from ..recorder import SWEEP, SWEPT, UNSEEN, quietly, read, recording
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
 from ..walk import Sweep
+from .bare import bare, bare_tape
 from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
 from .opened import opened
 from .passes.dead import drop_dead
@@ -39,14 +40,18 @@ def freeze_nodes(
     """
     end = Tape(strong=True)  # what has to be read off once more at the end of the recording
     made = [_output(each, tape, end) for each in outputs]
-    nodes = [*_needed(tape, made, end), *end.nodes]
-    leaves = _leaves(nodes, [value for value, _ in made], tape)
+    recorded = [*_needed(tape, made, end), *end.nodes]
+    known: dict[Node, Node] = {}
+    replayed = bare_tape(tape, known)
+    nodes = bare(recorded, known)
+    leaves = _leaves(recorded, [value for value, _ in made], tape)
     seed_tensor = torch.ones_like(outputs[0], memory_format=torch.contiguous_format).as_subclass(Tensor)
     seed = Value(seed_tensor)
     seed.name = "seed"
     titles = [local_name(user_frame(), each) or f"input{i}" for i, each in enumerate(inputs)]
     rim = _inputs(inputs, leaves, titles)
     frozen = Frozen(
+        tape=replayed,
         nodes=nodes,
         leaves=leaves,
         inputs=rim,
@@ -69,6 +74,7 @@ def freeze_nodes(
         frozen.unreached = [_target(each, frozen) for each in targets if id(each) not in reached]
     _merge_same(frozen)
     _find_live(frozen)
+    frozen.held.clear()  # what of it is read is live now
     return frozen
 
 
@@ -292,7 +298,7 @@ def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor
             arrivals = [(value, bound(g)) for value, g in sweep.arrivals]
     finally:
         pop_tape(inner)
-    frozen.backward = [each for node in inner.nodes for each in opened(node, frozen)]
+    frozen.backward = [each for node in bare(inner.nodes) for each in opened(node, frozen)]
     made = {value for node in (*frozen.forward, *frozen.backward) for value in node.outputs}
     frozen.held += [h for n in inner.nodes for v in n.inputs if v not in made and (h := v.holder) is not None]
     names = frozen.names

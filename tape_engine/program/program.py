@@ -12,6 +12,7 @@ from ..names import call_site, user_frame
 from ..recorder import quietly
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
+from .bare import let_go
 from .data import STEPPED, Frozen
 from .frozen import freeze_nodes
 from .function import Function
@@ -32,12 +33,12 @@ class Program:
     threads is safe: each replay that runs has buffers of its own.
 
     Attributes:
-        tape: the tape that was frozen.
+        tape: what was recorded, without contents: a program keeps no tensors but the live ones.
         params: the live tensors, by name.
     """
 
     def __init__(self, tape: Tape, frozen: Frozen, *, copy: bool) -> None:
-        self.tape = tape
+        self.tape = frozen.tape
         self._frozen = frozen
         self._copy = copy
         self._marked = tape.token.marked  # the leaves that listen on behalf of the tape; empty once it is gone
@@ -206,7 +207,9 @@ def freeze(
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
     with quietly():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
-        return Program(tape, frozen, copy=copy)
+        program = Program(tape, frozen, copy=copy)
+        let_go(frozen)
+        return program
 
 
 def _tensors(argument: Any, name: str, wanted: str) -> list[Tensor]:

@@ -116,3 +116,63 @@ def test_the_ways_to_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             y = x.reshape(8, 5).roll(size, 1).exp()
         close(tape.program(inputs=x, outputs=y)(x), x.reshape(8, 5).roll(size, 1).exp())
         assert len(calls._known) <= 8
+
+
+# -- what a program keeps ------------------------------------------------------------------------------------
+
+
+def test_a_program_keeps_neither_inputs_nor_activations() -> None:
+    w = draw(40, 40)
+
+    def build() -> tuple[te.Program, list[weakref.ref[Tensor]]]:
+        x = draw(30, 40)
+        with te.record() as tape:
+            h = (x @ w).tanh()
+            named = te.relu(h)
+            mask = torch.nn.functional.dropout(named, 0.5)
+            c = (mask * h).exp().sum() + mask.mean()
+        return tape.program(inputs=x, outputs=c), [weakref.ref(t) for t in (x, h, named, mask, c)]
+
+    program, refs = build()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 5
+    x = draw(30, 40)
+    assert program.step(x).shape == ()
+    assert g_of(w) is not None
+    assert type(w) is Tensor  # the tape is gone, and nobody listens any more
+
+
+def test_the_memory_of_a_recording_goes_with_it() -> None:
+    w = draw(64, 64)
+    gc.collect()
+
+    def alive() -> int:
+        gc.collect()
+        memory = [o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), Tensor)]
+        return sum({each._cdata: each.nbytes() for each in memory}.values())
+
+    before = alive()
+    x = draw(64, 64)
+    with te.record() as tape:
+        c = (((x @ w).tanh() @ w).tanh() @ w).exp().sum()
+    program = tape.program(inputs=x, outputs=c)
+    del tape, c, x
+    assert alive() - before < 64 * 64 * 8
+    close(program(torch.zeros(64, 64, dtype=F64)), torch.tensor(64.0 * 64, dtype=F64))
+
+
+def test_the_tape_that_was_frozen_can_still_be_swept_and_frozen_again() -> None:
+    x, w = draw(3, 4), draw(4)
+    with te.record() as tape:
+        c = (x @ w).tanh().sum()
+    first = tape.program(inputs=x, outputs=c)
+    second = tape.program(inputs=(x, w), outputs=c)
+    te.backward(c)
+    wanted = x.t() @ (1 - (x @ w).tanh() ** 2)
+    close(g_of(w), wanted)
+    first.step(x)
+    close(g_of(w), wanted)
+    v = w.clone()
+    second.step(x, v)
+    close(g_of(v), wanted)
+    assert len(first.tape) == len(tape)
