@@ -32,7 +32,7 @@ from .errors import (
     TapeWarning,
 )
 from .ops import lin, mse, relu
-from .program import Program
+from .program import Program, replayable
 from .recorder import pause, record, scope, stop_gradient
 from .registry import op, rule, sample, spec
 from .sweep import backward, grad
@@ -71,6 +71,7 @@ __all__ = [
     "pause",
     "record",
     "relu",
+    "replayable",
     "rule",
     "sample",
     "scope",

@@ -7,5 +7,6 @@ keep its memory, `program` is what a user calls.
 from __future__ import annotations
 
 from .program import Program, freeze
+from .replayable import replayable
 
-__all__ = ["Program", "freeze"]
+__all__ = ["Program", "freeze", "replayable"]

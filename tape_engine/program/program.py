@@ -17,6 +17,7 @@ from .data import STEPPED, Frozen
 from .frozen import freeze_nodes
 from .function import Function
 from .given import Given
+from .guards import streams_of
 
 __all__ = ["Program", "freeze"]
 
@@ -43,6 +44,7 @@ class Program:
         self._copy = copy
         self._marked = tape.token.marked  # the leaves that listen on behalf of the tape; empty once it is gone
         self._given = Given(frozen)
+        self._streams = streams_of(frozen)
         self._forward = Function(frozen, with_sweep=False, copy=copy)
         self._step = Function(frozen, with_sweep=True, copy=copy)
 
@@ -60,10 +62,12 @@ class Program:
         with quietly():
             self._given.check(inputs)
         if is_recorded(inputs, self._given.live, self._marked):
-            outputs = run_recorded(self._frozen, inputs)
+            with self._streams:
+                outputs = run_recorded(self._frozen, inputs)
         else:
             with quietly(), torch.no_grad():
-                outputs, _ = self._forward(*inputs)
+                with self._streams:
+                    outputs, _ = self._forward(*inputs)
         return outputs[0] if self._frozen.single else outputs
 
     def step(self, *inputs: Tensor, seed: Tensor | None = None, accumulate: bool = False) -> Any:
@@ -92,13 +96,14 @@ class Program:
                     fix="call the program itself: program(...)",
                 )
             )
-        targets = [inputs[t] if isinstance(t, int) else t for t, _ in frozen.gradients]
+        targets = self.targets(inputs)
         with quietly(), torch.no_grad():
             seed = given.seed(seed, self._step.one)
             olds = given.olds(targets) if accumulate else None
             if olds is not None and not self._copy:  # the replay writes where they lie
                 olds = [None if old is None else old.clone() for old in olds]
-            outputs, gradients = self._step(*inputs, seed)
+            with self._streams:
+                outputs, gradients = self._step(*inputs, seed)
             _write(targets, gradients, olds)
             for target in () if accumulate else frozen.unreached:
                 vars(inputs[target] if isinstance(target, int) else target).pop("g", None)
@@ -108,6 +113,10 @@ class Program:
                 value.closed = STEPPED
                 bind(made, value, None)
         return outputs[0] if frozen.single else outputs
+
+    def targets(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors on which a step on `inputs` writes ``.g``, in order."""
+        return [inputs[t] if isinstance(t, int) else t for t, _ in self._frozen.gradients]
 
     @property
     def code(self) -> str:
