@@ -113,7 +113,9 @@ def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape)
     on_tape = set(nodes)
     wanted = [node for _, node in outputs if node is not None] + [s for n in end.nodes for s in n.sources if s]
     if tape.strong:
-        rim = {id(tensor) for tensor in tape.held}
+        made = {value for node in nodes for value in node.outputs}
+        read_from = [v.holder for node in nodes for v in node.inputs if v not in made]  # also off other tapes
+        rim = {id(tensor) for tensor in (*tape.held, *read_from) if tensor is not None}
         for node in nodes:
             guards = node.result is not None or sized_by_elements(node)
             writes = any(i < 0 for i, _ in node.mutates) or any(id(v.holder) in rim for v in node.outputs)

@@ -68,6 +68,7 @@ class Program:
             with quietly(), torch.no_grad():
                 with self._streams:
                     outputs, _ = self._forward(*inputs)
+                self._given.forget_written(inputs)
         return outputs[0] if self._frozen.single else outputs
 
     def step(self, *inputs: Tensor, seed: Tensor | None = None, accumulate: bool = False) -> Any:
@@ -104,6 +105,7 @@ class Program:
                 olds = [None if old is None else old.clone() for old in olds]
             with self._streams:
                 outputs, gradients = self._step(*inputs, seed)
+            given.forget_written(inputs)
             _write(targets, gradients, olds)
             for target in () if accumulate else frozen.unreached:
                 vars(inputs[target] if isinstance(target, int) else target).pop("g", None)

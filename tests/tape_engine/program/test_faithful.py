@@ -176,3 +176,71 @@ def test_the_tape_that_was_frozen_can_still_be_swept_and_frozen_again() -> None:
     second.step(x, v)
     close(g_of(v), wanted)
     assert len(first.tape) == len(tape)
+
+
+# -- effects, recording after recording ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_live_tensor_that_two_recordings_write_to(between: bool) -> None:
+    n = torch.zeros(())
+
+    def record() -> te.Program:
+        x = draw(3)
+        with te.record() as tape:
+            n.add_(1)
+            y = x * n
+        tapes.append(tape)
+        program: te.Program = tape.program(inputs=x, outputs=y)
+        return program
+
+    tapes: list[te.Tape] = []
+    first = record()
+    if between:
+        first(draw(3))
+    second = record()
+    count = 2 + between
+    for program in (first, second, second, first):
+        x = draw(3)
+        count += 1
+        close(program(x), x * count)
+        assert n == count
+
+
+def test_running_statistics_from_training_recorded_to_evaluation_recorded() -> None:
+    net = torch.nn.BatchNorm1d(3).double()
+    twin = torch.nn.BatchNorm1d(3).double()
+    x = draw(5, 3)
+    with te.record() as tape:
+        y = net(x).square().sum()
+    training = tape.program(inputs=x, outputs=y)
+    twin(x)
+    for _ in range(3):
+        x = draw(5, 3)
+        training.step(x)
+        twin(x)
+    net.eval()
+    twin.eval()
+    with te.record() as tape:
+        y = net(x).square().sum()
+    evaluation = tape.program(inputs=x, outputs=y)
+    x = draw(5, 3)
+    close(evaluation(x), twin(x).detach().square().sum())
+    training(x)
+    twin.train()(x)
+    twin.eval()
+    close(evaluation(x), twin(x).detach().square().sum())
+
+
+def test_a_guard_that_refuses_draws_nothing() -> None:
+    x, generator = torch.ones(4), torch.Generator().manual_seed(3)
+    with te.record() as tape:
+        y = torch.nn.functional.dropout(x, 0.5) + torch.rand(4, generator=generator)
+        z = (y * 2 if x.sum() > 0 else y).sum()
+    program = tape.program(inputs=x, outputs=z)
+    before = torch.get_rng_state(), generator.get_state()
+    for call in (program, program.step):
+        with pytest.raises(te.GuardError):
+            call(-x)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(generator.get_state(), before[1])
