@@ -20,6 +20,7 @@ from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape
 from ..walk import Sweep
 from .bare import bare, bare_tape
 from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
+from .decisive import decisive
 from .opened import opened
 from .passes.dead import drop_dead
 
@@ -38,9 +39,18 @@ def freeze_nodes(
             changed between two readings, or is gone.
         ShapeError: for two inputs that are the same tensor.
     """
+    if tape.streams is not None and tape.streams.moved:
+        raise NotRecordedError(
+            message(
+                "tape.program: a random generator was seeded or moved between two draws of the recorded code: "
+                "a replay would draw other numbers than running it again.",
+                where=tape.streams.moved,
+                fix="seed before the block, and before each replay that is to repeat it",
+            )
+        )
     end = Tape(strong=True)  # what has to be read off once more at the end of the recording
     made = [_output(each, tape, end) for each in outputs]
-    recorded = [*_needed(tape, made, end), *end.nodes]
+    recorded = [*_needed(tape, made, end, inputs), *end.nodes]
     known: dict[Node, Node] = {}
     replayed = bare_tape(tape, known)
     nodes = bare(recorded, known)
@@ -104,7 +114,9 @@ def _output(tensor: Tensor, tape: Tape, end: Tape) -> tuple[Value, Node | None]:
     return value, node
 
 
-def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape) -> list[Node]:
+def _needed(
+    tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape, inputs: Sequence[Tensor]
+) -> list[Node]:
     """The nodes that the outputs depend on, and for a ``te.record()`` block those with an effect of their own.
 
     The global tape holds what other code does as well: of that, only what the outputs depend on is meant.
@@ -128,6 +140,8 @@ def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape)
             continue
         seen.add(node)
         wanted += [source for source in node.sources if source is not None]
+    if not tape.strong:
+        seen |= decisive(tape, seen, inputs)
     return sorted(seen, key=lambda node: node.seq)
 
 

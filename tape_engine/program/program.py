@@ -78,7 +78,8 @@ class Program:
 
         Args:
             inputs: as many as were frozen, of the recorded shapes, dtypes and devices.
-            seed: the gradient of the loss with respect to the first output; one by default.
+            seed: the gradient of the loss with respect to the first output; one by default. (Random operations draw
+                from torch's generators: ``torch.manual_seed`` before a replay repeats it.)
             accumulate: adds to the ``.g`` that is there.
 
         Raises:

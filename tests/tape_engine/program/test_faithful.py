@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -244,3 +244,86 @@ def test_a_guard_that_refuses_draws_nothing() -> None:
             call(-x)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(generator.get_state(), before[1])
+
+
+# -- random streams ----------------------------------------------------------------------------------------------
+
+
+def seeded_first(x: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    return torch.rand(3) * x
+
+
+def seeded_between(x: Tensor) -> Tensor:
+    y = torch.rand(3) * x
+    torch.manual_seed(1)
+    return y + torch.rand(3)
+
+
+def forked(x: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        return torch.nn.functional.dropout(x, 0.5)
+
+
+def own_generator(x: Tensor) -> Tensor:
+    generator = torch.Generator()
+    y = torch.rand(3, generator=generator) * x
+    generator.manual_seed(5)
+    return y + torch.rand(3, generator=generator)
+
+
+def drawn_unheard(x: Tensor) -> Tensor:
+    y = torch.rand(3) * x
+    with te.pause():
+        torch.rand(1)
+    return y + torch.rand(3)
+
+
+@pytest.mark.parametrize("function", [seeded_first, seeded_between, forked, own_generator, drawn_unheard])
+def test_streams_that_something_else_moves_are_refused(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.ones(3)
+    with te.record() as tape:
+        y = function(x)
+    with pytest.raises(te.NotRecordedError, match=r"random generator[\s\S]*test_faithful.py:\d+[\s\S]*fix: seed"):
+        tape.program(inputs=x, outputs=y)
+
+
+def test_replays_draw_what_running_the_code_again_would() -> None:
+    generator = torch.Generator()
+
+    @te.op
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.rand(3, dtype=F64)
+
+    @noisy.rule
+    def noisy_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        return g
+
+    def function(x: Tensor) -> Tensor:
+        y = torch.nn.functional.dropout(x, 0.5) + torch.rand(3, generator=generator, dtype=F64)
+        torch.rand(5)  # nobody reads it
+        y = y + torch.empty(3, dtype=F64).normal_() + torch.randperm(3).to(F64) + torch.rand_like(x)
+        return noisy(y) + torch.bernoulli(torch.full((3,), 0.5, dtype=F64))
+
+    x = draw(3)
+    with te.record() as tape:
+        y = function(x)
+    program = tape.program(inputs=x, outputs=y)
+    for seed in range(4):
+        x = draw(3)
+        torch.manual_seed(seed)
+        generator.manual_seed(seed)
+        wanted, after = function(x), (torch.rand(1), torch.rand(1, generator=generator))
+        torch.manual_seed(seed)
+        generator.manual_seed(seed)
+        got = program.step(x, seed=torch.ones(3, dtype=F64)) if seed % 2 else program(x)
+        close(got, wanted)
+        assert (torch.rand(1), torch.rand(1, generator=generator)) == after
+
+
+def test_seeding_where_nothing_is_drawn_is_no_matter() -> None:
+    x = torch.ones(3)
+    with te.record() as tape:
+        torch.manual_seed(3)
+        y = x * 2
+    close(tape.program(inputs=x, outputs=y)(x), x * 2)
