@@ -387,6 +387,7 @@ class Tape:
         self.token = Token()
         self._nodes: list[Any] = []
         self._leaves: dict[int, torch.Tensor] = {}  # keeps the leaves' tensors: a replay reads them
+        self.unfollowed: tuple[str, str | None] | None = None  # a write that cannot be replayed, and its line
         self.streams: Any = None  # of random numbers, in a block; the recorder follows them
         self.decisions: list[tuple[Node, int]] = []
         self.forgotten = -1

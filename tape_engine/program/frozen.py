@@ -39,15 +39,7 @@ def freeze_nodes(
             changed between two readings, or is gone.
         ShapeError: for two inputs that are the same tensor.
     """
-    if tape.streams is not None and tape.streams.moved:
-        raise NotRecordedError(
-            message(
-                "tape.program: a random generator was seeded or moved between two draws of the recorded code: "
-                "a replay would draw other numbers than running it again.",
-                where=tape.streams.moved,
-                fix="seed before the block, and before each replay that is to repeat it",
-            )
-        )
+    _refuse_unfollowed(tape)
     end = Tape(strong=True)  # what has to be read off once more at the end of the recording
     made = [_output(each, tape, end) for each in outputs]
     recorded = [*_needed(tape, made, end, inputs), *end.nodes]
@@ -86,6 +78,28 @@ def freeze_nodes(
     _find_live(frozen)
     frozen.held.clear()  # what of it is read is live now
     return frozen
+
+
+def _refuse_unfollowed(tape: Tape) -> None:
+    """Refuses a recording of code that did what a replay could not do again."""
+    if tape.streams is not None and tape.streams.moved:
+        raise NotRecordedError(
+            message(
+                "tape.program: a random generator was seeded or moved between two draws of the recorded code: "
+                "a replay would draw other numbers than running it again.",
+                where=tape.streams.moved,
+                fix="seed before the block, and before each replay that is to repeat it",
+            )
+        )
+    if tape.unfollowed is not None:
+        what, where = tape.unfollowed
+        raise NotRecordedError(
+            message(
+                f"tape.program: the recorded code gave a tensor other contents by {what}, which is no operation.",
+                where=where,
+                fix="write to the elements: x.copy_(...)",
+            )
+        )
 
 
 # -- the rim -----------------------------------------------------------------------------------------------

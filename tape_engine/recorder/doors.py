@@ -273,4 +273,8 @@ def _record_cut(tensor: Tensor) -> None:
         write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
 
 
-exits.on_exit(_hears, _record_guard, _record_cut, detaching, _record_set, _record_parameter, quietly)
+def _note_unfollowed(what: str) -> None:
+    current_tape().unfollowed = what, call_site(user_frame())
+
+
+exits.on_exit(_hears, _record_guard, _record_cut, detaching, _record_set, _record_parameter, quietly, _note_unfollowed)

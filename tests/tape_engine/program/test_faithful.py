@@ -327,3 +327,85 @@ def test_seeding_where_nothing_is_drawn_is_no_matter() -> None:
         torch.manual_seed(3)
         y = x * 2
     close(tape.program(inputs=x, outputs=y)(x), x * 2)
+
+
+# -- writes that are no operations -----------------------------------------------------------------------------
+
+
+def data_of_a_parameter(x: Tensor, w: Tensor) -> Tensor:
+    y = w * x
+    w.data = w.data * 2
+    return w * x + y
+
+
+def data_of_a_result(x: Tensor, w: Tensor) -> Tensor:
+    h = x * w
+    h.data = x * 5
+    return h * x
+
+
+def data_before_it_is_read(x: Tensor, w: Tensor) -> Tensor:
+    w.data = x * 5
+    return w * x
+
+
+def storage_copied(x: Tensor, w: Tensor) -> Tensor:
+    w.untyped_storage().copy_((x * 5).untyped_storage())
+    return w * x
+
+
+def storage_resized(x: Tensor, w: Tensor) -> Tensor:
+    y = w * x
+    w.untyped_storage().resize_(0)
+    w.untyped_storage().resize_(24)
+    w.copy_(x)
+    return y + w
+
+
+def set_to_another(x: Tensor, w: Tensor) -> Tensor:
+    w.set_(x * 5)  # type: ignore[call-overload]
+    return w * x
+
+
+UNFOLLOWED = [storage_copied, storage_resized, set_to_another]
+FOLLOWED = [data_of_a_parameter, data_of_a_result, data_before_it_is_read]
+
+
+@pytest.mark.parametrize("function", FOLLOWED)
+def test_setting_data_is_replayed(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, w = draw(3), draw(3)
+    with te.record() as tape:
+        y = function(x, w)
+    program = tape.program(inputs=x, outputs=y)
+    for _ in range(2):
+        x, twin = draw(3), w.clone()
+        wanted = function(x, twin)
+        close(program(x), wanted)
+        close(w, twin)
+
+
+@pytest.mark.parametrize("function", UNFOLLOWED)
+def test_writes_that_are_no_operations_are_refused(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, w = draw(3), draw(3)
+    with te.record() as tape:
+        y = function(x, w)
+    with pytest.raises(te.NotRecordedError, match=r"test_faithful.py:\d+[\s\S]*fix: write to the elements"):
+        tape.program(inputs=x, outputs=y)
+    w = draw(3)
+    w.data = draw(3)  # outside a block it is what it was
+    with te.record() as tape:
+        y = w * x
+    w.data = draw(3)
+    close(tape.program(inputs=x, outputs=y)(x), w * x)
+
+
+def test_writes_through_data_are_operations() -> None:
+    x, w = draw(3), draw(3)
+    with te.record() as tape:
+        y = w * x
+        w.data.mul_(2)
+        y = y + w * x
+    program = tape.program(inputs=x, outputs=y)
+    before = w.clone()
+    close(program(x), 3 * before * x)
+    close(w, 2 * before)

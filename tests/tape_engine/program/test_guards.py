@@ -242,7 +242,6 @@ def test_a_guard_after_batch_norm_comes_before_its_running_statistics() -> None:
     unchanged(before, x, *buffers)
 
 
-<<<<<<< HEAD
 def test_classes_may_change_between_replays() -> None:
     """What torch asks of a tensor's elements only to refuse them is no decision of the recorded code."""
     x, y = draw(3, 5), torch.tensor([0, 2, 1])
@@ -287,7 +286,8 @@ def test_classes_in_a_vectorised_function_and_by_keyword() -> None:
     for each, w in zip(got, [wanted[0], wanted[0], wanted[0][:0, :4], wanted[0][0]], strict=True):
         assert torch.equal(each, w)
     assert torch.equal(largest, wanted[1])
-=======
+
+
 # -- decisions outside a block -------------------------------------------------------------------------------
 
 
@@ -392,4 +392,3 @@ def test_decisions_that_were_given_up_refuse_a_program(monkeypatch: pytest.Monke
         te.global_tape().program(inputs=X, outputs=Z)
     C = te.lin(X, w, b)
     close(te.global_tape().program(inputs=X, outputs=C)(X), X.sum(1, keepdim=True))
->>>>>>> 346433b (Decisions outside a block are guards; streams that a block moves are refused; how to replay a function)
