@@ -71,5 +71,7 @@ def streams_of(frozen: Frozen) -> AbstractContextManager[None]:
     random = [node for node in frozen.forward if node.random]
     if not random or not any(n.result is not None or sized_by_elements(n) for n in frozen.forward):
         return nullcontext()
-    found = {id(each): each for n in random for each in (*n.args, *n.kwargs.values()) if isinstance(each, torch.Generator)}
+    found = {
+        id(each): each for n in random for each in (*n.args, *n.kwargs.values()) if isinstance(each, torch.Generator)
+    }
     return _Streams(list(found.values()), {v.device for n in random for v in n.outputs})

@@ -20,7 +20,19 @@ __all__ = ["Facts", "facts_of"]
 Tensor = torch.Tensor
 
 #: Values that are facts themselves.
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 
 #: Whose code is taken as given: it does not change while a program runs.
 GIVEN = {"torch", "tape_engine", "numpy", *sys.stdlib_module_names}

@@ -101,7 +101,9 @@ class Replayable:
         Raises:
             As a call; ShapeError, DTypeError and MissingRuleError as `Program.step`.
         """
-        options = {k: kwargs.pop(k) for k in ("seed", "accumulate") if k in kwargs and k not in self._parameters}
+        options: dict[str, Any] = {
+            k: kwargs.pop(k) for k in ("seed", "accumulate") if k in kwargs and k not in self._parameters
+        }
         return self._run(args, kwargs, options)
 
     def __get__(self, owner: Any, kind: type | None = None) -> Any:
@@ -273,8 +275,9 @@ def replayable(function: Callable[..., Any]) -> Replayable:
     """Makes a function, a method or a module one that is recorded once and replayed after.
 
     Tensors among its arguments, also inside tuples, lists and dictionaries, are inputs; every other tensor that it
-    reads (parameters, closures, attributes) is live. ``function(*args)`` gives what it returns, ``function.step(*args)``
-    runs the sweep from the first tensor that it returns as well, and writes ``.g`` on everything that it read.
+    reads (parameters, closures, attributes) is live. ``function(*args)`` gives what it returns;
+    ``function.step(*args)`` runs the sweep from the first tensor that it returns as well, and writes ``.g`` on all
+    that it read.
 
     Raises:
         DTypeError: if `function` is not callable.
@@ -372,12 +375,17 @@ def _difference(before: Facts, now: Facts) -> str:
 def _said(fact: Any) -> str:
     """A fact in words."""
     if isinstance(fact, tuple) and fact and fact[0] == "input":
-        _, _, shape, dtype, device, layout, requires_grad = fact
+        _, _, shape, dtype, device, _, requires_grad = fact
         more = [str(device)] * (device.type != "cpu") + ["requires_grad"] * requires_grad
         return "  ".join([f"a tensor {shape}", str(dtype).removeprefix("torch."), *more])
     if isinstance(fact, tuple) and len(fact) == 2 and isinstance(fact[0], type):
         return fact[1] if fact[0] in (float, complex) else repr(fact[1])
-    if isinstance(fact, tuple) and fact and isinstance(fact[0], int) and not isinstance(fact[0], bool) and fact[0] > 1 << 20:
+    if (
+        isinstance(fact, tuple)
+        and fact
+        and isinstance(fact[0], int)
+        and not isinstance(fact[0], bool)
+        and fact[0] > 1 << 20
+    ):
         return f"one object (at {fact[0]:#x})"
     return repr(fact)
-

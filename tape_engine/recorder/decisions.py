@@ -21,6 +21,7 @@ from .writing import Taken, write
 __all__ = ["decided", "observe_from", "record_tolist"]
 
 MOST = 4_000  # nodes in the outlines that one tape keeps
+FEW = 16  # how many decisions it keeps whose values are gone
 
 _tolist = Op(torch.Tensor.tolist, name="tolist")
 _tolist.differentiable = False
@@ -32,11 +33,37 @@ def decided(tape: Tape, node: Node) -> None:
         return
     node.sources, made = _outlines(node.sources)
     tape.decisions.append((node, made + 1))
-    total = sum(count for _, count in tape.decisions) if len(tape.decisions) > 1 else 0
-    while total > MOST and len(tape.decisions) > 1:
-        oldest, count = tape.decisions.pop(0)
-        tape.forgotten = oldest.seq
-        total -= count
+    if len(tape.decisions) % FEW == 0:
+        _give_up(tape)
+
+
+def _give_up(tape: Tape) -> None:
+    """Gives up the oldest decisions: of those whose values are gone but for leaves, all but a few."""
+    kept, gone, total = [], 0, 0
+    for decision, count in reversed(tape.decisions):
+        total += count
+        alive = _alive(decision)
+        gone += not alive
+        if total > MOST or (gone > FEW and not alive):
+            tape.forgotten = max(tape.forgotten, decision.seq)
+        else:
+            kept.append((decision, count))
+    tape.decisions = kept[::-1]
+
+
+def _alive(decision: Node) -> bool:
+    """Whether something that a decision was computed from can still lie on the way to an output."""
+    stack: list[Node | None] = [*decision.sources]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if any(value.node is not None for value in node.outputs):
+            return True
+        seen.add(node)
+        stack += node.sources
+    return False
 
 
 def observe_from(node: Node) -> None:

@@ -17,7 +17,6 @@ from ..registry import Op
 from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
 from .listening import listen, listen_to, mark
 from .mode import Mode, quietly
-from .streams import Streams
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in
 from .writing import (
     Taken,

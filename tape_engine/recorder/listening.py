@@ -50,16 +50,16 @@ class Recorded(Tensor):
                 return _update_leaf(func, args, kwargs)
             tape = current_tape()
             if func is _TOLIST:
-                result = func(*args, **kwargs)
+                listed = func(*args, **kwargs)
                 with quietly():
-                    record_tolist(tape, args[0], result)
-                return result
+                    record_tolist(tape, args[0], listed)
+                return listed
             depth = _observed(args, kwargs)
             if depth >= DEEPEST:
                 tape.forgotten = next_in_sequence()  # what is decided by the result is not heard
                 return func(*args, **kwargs)
             with recording(tape):
-                result = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
+                result: Any = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
             if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
                 in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
                 result.__class__ = type(args[0]) if in_parameter else Recorded  # nn.Parameter(x) insists on it
@@ -138,9 +138,9 @@ _PLAIN = {
     getattr(Tensor, name)
     for name in (
         "size dim numel stride storage_offset is_contiguous is_floating_point is_complex element_size data_ptr "
-        "untyped_storage storage numpy __repr__ __format__ __len__ __hash__ __array__ __dlpack__ is_inference is_signed is_shared is_pinned "
-        "get_device backward retain_grad requires_grad_ register_hook _is_view is_conj is_neg nelement ndimension "
-        "__setstate__ __reduce_ex__ __deepcopy__ as_subclass"
+        "untyped_storage storage numpy __repr__ __format__ __len__ __hash__ __array__ __dlpack__ is_inference "
+        "is_signed is_shared is_pinned get_device backward retain_grad requires_grad_ register_hook _is_view is_conj "
+        "is_neg nelement ndimension __setstate__ __reduce_ex__ __deepcopy__ as_subclass"
     ).split()
     if hasattr(Tensor, name)
 }
@@ -195,6 +195,8 @@ def observe(tensor: Tensor, depth: int = 0) -> None:
         value.observed = depth + 1
         if depth:
             observe_from(binding.node)
+            if any(v.constant and v.dtype.is_floating_point for v in binding.node.inputs):
+                value.constant = True  # a gradient that was cut stays cut, and a sweep from here says so
         if type(tensor) in _LISTENING:
             tensor.__class__ = _LISTENING[type(tensor)]
 

@@ -303,7 +303,8 @@ def test_replays_draw_what_running_the_code_again_would() -> None:
         y = torch.nn.functional.dropout(x, 0.5) + torch.rand(3, generator=generator, dtype=F64)
         torch.rand(5)  # nobody reads it
         y = y + torch.empty(3, dtype=F64).normal_() + torch.randperm(3).to(F64) + torch.rand_like(x)
-        return noisy(y) + torch.bernoulli(torch.full((3,), 0.5, dtype=F64))
+        out: Tensor = noisy(y) + torch.bernoulli(torch.full((3,), 0.5, dtype=F64))
+        return out
 
     x = draw(3)
     with te.record() as tape:

@@ -320,7 +320,8 @@ def test_decisions_outside_a_block_are_guards(name: str) -> None:
 
     def function(X: Tensor) -> Tensor:
         Z = te.lin(X, w, b)
-        return Z.square().sum() if decide(Z) else Z.sum()
+        out: Tensor = Z.square().sum() if decide(Z) else Z.sum()
+        return out
 
     w, b = torch.eye(2), torch.zeros(2)
     X = torch.tensor([[1.0, 2.0]])
@@ -367,22 +368,23 @@ def test_a_loop_that_decides_and_never_sweeps_keeps_a_bounded_number() -> None:
     right = torch.zeros((), dtype=torch.long)
     kept: list[weakref.ref[Tensor]] = []
     C = X.sum()
-    for _ in range(2000):
+    for _ in range(300):
         Z = te.lin(X, w, b)
         kept.append(weakref.ref(Z))
         right = right + (Z > 0).sum()
         C = Z.square().mean()
         assert float(C) > 0
     tape = te.global_tape()
-    assert right == 6000
+    assert right == 900
     gc.collect()
     assert sum(ref() is not None for ref in kept) == 1
-    assert len(tape) < 4_100
-    assert sum(count for _, count in tape.decisions) <= 4_000
+    assert len(tape) < 100
+    assert len(tape.decisions) < 40
 
 
 def test_decisions_that_were_given_up_refuse_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tape_engine.recorder.decisions.MOST", 10)
+    monkeypatch.setattr("tape_engine.recorder.decisions.FEW", 2)
     w, b = torch.ones(2, 1), torch.zeros(1)
     X = torch.ones(3, 2)
     Z = te.lin(X, w, b)
