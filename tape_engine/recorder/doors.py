@@ -18,6 +18,7 @@ from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
 from .listening import listen, listen_to, mark
 from .mode import Mode, quietly
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in
+from .streams import Streams
 from .writing import (
     Taken,
     as_constants,
