@@ -67,6 +67,13 @@ def freeze_nodes(
     _join_readings(frozen)
     frozen.forward = [each for node in nodes for each in opened(node, frozen)]
     frozen.writes = _writes(nodes, leaves, rim)
+    for tensor, name in zip(inputs, titles, strict=True):
+        base = tensor._base
+        if base is None or any(leaf.holder is tensor for leaf, _ in frozen.writes):
+            continue
+        if any(v.holder is base for node in replayed.nodes if node.op is write_view for v in node.outputs):
+            what = f"tape.program: {name} is a slice of a tensor that the recorded code writes to through another view."
+            raise _refuse(what, tensor, name, "record on a tensor of its own: .clone()")
     if made[0][0].differentiable:
         bind(seed_tensor, seed, None)
         _record_sweep(frozen, *made[0], seed_tensor, targets)

@@ -410,3 +410,23 @@ def test_writes_through_data_are_operations() -> None:
     before = w.clone()
     close(program(x), 3 * before * x)
     close(w, 2 * before)
+
+
+def test_a_slice_written_through_a_view_of_it_is_refused_as_an_input() -> None:
+    writing: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x[1:].mul_(2) * 1,
+        lambda x: x.view(3).mul_(2) * 1,
+    ]
+    for function in writing:
+        x = torch.arange(6.0)[1:4]
+        with te.record() as tape:
+            y = function(x)
+        with pytest.raises(te.NotRecordedError, match=r"x is a slice[\s\S]*fix: .*clone"):
+            tape.program(inputs=x, outputs=y)
+        x = x.clone()
+        with te.record() as tape:
+            y = function(x)
+        fresh = torch.arange(6.0)[1:4] + 1
+        twin = fresh.clone()
+        close(tape.program(inputs=x, outputs=y)(fresh), function(twin))
+        close(fresh, twin)
