@@ -17,6 +17,7 @@ from . import listing, rules  # noqa: F401 - what registers itself: print(tape),
 from .bridge import fill_grad
 from .checks import check, check_rule
 from .errors import (
+    BackendError,
     DTypeError,
     GuardError,
     InputError,
@@ -31,7 +32,7 @@ from .errors import (
     TapeWarning,
 )
 from .ops import lin, mse, relu
-from .program import Program
+from .program import Program, replayable
 from .recorder import pause, record, scope, stop_gradient
 from .registry import op, rule, sample, spec
 from .sweep import backward, grad
@@ -40,6 +41,7 @@ from .tape import Node, Tape, Value, current_tape, global_tape
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "DTypeError",
     "GuardError",
     "InputError",
@@ -69,6 +71,7 @@ __all__ = [
     "pause",
     "record",
     "relu",
+    "replayable",
     "rule",
     "sample",
     "scope",

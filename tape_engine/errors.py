@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "BackendError",
     "DTypeError",
     "DataError",
     "GuardError",
@@ -77,6 +78,10 @@ class SweptError(TapeError, RuntimeError):
 
 class GuardError(TapeError, RuntimeError):
     """A decision of the recorded code comes out differently on the inputs of a replay."""
+
+
+class BackendError(TapeError, ValueError):
+    """A backend that there is not, or that cannot run a tape."""
 
 
 class LoadError(TapeError, ValueError):

@@ -12,6 +12,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
+- ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
   on a value through which a gradient could pass they warn, and the elements handed out are a guard as well.
 """
@@ -53,6 +54,10 @@ _detach: Callable[[Any, Tensor], Tensor] = print  # type: ignore[assignment]
 _set: Callable[[Any, Tensor, Any], None] = print
 _parameter: Callable[..., Any] = print
 _quietly: Callable[[], AbstractContextManager[None]]
+_unfollowed: Callable[[str], None] = print
+
+#: Methods of a storage by which its contents change without an operation.
+MOVING = ("resize_", "copy_", "fill_")
 
 
 def on_exit(
@@ -63,11 +68,12 @@ def on_exit(
     set_data: Callable[[Any, Tensor, Any], None],
     parameter: Callable[..., Any],
     quietly: Callable[[], AbstractContextManager[None]],
+    unfollowed: Callable[[str], None],
 ) -> None:
     """The recorder says here whether it listens, how it records what is heard here, and how it hears nothing."""
-    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly
+    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly, _unfollowed
     _heard, _guard, _cut, _detach = heard, guard, cut, detach
-    _set, _parameter, _quietly = set_data, parameter, quietly
+    _set, _parameter, _quietly, _unfollowed = set_data, parameter, quietly, unfollowed
 
 
 def open_exits() -> None:
@@ -84,6 +90,10 @@ def open_exits() -> None:
             _wrap(Tensor, "_make_subclass", staticmethod(_subclassing(Tensor._make_subclass)))
             _wrap(torch, "tensor", _copying(torch.tensor, 0))
             _wrap(Tensor, "new_tensor", _copying(Tensor.new_tensor, 1))
+            _wrap(Tensor, "set_", _moving("x.set_(...)", Tensor.set_))
+            for name in MOVING:
+                title = f"x.untyped_storage().{name}(...)"
+                _wrap(torch.UntypedStorage, name, _moving(title, getattr(torch.UntypedStorage, name)))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
             for name in HOOKS:
                 _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
@@ -211,6 +221,15 @@ def _copying(original: Any, place: int) -> Any:
         return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
 
     return copying
+
+
+def _moving(title: str, original: Any) -> Any:
+    def move(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _heard() and called_by_user():
+            _unfollowed(title)
+        return original(self, *args, **kwargs)
+
+    return move
 
 
 def _detach_(original: Any) -> Any:

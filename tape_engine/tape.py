@@ -99,6 +99,7 @@ class Value:
         aliases: the group of values that share its storage; ``None`` while it is alone there.
         marks: how many tapes have its tensor listen for plain operations (leaves only).
         stale: true once a write through an alias made its tensor hold other contents.
+        observed: outside a block, how many operations lie between it and values that have a gradient.
     """
 
     # What most values share stands here, and on a value only where it differs: a value is made at each operation.
@@ -109,6 +110,7 @@ class Value:
     aliases: Any = None
     marks = 0
     stale = False
+    observed = 0
     _node: weakref.ref[Node] | None = None
     _kept: weakref.ref[Kept] | None = None
 
@@ -256,6 +258,7 @@ class Node:
         cut: recorded under ``no_grad``: no gradient passes.
         random: whether it draws from a generator.
         swept: whether a sweep has passed over it.
+        outline: its copy without tensors, once a decision on the global tape keeps one; `is_outline` in that copy.
     """
 
     outputs: tuple[Value, ...] = ()
@@ -268,6 +271,8 @@ class Node:
     random = False
     swept = False
     tape: Token | None = None
+    outline: Node | None = None
+    is_outline = False
 
     def __init__(
         self,
@@ -372,6 +377,8 @@ class Tape:
             tensors still reach (the global tape).
         strict: whether an operation without a registered rule raises as it is recorded.
         token: what its nodes know it by.
+        decisions: the guards of the global tape, each with how many nodes it keeps; those of a block are its nodes.
+        forgotten: where in the order of recording the last of them stood that were given up.
     """
 
     def __init__(self, *, strong: bool = True, strict: bool = False) -> None:
@@ -380,6 +387,10 @@ class Tape:
         self.token = Token()
         self._nodes: list[Any] = []
         self._leaves: dict[int, torch.Tensor] = {}  # keeps the leaves' tensors: a replay reads them
+        self.unfollowed: tuple[str, str | None] | None = None  # a write that cannot be replayed, and its line
+        self.streams: Any = None  # of random numbers, in a block; the recorder follows them
+        self.decisions: list[tuple[Node, int]] = []
+        self.forgotten = -1
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches
 
     @property
@@ -442,6 +453,7 @@ class Tape:
         """Forgets every node."""
         self._nodes.clear()
         self._leaves.clear()
+        self.decisions.clear()
 
     def __len__(self) -> int:
         return len(self._nodes) if self.strong else len(self.nodes)

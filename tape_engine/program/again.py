@@ -6,7 +6,7 @@ a recording with programs in it can be frozen itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from .. import recorder
 from ..errors import NotRecordedError, message
 from ..names import located
 from ..recorder import Recorded, listen_to, recording, scope
-from ..tape import Node, Value, current_tape
+from ..tape import Node, Value, bound, current_tape
 from .buffers import laid
 from .data import LIFT, Frozen
 from .guards import check_guard, check_shape
@@ -28,13 +28,24 @@ __all__ = ["is_recorded", "run_recorded"]
 Tensor = torch.Tensor
 
 
-def is_recorded(inputs: Sequence[Tensor], live: Sequence[tuple[Value, Tensor]]) -> bool:
-    """Whether a tape would record a plain torch operation on these tensors now."""
+def is_recorded(inputs: Sequence[Tensor], live: Sequence[tuple[Value, Tensor]], own: Mapping[int, Any]) -> bool:
+    """Whether a tape would record a plain torch operation on these tensors now.
+
+    `own` are the leaves that listen on behalf of the frozen tape: what it read is not recorded elsewhere by that.
+    """
     if recorder.is_quiet():  # inside the body of a named operation, or a rule
         return False
     if current_tape().strong:
         return True
-    return any(isinstance(t, Recorded) for t in inputs) or any(isinstance(t, Recorded) for _, t in live)
+    return any(_listens(t, own) for t in inputs) or any(_listens(t, own) for _, t in live)
+
+
+def _listens(tensor: Tensor, own: Mapping[int, Any]) -> bool:
+    """Whether plain operations on `tensor` are recorded, be it a leaf on behalf of another tape alone."""
+    if not isinstance(tensor, Recorded):
+        return False
+    value = bound(tensor)
+    return value is None or not value.leaf or bool(value.closed) or value.marks > (id(value) in own)
 
 
 def run_recorded(frozen: Frozen, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -52,6 +52,9 @@ LAID_OUT = {torch.ops.aten.bernoulli.p: Tensor.bernoulli_}
 
 _known: dict[Any, Call] = {}
 
+#: How many kinds of call are known at most: sizes and places that differ from recording to recording are kinds too.
+KINDS = 10_000
+
 
 def call_of(node: Node) -> Call:
     """The quickest way to run `node`, found at the first node of its kind."""
@@ -65,7 +68,10 @@ def call_of(node: Node) -> Call:
     key = (forward, _kind(node.args), _kind(node.kwargs), len(node.outputs), node.gaps)
     found = _known.get(key)
     if found is None:
-        found = _known[key] = _find(node, forward)
+        found = _find(node, forward)
+        if len(_known) >= KINDS:
+            _known.clear()
+        _known[key] = found
     return found
 
 
@@ -92,6 +98,8 @@ def _kind(argument: Any) -> Any:
         return tuple(_kind(each) for each in argument)
     if isinstance(argument, dict):
         return tuple((name, _kind(each)) for name, each in argument.items())
+    if isinstance(argument, float):  # a rate that changes from recording to recording changes no way to call
+        return "float" if abs(argument) < float("inf") else repr(argument)
     return repr(argument)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..aliases import read_view, write_view
-from ..tape import Node, Value
+from ..tape import Node, Tape, Value
 
 __all__ = ["DESCRIBED", "LIFT", "SAME", "STEPPED", "VIEWS", "Frozen", "sized_by_elements"]
 
@@ -50,11 +50,12 @@ class Frozen:
     """What a replay needs to know of a tape.
 
     Attributes:
+        tape: the recording as it was, without contents.
         forward, backward: the nodes, in the order in which they run; named operations are opened up.
         nodes: the recorded nodes of the forward pass, as they stand on the tape.
         leaves: the values that these read and do not make, with their tensors (``None``: gone).
         inputs: the leaves that stand for the caller's inputs, in order; ``None`` for one never read.
-        given: the tensors that were named as inputs when the tape was frozen.
+        given: tensors of the description of those that were named as inputs; stand-ins once a program is made.
         titles: how messages call the inputs.
         live: the other leaves with the tensors they are read from, anew on every replay.
         constants: those of them that nobody can write to (``torch.tensor(...)`` in the code).
@@ -66,9 +67,10 @@ class Frozen:
         writes: leaves that the recorded code wrote to, with the value that they hold at its end.
         same: values that are one and the same, by the one that stands for both.
         names: a name for every value, by its ``id``.
-        held: tensors that must live as long as this does: those of leaves found on the way.
+        held: tensors of leaves found on the way, until it is known which of them are read.
     """
 
+    tape: Tape
     nodes: list[Node]
     leaves: dict[Value, Tensor | None]
     inputs: list[Value | None]

@@ -18,7 +18,9 @@ from ..names import call_site, local_name, names_of, user_frame
 from ..recorder import SWEEP, SWEPT, UNSEEN, quietly, read, recording
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
 from ..walk import Sweep
+from .bare import bare, bare_tape
 from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
+from .decisive import decisive
 from .opened import opened
 from .passes.dead import drop_dead
 
@@ -37,16 +39,21 @@ def freeze_nodes(
             changed between two readings, or is gone.
         ShapeError: for two inputs that are the same tensor.
     """
+    _refuse_unfollowed(tape)
     end = Tape(strong=True)  # what has to be read off once more at the end of the recording
     made = [_output(each, tape, end) for each in outputs]
-    nodes = [*_needed(tape, made, end), *end.nodes]
-    leaves = _leaves(nodes, [value for value, _ in made], tape)
+    recorded = [*_needed(tape, made, end, inputs), *end.nodes]
+    known: dict[Node, Node] = {}
+    replayed = bare_tape(tape, known)
+    nodes = bare(recorded, known)
+    leaves = _leaves(recorded, [value for value, _ in made], tape)
     seed_tensor = torch.ones_like(outputs[0], memory_format=torch.contiguous_format).as_subclass(Tensor)
     seed = Value(seed_tensor)
     seed.name = "seed"
     titles = [local_name(user_frame(), each) or f"input{i}" for i, each in enumerate(inputs)]
     rim = _inputs(inputs, leaves, titles)
     frozen = Frozen(
+        tape=replayed,
         nodes=nodes,
         leaves=leaves,
         inputs=rim,
@@ -60,6 +67,13 @@ def freeze_nodes(
     _join_readings(frozen)
     frozen.forward = [each for node in nodes for each in opened(node, frozen)]
     frozen.writes = _writes(nodes, leaves, rim)
+    for tensor, name in zip(inputs, titles, strict=True):
+        base = tensor._base
+        if base is None or any(leaf.holder is tensor for leaf, _ in frozen.writes):
+            continue
+        if any(v.holder is base for node in replayed.nodes if node.op is write_view for v in node.outputs):
+            what = f"tape.program: {name} is a slice of a tensor that the recorded code writes to through another view."
+            raise _refuse(what, tensor, name, "record on a tensor of its own: .clone()")
     if made[0][0].differentiable:
         bind(seed_tensor, seed, None)
         _record_sweep(frozen, *made[0], seed_tensor, targets)
@@ -69,7 +83,30 @@ def freeze_nodes(
         frozen.unreached = [_target(each, frozen) for each in targets if id(each) not in reached]
     _merge_same(frozen)
     _find_live(frozen)
+    frozen.held.clear()  # what of it is read is live now
     return frozen
+
+
+def _refuse_unfollowed(tape: Tape) -> None:
+    """Refuses a recording of code that did what a replay could not do again."""
+    if tape.streams is not None and tape.streams.moved:
+        raise NotRecordedError(
+            message(
+                "tape.program: a random generator was seeded or moved between two draws of the recorded code: "
+                "a replay would draw other numbers than running it again.",
+                where=tape.streams.moved,
+                fix="seed before the block, and before each replay that is to repeat it",
+            )
+        )
+    if tape.unfollowed is not None:
+        what, where = tape.unfollowed
+        raise NotRecordedError(
+            message(
+                f"tape.program: the recorded code gave a tensor other contents by {what}, which is no operation.",
+                where=where,
+                fix="write to the elements: x.copy_(...)",
+            )
+        )
 
 
 # -- the rim -----------------------------------------------------------------------------------------------
@@ -98,7 +135,9 @@ def _output(tensor: Tensor, tape: Tape, end: Tape) -> tuple[Value, Node | None]:
     return value, node
 
 
-def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape) -> list[Node]:
+def _needed(
+    tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape, inputs: Sequence[Tensor]
+) -> list[Node]:
     """The nodes that the outputs depend on, and for a ``te.record()`` block those with an effect of their own.
 
     The global tape holds what other code does as well: of that, only what the outputs depend on is meant.
@@ -107,7 +146,9 @@ def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape)
     on_tape = set(nodes)
     wanted = [node for _, node in outputs if node is not None] + [s for n in end.nodes for s in n.sources if s]
     if tape.strong:
-        rim = {id(tensor) for tensor in tape.held}
+        made = {value for node in nodes for value in node.outputs}
+        read_from = [v.holder for node in nodes for v in node.inputs if v not in made]  # also off other tapes
+        rim = {id(tensor) for tensor in (*tape.held, *read_from) if tensor is not None}
         for node in nodes:
             guards = node.result is not None or sized_by_elements(node)
             writes = any(i < 0 for i, _ in node.mutates) or any(id(v.holder) in rim for v in node.outputs)
@@ -120,6 +161,8 @@ def _needed(tape: Tape, outputs: Iterable[tuple[Value, Node | None]], end: Tape)
             continue
         seen.add(node)
         wanted += [source for source in node.sources if source is not None]
+    if not tape.strong:
+        seen |= decisive(tape, seen, inputs)
     return sorted(seen, key=lambda node: node.seq)
 
 
@@ -292,7 +335,7 @@ def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor
             arrivals = [(value, bound(g)) for value, g in sweep.arrivals]
     finally:
         pop_tape(inner)
-    frozen.backward = [each for node in inner.nodes for each in opened(node, frozen)]
+    frozen.backward = [each for node in bare(inner.nodes) for each in opened(node, frozen)]
     made = {value for node in (*frozen.forward, *frozen.backward) for value in node.outputs}
     frozen.held += [h for n in inner.nodes for v in n.inputs if v not in made and (h := v.holder) is not None]
     names = frozen.names

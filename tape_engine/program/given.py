@@ -10,7 +10,7 @@ import torch
 from ..aliases import overlap, storage_of
 from ..errors import DTypeError, InputError, ShapeError, message
 from ..names import call_site, user_frame
-from ..tape import describe
+from ..tape import describe, unbind
 from .buffers import overlapping
 from .data import Frozen
 
@@ -65,8 +65,10 @@ class Given:
         frozen = self._frozen
         titles = frozen.titles
         if len(inputs) != len(titles):
-            what = f"the program takes {len(titles)} inputs ({', '.join(titles)}), not {len(inputs)}."
-            raise InputError(message(what, where=call_site(user_frame())))
+            takes = ", ".join(titles)
+            what = f"the program takes {len(titles)} input{'s'[: len(titles) != 1]} ({takes}), not {len(inputs)}."
+            rows = [(name, f"recorded {describe(given)}") for name, given in zip(titles, frozen.given, strict=True)]
+            raise InputError(message(what, where=call_site(user_frame()), operands=rows, fix=f"program({takes})"))
         rows = [
             (name, f"recorded {describe(given)}, given {_described(tensor, given)}")
             for name, given, tensor in zip(titles, frozen.given, inputs, strict=True)
@@ -122,6 +124,11 @@ class Given:
             self._refuse_write(
                 "a tensor that the recorded code writes to shares memory with another in another way than recorded."
             )
+
+    def forget_written(self, inputs: Sequence[Tensor]) -> None:
+        """After a replay: what it wrote to is a leaf to the next recording, as after ``opt.step()``."""
+        for target in self._written:
+            unbind(inputs[target] if isinstance(target, int) else target)
 
     def _refuse_write(self, what: str) -> None:
         raise InputError(message(what, where=call_site(user_frame()), fix="give a copy: .clone()"))

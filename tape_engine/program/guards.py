@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from ..errors import GuardError, message
+from .data import Frozen, sized_by_elements
 
-__all__ = ["check_guard", "check_shape"]
+__all__ = ["check_guard", "check_shape", "streams_of"]
 
 FIX = "record the code again on these inputs"
 
@@ -36,3 +39,39 @@ def check_shape(tensor: torch.Tensor, shape: tuple[int, ...], site: str | None) 
             f"{tuple(tensor.shape)} now."
         )
         raise GuardError(message(what, where=site, fix=FIX))
+
+
+class _Streams:
+    """A context after whose `GuardError` the generators stand where they stood: a replay refused has drawn nothing."""
+
+    def __init__(self, generators: list[torch.Generator], devices: set[torch.device]) -> None:
+        self.generators = generators
+        self.devices = devices
+        self.local = threading.local()  # several threads replay at once
+
+    def __enter__(self) -> None:
+        states = [each.get_state() for each in (*self.generators, *map(_default, self.devices))]
+        self.local.states = [*getattr(self.local, "states", []), states]
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        states = self.local.states.pop()
+        if kind is not None and issubclass(kind, GuardError):
+            for each, state in zip((*self.generators, *map(_default, self.devices)), states, strict=True):
+                each.set_state(state)
+
+
+def _default(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+def streams_of(frozen: Frozen) -> AbstractContextManager[None]:
+    """The context in which a frozen tape is replayed: it takes back what was drawn before a guard refused."""
+    random = [node for node in frozen.forward if node.random]
+    if not random or not any(n.result is not None or sized_by_elements(n) for n in frozen.forward):
+        return nullcontext()
+    found = {
+        id(each): each for n in random for each in (*n.args, *n.kwargs.values()) if isinstance(each, torch.Generator)
+    }
+    return _Streams(list(found.values()), {v.device for n in random for v in n.outputs})

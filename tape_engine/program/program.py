@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-from ..errors import DTypeError, MissingRuleError, message
+from ..errors import BackendError, DTypeError, MissingRuleError, message
 from ..names import call_site, user_frame
-from ..recorder import forget_leaves, quietly
+from ..recorder import quietly
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
+from .bare import let_go
 from .data import STEPPED, Frozen
 from .frozen import freeze_nodes
 from .function import Function
 from .given import Given
+from .guards import streams_of
 
 __all__ = ["Program", "freeze"]
 
@@ -32,15 +34,17 @@ class Program:
     threads is safe: each replay that runs has buffers of its own.
 
     Attributes:
-        tape: the tape that was frozen.
+        tape: what was recorded, without contents: a program keeps no tensors but the live ones.
         params: the live tensors, by name.
     """
 
     def __init__(self, tape: Tape, frozen: Frozen, *, copy: bool) -> None:
-        self.tape = tape
+        self.tape = frozen.tape
         self._frozen = frozen
         self._copy = copy
+        self._marked = tape.token.marked  # the leaves that listen on behalf of the tape; empty once it is gone
         self._given = Given(frozen)
+        self._streams = streams_of(frozen)
         self._forward = Function(frozen, with_sweep=False, copy=copy)
         self._step = Function(frozen, with_sweep=True, copy=copy)
 
@@ -55,12 +59,16 @@ class Program:
             InputError: naming every input (and live tensor) whose shape, dtype or device differs.
             GuardError: where a decision of the recorded code comes out differently.
         """
-        self._given.check(inputs)
-        if is_recorded(inputs, self._given.live):
-            outputs = run_recorded(self._frozen, inputs)
+        with quietly():
+            self._given.check(inputs)
+        if is_recorded(inputs, self._given.live, self._marked):
+            with self._streams:
+                outputs = run_recorded(self._frozen, inputs)
         else:
             with quietly(), torch.no_grad():
-                outputs, _ = self._forward(*inputs)
+                with self._streams:
+                    outputs, _ = self._forward(*inputs)
+                self._given.forget_written(inputs)
         return outputs[0] if self._frozen.single else outputs
 
     def step(self, *inputs: Tensor, seed: Tensor | None = None, accumulate: bool = False) -> Any:
@@ -70,7 +78,8 @@ class Program:
 
         Args:
             inputs: as many as were frozen, of the recorded shapes, dtypes and devices.
-            seed: the gradient of the loss with respect to the first output; one by default.
+            seed: the gradient of the loss with respect to the first output; one by default. (Random operations draw
+                from torch's generators: ``torch.manual_seed`` before a replay repeats it.)
             accumulate: adds to the ``.g`` that is there.
 
         Raises:
@@ -79,8 +88,9 @@ class Program:
             InputError, GuardError: as calling the program. Whatever is raised, no ``.g`` has changed.
         """
         frozen, given = self._frozen, self._given
-        given.check(inputs)
-        if not frozen.gradients:
+        with quietly():
+            given.check(inputs)
+        if not frozen.gradients and not (frozen.unreached and frozen.outputs[0].differentiable):
             raise MissingRuleError(
                 message(
                     "program.step: the output depends on no value that could have a gradient.",
@@ -88,22 +98,28 @@ class Program:
                     fix="call the program itself: program(...)",
                 )
             )
-        targets = [inputs[t] if isinstance(t, int) else t for t, _ in frozen.gradients]
+        targets = self.targets(inputs)
         with quietly(), torch.no_grad():
             seed = given.seed(seed, self._step.one)
             olds = given.olds(targets) if accumulate else None
             if olds is not None and not self._copy:  # the replay writes where they lie
                 olds = [None if old is None else old.clone() for old in olds]
-            outputs, gradients = self._step(*inputs, seed)
+            with self._streams:
+                outputs, gradients = self._step(*inputs, seed)
+            given.forget_written(inputs)
             _write(targets, gradients, olds)
             for target in () if accumulate else frozen.unreached:
                 vars(inputs[target] if isinstance(target, int) else target).pop("g", None)
-        if is_recorded(inputs, given.live):
+        if is_recorded(inputs, given.live, self._marked):
             for made in (*outputs, *gradients):
                 value = Value(made)
                 value.closed = STEPPED
                 bind(made, value, None)
         return outputs[0] if frozen.single else outputs
+
+    def targets(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors on which a step on `inputs` writes ``.g``, in order."""
+        return [inputs[t] if isinstance(t, int) else t for t, _ in self._frozen.gradients]
 
     @property
     def code(self) -> str:
@@ -180,12 +196,14 @@ def freeze(
         NotRecordedError: for an output that is not on the tape, an input that was computed on it, or a tensor
             whose change between two readings the tape does not hold.
         ShapeError: for an input that is given twice.
+        BackendError: for a backend that there is not.
     """
     if backend not in BACKENDS:
-        raise DTypeError(
+        raise BackendError(
             message(
                 f"tape.program: backend is one of {', '.join(BACKENDS)}: not {backend!r}.",
                 where=call_site(user_frame()),
+                fix='leave it out: backend="auto" takes the quickest that can run the tape',
             )
         )
     given = _tensors(inputs, "inputs", "the tensors that a replay is given anew")
@@ -201,9 +219,9 @@ def freeze(
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
     with quietly():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
-        if tape.strong:  # its block is closed, its leaves are inputs and parameters of the replay from now on
-            forget_leaves(tape.token)
-        return Program(tape, frozen, copy=copy)
+        program = Program(tape, frozen, copy=copy)
+        let_go(frozen)
+        return program
 
 
 def _tensors(argument: Any, name: str, wanted: str) -> list[Tensor]:

@@ -18,6 +18,7 @@ from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
 from .listening import listen, listen_to, mark
 from .mode import Mode, quietly
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in
+from .streams import Streams
 from .writing import (
     Taken,
     as_constants,
@@ -52,9 +53,14 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         taken = Taken(op, tape, args, kwargs)
         if tape.strict and not state.paused:
             refuse_without_rule(op, taken.inputs)
-        before = torch.get_rng_state() if op.grad is None and op.differentiable else None
+        drawing = op.differentiable and (op.grad is None or tape.streams is not None)
+        before = torch.get_rng_state() if drawing else None
         try:
-            result = op.forward(*args, **kwargs)
+            if before is not None and tape.streams is not None:
+                with tape.streams.draw(args, kwargs):
+                    result = op.forward(*args, **kwargs)
+            else:
+                result = op.forward(*args, **kwargs)
         except Exception as error:
             undo(tape, taken.length)
             error.add_note(_operands_note(op, args, kwargs))
@@ -122,6 +128,7 @@ class record:
 
     def __enter__(self) -> Tape:
         tape = Tape(strong=True, strict=self.strict)
+        tape.streams = Streams()
         mode = Mode(tape)
         self._open.append((tape, mode, state.grad_mode, modules.listen()))
         state.grad_mode = torch.is_grad_enabled()
@@ -139,6 +146,7 @@ class record:
         exits.close_exits()
         modules.stop_listening(length)
         with quietly():
+            tape.streams.end()
             open_still = [node for node in tape.nodes if not node.closed]
             if open_still:
                 listen_to(tape.held, tape)
@@ -265,4 +273,8 @@ def _record_cut(tensor: Tensor) -> None:
         write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
 
 
-exits.on_exit(_hears, _record_guard, _record_cut, detaching, _record_set, _record_parameter, quietly)
+def _note_unfollowed(what: str) -> None:
+    current_tape().unfollowed = what, call_site(user_frame())
+
+
+exits.on_exit(_hears, _record_guard, _record_cut, detaching, _record_set, _record_parameter, quietly, _note_unfollowed)

@@ -17,7 +17,8 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 
 from .. import aliases, exits
-from ..tape import Node, Tape, Token, Value, bound, current_tape
+from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
+from .decisions import observe_from, record_tolist
 from .mode import quietly, recording
 from .state import current_tape_is_global, detaching, state, tensors_in
 
@@ -48,8 +49,17 @@ class Recorded(Tensor):
             if _writes(func) and _leaves_only(args, kwargs):
                 return _update_leaf(func, args, kwargs)
             tape = current_tape()
+            if func is _TOLIST:
+                listed = func(*args, **kwargs)
+                with quietly():
+                    record_tolist(tape, args[0], listed)
+                return listed
+            depth = _observed(args, kwargs)
+            if depth >= DEEPEST:
+                tape.forgotten = next_in_sequence()  # what is decided by the result is not heard
+                return func(*args, **kwargs)
             with recording(tape):
-                result = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
+                result: Any = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
             if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
                 in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
                 result.__class__ = type(args[0]) if in_parameter else Recorded  # nn.Parameter(x) insists on it
@@ -58,6 +68,8 @@ class Recorded(Tensor):
                 value = bound(tensor)
                 if value is not None and (value.closed or not value.leaf):
                     mark(tensor, tape)  # what it made, and what it wrote to
+            for tensor in () if func in _DETACHES else tensors_in(result):
+                observe(tensor, depth)
             return result
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -126,10 +138,9 @@ _PLAIN = {
     getattr(Tensor, name)
     for name in (
         "size dim numel stride storage_offset is_contiguous is_floating_point is_complex element_size data_ptr "
-        "untyped_storage storage numpy tolist item __repr__ __format__ __len__ __bool__ __float__ __int__ "
-        "__index__ __hash__ __contains__ __array__ __dlpack__ is_inference is_signed is_shared is_pinned "
-        "get_device backward retain_grad requires_grad_ register_hook _is_view is_conj is_neg nelement ndimension "
-        "__setstate__ __reduce_ex__ __deepcopy__ as_subclass"
+        "untyped_storage storage numpy __repr__ __format__ __len__ __hash__ __array__ __dlpack__ is_inference "
+        "is_signed is_shared is_pinned get_device backward retain_grad requires_grad_ register_hook _is_view is_conj "
+        "is_neg nelement ndimension __setstate__ __reduce_ex__ __deepcopy__ as_subclass"
     ).split()
     if hasattr(Tensor, name)
 }
@@ -142,6 +153,7 @@ _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 _PLAIN -= _EXITS
 
 
+_TOLIST = Tensor.tolist
 _DATA: Any = Tensor.data  # a descriptor
 _DETACHES = {Tensor.detach, torch.detach, _DATA.__get__}
 
@@ -159,6 +171,34 @@ def _update_leaf(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     aliases.refresh(spared)
     return result
+
+
+#: How many operations without a gradient are heard in a row outside a block: a running count must not keep each turn.
+DEEPEST = 8
+
+
+def _observed(args: Any, kwargs: Any) -> int:
+    """How far the values of a call lie from those that have a gradient; 0 if one of them has."""
+    known = [v for t in (*tensors_in(args), *tensors_in(list(kwargs.values()))) if (v := bound(t)) is not None]
+    if any(not v.observed and not v.leaf for v in known):
+        return 0
+    return max((v.observed for v in known), default=0)
+
+
+def observe(tensor: Tensor, depth: int = 0) -> None:
+    """From now on it is heard what is decided by `tensor`, which has no gradient: a mask, an index, a count."""
+    binding = values_by_tensor.get(id(tensor))
+    if binding is None or binding.node is None:
+        return
+    value = binding.value
+    if depth or not value.differentiable:
+        value.observed = depth + 1
+        if depth:
+            observe_from(binding.node)
+            if any(v.constant and v.dtype.is_floating_point for v in binding.node.inputs):
+                value.constant = True  # a gradient that was cut stays cut, and a sweep from here says so
+        if type(tensor) in _LISTENING:
+            tensor.__class__ = _LISTENING[type(tensor)]
 
 
 def mark(tensor: Tensor, tape: Tape) -> None:
@@ -189,6 +229,8 @@ def listen(tape: Tape, node: Node) -> None:
         holder = value.holder
         if holder is not None and bound(holder) is value:
             mark(holder, tape)
+            if value._node is not None and not value.differentiable and not value.closed:
+                observe(holder)
 
 
 def listen_to(tensors: Sequence[Tensor], tape: Tape) -> None:

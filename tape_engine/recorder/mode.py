@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plans import plan_of, plans
 from ..tape import Tape, Value, bind, current_tape, unbind
+from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
 from .state import DETACH, LIFT, gaps, state, tensors_in
@@ -48,6 +49,9 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plan = plan_of(func, args)
         if state.paused:
             return unrecorded(func, plan, args, kwargs)
+        if plan.random and tape.streams is not None and not tape.streams.drawing:
+            with tape.streams.draw(args, kwargs):
+                return self.__torch_dispatch__(func, types, args, kwargs)
         if plan.writes:
             return record_write(tape, func, plan, args, kwargs)
         taken = Taken(plan.op, tape, args, kwargs)
@@ -79,6 +83,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     node.outputs[0].constant = True
             if plan.guard:
                 node.result = result
+                if not tape.strong:
+                    decided(tape, node)
         return result
 
 

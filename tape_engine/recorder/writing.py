@@ -64,7 +64,7 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         # written to between two recordings
         return _leaf(tensor, tape, name=value.name, closed=UNSEEN if value.closed == UNSEEN else "")
     if not unchanged:
-        if node.tape is not tape.token and not value.differentiable:
+        if node.tape is not tape.token and (not value.differentiable or is_update(value, node)):
             leaf = _leaf(tensor, tape, name=value.name)  # a buffer that was loaded, or written by a replay
             leaf.constant = value.constant
             return leaf

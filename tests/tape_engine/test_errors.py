@@ -19,6 +19,7 @@ KINDS = [
 ]
 
 BUILTINS = {
+    "BackendError": ValueError,
     "DTypeError": TypeError,
     "DataError": ValueError,
     "GuardError": RuntimeError,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,3 +286,111 @@ def test_classes_in_a_vectorised_function_and_by_keyword() -> None:
     for each, w in zip(got, [wanted[0], wanted[0], wanted[0][:0, :4], wanted[0][0]], strict=True):
         assert torch.equal(each, w)
     assert torch.equal(largest, wanted[1])
+
+
+# -- decisions outside a block -------------------------------------------------------------------------------
+
+
+def positive_sum(Z: Tensor) -> bool:
+    return bool(Z.sum() > 0)
+
+
+OUTSIDE: dict[str, Callable[[Tensor], bool]] = {
+    "bool": positive_sum,
+    "float": lambda Z: float(Z.sum()) == 3.0,
+    "item": lambda Z: Z[0, 0].item() > 0,
+    "int": lambda Z: int(Z.sum()) > 0,
+    "tolist": lambda Z: (Z > 0).tolist()[0][0],
+    "mask": lambda Z: bool(((Z > 0) & (Z < 10)).all()),
+    "argmax": lambda Z: int(Z.flatten().argmax()) == 1,
+    "count": lambda Z: (Z > 0).sum().item() == 2,
+    "equal": lambda Z: torch.equal(Z, Z.abs()),
+    "allclose": lambda Z: torch.allclose(Z, Z.abs()),
+    "no_grad": torch.no_grad()(positive_sum),
+    "detached": lambda Z: bool(Z.detach().mean() > 0),
+    "float of a mask": lambda Z: bool((Z > 0).float().mean() > 0.5),
+    "kept and not used": lambda Z: bool(te.relu(Z).max() > 0.5),
+    "contains": lambda Z: 1.0 in Z,
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_decisions_outside_a_block_are_guards(name: str) -> None:
+    decide = OUTSIDE[name]
+
+    def function(X: Tensor) -> Tensor:
+        Z = te.lin(X, w, b)
+        out: Tensor = Z.square().sum() if decide(Z) else Z.sum()
+        return out
+
+    w, b = torch.eye(2), torch.zeros(2)
+    X = torch.tensor([[1.0, 2.0]])
+    C = function(X)
+    program = te.global_tape().program(inputs=X, outputs=C)
+    close(program(X.clone()), torch.tensor(5.0))
+    for call in (program, program.step):
+        with pytest.raises(te.GuardError, match=f"{HERE}:"):
+            call(-X)
+    assert g_of(w) is None
+    close(program.step(X), torch.tensor(5.0))
+
+
+def test_a_decision_by_a_parameter_or_a_value_not_on_the_way_is_a_guard() -> None:
+    w, v, b = torch.ones(2, 1), torch.ones(2, 1), torch.zeros(1)
+    X = torch.ones(3, 2)
+    Z = te.lin(X, w, b)
+    C = te.lin(X, v, b) if Z.sum() > 0 else X
+    del Z
+    C = C * 2 if v.norm() < 2 else C
+    program = te.global_tape().program(inputs=X, outputs=C)
+    close(program(X * 2), X.sum(1, keepdim=True) * 4)
+    with pytest.raises(te.GuardError):
+        program(-X)
+    v.mul_(3)
+    with pytest.raises(te.GuardError):
+        program(X)
+
+
+def test_printing_a_loss_outside_a_block_decides_nothing() -> None:
+    w, b = torch.ones(2, 1), torch.zeros(1)
+    for _ in range(3):
+        X = draw(3, 2, dtype=torch.float32)
+        C = te.lin(X, w, b).square().mean()
+        assert f"{C:.3f}"
+        assert f"{C.item()} {float(C)} {C.tolist()}"
+    program = te.global_tape().program(inputs=X, outputs=C)
+    other = draw(3, 2, dtype=torch.float32)
+    close(program(other), (other @ w).square().mean(), 1e-5)
+
+
+def test_a_loop_that_decides_and_never_sweeps_keeps_a_bounded_number() -> None:
+    X, w, b = torch.ones(3, 2), torch.ones(2, 1), torch.zeros(1)
+    right = torch.zeros((), dtype=torch.long)
+    kept: list[weakref.ref[Tensor]] = []
+    C = X.sum()
+    for _ in range(300):
+        Z = te.lin(X, w, b)
+        kept.append(weakref.ref(Z))
+        right = right + (Z > 0).sum()
+        C = Z.square().mean()
+        assert float(C) > 0
+    tape = te.global_tape()
+    assert right == 900
+    gc.collect()
+    assert sum(ref() is not None for ref in kept) == 1
+    assert len(tape) < 100
+    assert len(tape.decisions) < 40
+
+
+def test_decisions_that_were_given_up_refuse_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tape_engine.recorder.decisions.MOST", 10)
+    monkeypatch.setattr("tape_engine.recorder.decisions.FEW", 2)
+    w, b = torch.ones(2, 1), torch.zeros(1)
+    X = torch.ones(3, 2)
+    Z = te.lin(X, w, b)
+    for _ in range(10):
+        Z = Z * 2 if Z.sum() > 0 else Z
+    with pytest.raises(te.NotRecordedError, match="more decisions"):
+        te.global_tape().program(inputs=X, outputs=Z)
+    C = te.lin(X, w, b)
+    close(te.global_tape().program(inputs=X, outputs=C)(X), X.sum(1, keepdim=True))
