@@ -25,14 +25,16 @@ from .errors import (
     MissingRuleError,
     NotRecordedError,
     OverwrittenError,
+    PathError,
     RuleError,
+    SaveError,
     ShapeError,
     SweptError,
     TapeError,
     TapeWarning,
 )
 from .ops import lin, mse, relu
-from .program import Program, replayable
+from .program import Program, load, replayable
 from .recorder import pause, record, scope, stop_gradient
 from .registry import op, rule, sample, spec
 from .sweep import backward, grad
@@ -50,8 +52,10 @@ __all__ = [
     "Node",
     "NotRecordedError",
     "OverwrittenError",
+    "PathError",
     "Program",
     "RuleError",
+    "SaveError",
     "ShapeError",
     "SweptError",
     "Tape",
@@ -66,6 +70,7 @@ __all__ = [
     "global_tape",
     "grad",
     "lin",
+    "load",
     "mse",
     "op",
     "pause",

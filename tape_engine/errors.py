@@ -27,7 +27,9 @@ __all__ = [
     "MissingRuleError",
     "NotRecordedError",
     "OverwrittenError",
+    "PathError",
     "RuleError",
+    "SaveError",
     "ShapeError",
     "SweptError",
     "TapeError",
@@ -86,6 +88,14 @@ class BackendError(TapeError, ValueError):
 
 class LoadError(TapeError, ValueError):
     """A program file that is damaged, truncated or hostile."""
+
+
+class SaveError(TapeError, ValueError):
+    """A program that a file cannot hold: it runs Python code, or was given things that are no data."""
+
+
+class PathError(TapeError, OSError):
+    """A file that cannot be written, or is not there to be read."""
 
 
 class DataError(TapeError, ValueError):

@@ -21,7 +21,7 @@ from typing import Any
 import executing
 import torch
 
-from .tape import Node, Value
+from .tape import Node, Told, Value
 
 __all__ = ["call_site", "code_line", "local_name", "names_of", "source_segment", "user_frame", "where"]
 
@@ -103,12 +103,16 @@ def where(node: Node) -> str | None:
     code, lasti = node.site
     if code is None:
         return None
+    if isinstance(code, Told):
+        return f"{code.file}:{code.line}"
     return f"{_short(code.co_filename)}:{line_of(code, lasti)}"
 
 
 def located(node: Node) -> str | None:
     """``file:line    source line`` of the call that recorded `node`, as messages show it."""
     code, lasti = node.site
+    if isinstance(code, Told):
+        return f"{code.file}:{code.line}" + (f"    {code.text}" if code.text else "")
     return None if code is None else _site(code.co_filename, line_of(code, lasti))
 
 
@@ -117,6 +121,8 @@ def code_line(node: Node) -> str | None:
     code, lasti = node.site
     if code is None:
         return None
+    if isinstance(code, Told):
+        return code.text or None
     return linecache.getline(code.co_filename, line_of(code, lasti)).strip() or None
 
 
@@ -141,7 +147,7 @@ def expression(code: CodeType, lasti: int) -> ast.AST | None:
 def source_segment(node: Node) -> str | None:
     """The user's source text of the expression that recorded `node`: ``X @ w``."""
     code, lasti = node.site
-    found = None if code is None else expression(code, lasti)
+    found = None if code is None or isinstance(code, Told) else expression(code, lasti)
     try:
         return None if found is None else ast.unparse(found)
     except (AttributeError, ValueError, RecursionError):
@@ -199,6 +205,9 @@ def _raw_names(nodes: list[Node]) -> dict[int, str]:
         names[id(value)] = value.name or ""
     for here, after in zip(nodes, [*nodes[1:], None], strict=False):
         code, lasti = here.site
+        if isinstance(code, Told):  # its values were named when the program was saved
+            names.update((id(value), value.name) for value in here.outputs if value.name)
+            continue
         if code is None:
             continue
         # One call of torch may run as several operations: the last of them bears the name.

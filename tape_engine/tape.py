@@ -23,6 +23,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -238,6 +239,15 @@ def describe(value: Value | torch.Tensor) -> str:
     return text if value.device.type == "cpu" else f"{text}  {value.device}"
 
 
+@dataclass(frozen=True)
+class Told:
+    """A line of code as a program file tells it, in the place of a code object; no other file is looked into."""
+
+    file: str
+    line: int
+    text: str
+
+
 class Node:
     """One recorded operation.
 
@@ -281,7 +291,7 @@ class Node:
         kwargs: dict[str, Any],
         inputs: tuple[Value, ...],
         sources: tuple[Node | None, ...],
-        code: CodeType | None = None,
+        code: CodeType | Told | None = None,
         lasti: int = 0,
         scope: tuple[str, ...] = (),
     ) -> None:
@@ -318,7 +328,7 @@ class Node:
         return {name: a for name, a in named.items() if not _holds_value(a) and a is not None}
 
     @property
-    def site(self) -> tuple[CodeType | None, int]:
+    def site(self) -> tuple[CodeType | Told | None, int]:
         """The user's code object and the index of the instruction that called the operation."""
         return self._code, self._lasti
 

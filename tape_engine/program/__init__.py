@@ -6,7 +6,8 @@ keep its memory, `program` is what a user calls, `replayable` records and replay
 
 from __future__ import annotations
 
+from .loading import load
 from .program import Program, freeze
 from .replayable import replayable
 
-__all__ = ["Program", "freeze", "replayable"]
+__all__ = ["Program", "freeze", "load", "replayable"]

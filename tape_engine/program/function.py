@@ -32,7 +32,8 @@ class Function:
         self._idle: list[Callable[..., Any]] = []
         self._lock = threading.Lock()
         with torch.inference_mode(False):
-            self.one = torch.ones(frozen.seed.shape, dtype=frozen.seed.dtype, device=frozen.seed.device)
+            shape = frozen.seed.shape if frozen.seed.numel() == 1 else ()
+            self.one = torch.ones(shape, dtype=frozen.seed.dtype, device=frozen.seed.device)
 
     @property
     def source(self) -> python.Source:

@@ -26,15 +26,17 @@ class Given:
 
     Attributes:
         live: the live tensors, with the values that they stand for.
+        shared: which tensors share memory with one that is written to, and how far apart they begin; a program
+            from a file brings it along, as its inputs have no memory.
     """
 
-    def __init__(self, frozen: Frozen) -> None:
+    def __init__(self, frozen: Frozen, shared: list[tuple[int, int, int]] | None = None) -> None:
         self._frozen = frozen
         self._specs = [(given.shape, given.dtype, given.device) for given in frozen.given]
         self.live = frozen.read_anew
         self._held = [(tensor, value.shape, value.dtype, value.device) for value, tensor in self.live]
         self._written = self._write_targets()
-        self._shared = self._sharing(frozen.given)
+        self.shared = self._sharing(frozen.given) if shared is None else shared
 
     # -- shapes, dtypes, devices ---------------------------------------------------------------------------
 
@@ -120,7 +122,7 @@ class Given:
             if overlapping(tensor.shape, tensor.stride()):
                 what = "a tensor that the recorded code writes to has elements that share one place in memory."
                 self._refuse_write(what)
-        if self._sharing(inputs) != self._shared:
+        if self._sharing(inputs) != self.shared:
             self._refuse_write(
                 "a tensor that the recorded code writes to shares memory with another in another way than recorded."
             )

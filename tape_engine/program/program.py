@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
 from .bare import let_go
 from .data import STEPPED, Frozen
+from .file import path_of, write, written
 from .frozen import freeze_nodes
 from .function import Function
 from .given import Given
@@ -38,12 +40,14 @@ class Program:
         params: the live tensors, by name.
     """
 
-    def __init__(self, tape: Tape, frozen: Frozen, *, copy: bool) -> None:
+    def __init__(
+        self, tape: Tape, frozen: Frozen, *, copy: bool, shared: list[tuple[int, int, int]] | None = None
+    ) -> None:
         self.tape = frozen.tape
         self._frozen = frozen
         self._copy = copy
         self._marked = tape.token.marked  # the leaves that listen on behalf of the tape; empty once it is gone
-        self._given = Given(frozen)
+        self._given = Given(frozen, shared)
         self._streams = streams_of(frozen)
         self._forward = Function(frozen, with_sweep=False, copy=copy)
         self._step = Function(frozen, with_sweep=True, copy=copy)
@@ -130,6 +134,28 @@ class Program:
     def params(self) -> dict[str, Tensor]:
         """The live tensors, by name."""
         return {self._frozen.title(v) or f"live{i}": tensor for i, (v, tensor) in enumerate(self._given.live)}
+
+    @property
+    def wrt(self) -> dict[str, Tensor]:
+        """The tensors that get ``.g`` and are no inputs, by name: parameters, and recorded tensors of ``wrt=``."""
+        return {self._title(t): t for t, _ in self._frozen.gradients if not isinstance(t, int)}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the program to a file, with the live tensors as they are now; `te.load` reads it.
+
+        The file is a safetensors file (the package is needed: ``pip install 'tape-engine[files]'``). It is written
+        beside `path` and takes its place when it is whole, so that no half-written file is ever there.
+
+        Raises:
+            SaveError: for what a file cannot hold: Python code (``torch.autograd.Function``), objects as arguments,
+                tensors that are not strided. It names the line.
+            PathError: for a folder that is not there, or a file that cannot be written.
+            DTypeError: for what is no path.
+        """
+        target = path_of(path, "program.save")
+        with quietly(), torch.inference_mode(False), torch.no_grad():
+            made = written(self._frozen, copy=self._copy, shared=self._given.shared)
+            write(target, made.header, made.payload)
 
     def __str__(self) -> str:
         frozen = self._frozen

@@ -215,7 +215,7 @@ def _hears() -> bool:
 
 
 def _record_guard(tensor: Tensor, kind: str) -> None:
-    op = _GUARDS[kind]
+    op = guard_ops[kind]
     with quietly():
         tape = current_tape()
         taken = Taken(op, tape, (tensor,), {})
@@ -228,8 +228,8 @@ def _elements(tensor: Tensor) -> str:
     return f"elements {hashlib.blake2b(octets.numpy().data, digest_size=6).hexdigest()}"
 
 
-_GUARDS = {"tolist": Op(Tensor.tolist, name="tolist"), "elements": Op(_elements, name="elements")}
-for _op in _GUARDS.values():
+guard_ops = {"tolist": Op(Tensor.tolist, name="tolist"), "elements": Op(_elements, name="elements")}
+for _op in guard_ops.values():
     _op.differentiable = False
 
 

@@ -124,6 +124,7 @@ class _Writer:
         """An identifier that nothing else bears: `wanted`, or `wanted` with a number."""
         wanted = re.sub(r"\W", "_", wanted)
         wanted = wanted if wanted and not wanted[0].isdigit() else f"p_{wanted}"
+        wanted = wanted if wanted.isidentifier() else re.sub(r"\W", "_", wanted, flags=re.ASCII)
         found = wanted
         while found in self.used:
             self.used[wanted] = count = self.used.get(wanted, 0) + 1
