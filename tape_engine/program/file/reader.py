@@ -18,7 +18,8 @@ from ...aliases import extent
 from ...registry import Op
 from ...tape import Node, Tape, Told, Value
 from ..buffers import overlapping
-from ..data import LIFT, SAME, Frozen
+from ..data import DESCRIBED, SAME, Frozen
+from ..passes import drop_dead
 from .allowed import Table
 from .arguments import check_arguments
 from .checked import LARGEST, Place, boolean, integer, listed, record, refuse, shown, text
@@ -382,12 +383,14 @@ class Read:
         self._in_order("recorded", frozen.nodes, {*frozen.leaves, *here}, lambda value: value)
         self._all_there(("outputs",), frozen.outputs, {*frozen.leaves, *here}, frozen.nodes, lambda value: value)
         if any(node.op.forward in SAME for node in (*frozen.forward, *frozen.backward)):
-            refuse(("forward",), f"{LIFT} and the like are for `recorded` alone: their values are the `same`.")
+            refuse(("forward",), f"a node whose result is its argument is in `recorded` alone: in a replay the two are the `same`.")
         rim = {frozen.canonical(v) for v in here} | {*frozen.live}
-        there = self._in_order("forward", frozen.forward, rim, frozen.canonical)
-        self._all_there(("outputs",), frozen.outputs, there, [], frozen.canonical)
-        self._there = self._in_order("backward", frozen.backward, {*there, frozen.seed}, frozen.canonical)
-        self._before = there
+        nodes = [*frozen.forward, *frozen.backward]
+        made = {frozen.canonical(v) for node in nodes for v in node.outputs}
+        # what is read and never made stands for a tensor; a node that nobody needs may read one that is not kept
+        besides = {frozen.canonical(v) for node in nodes for v in node.inputs} - made
+        before = self._in_order("forward", frozen.forward, rim | besides, frozen.canonical)
+        self._in_order("backward", frozen.backward, before | {frozen.seed}, frozen.canonical)
         for list_of in (frozen.backward, frozen.forward, frozen.nodes):  # the recorded ones have the last word
             for node in list_of:
                 for i, value in enumerate(node.outputs):
@@ -429,7 +432,6 @@ class Read:
             tensor = frozen.given[target] if isinstance(target, int) else target
             if g.shape != tensor.shape:
                 refuse((*place, "g"), f"a gradient of shape {tuple(g.shape)} for one of {tuple(tensor.shape)}.")
-            self._all_there((*place, "g"), [g], self._there, [], frozen.canonical)
             frozen.gradients.append((target, g))
         for i, row in enumerate(self._part("unreached")):
             record(row, ("unreached", i), (), ("input", "tensor"))
@@ -439,6 +441,25 @@ class Read:
             leaf, after = [self._index(v, (*place, k), values) for k, v in enumerate(listed(row, place, 2))]
             self._check_write(leaf, after, place)
             frozen.writes.append((leaf, after))
+        self._check_reads()
+
+    def _check_reads(self) -> None:
+        """Of the nodes that a replay runs, each reads what is made, given or live."""
+        frozen = self.frozen
+        nodes = drop_dead(frozen, with_sweep=True)
+        there = {frozen.canonical(v) for node in nodes for v in node.outputs} | {*frozen.live, frozen.seed}
+        there |= {frozen.canonical(v) for v in frozen.inputs if v is not None}
+        for node in nodes:
+            for value in node.inputs if node.op.forward not in DESCRIBED else ():
+                if frozen.canonical(value) not in there:
+                    name = value.name or "a value"
+                    refuse(("nodes", self._nodes.index(node)), f"{node.op.name} reads {name}, which nothing gives.")
+        for word, values in (
+            ("outputs", frozen.outputs),
+            ("gradients", [g for _, g in frozen.gradients]),
+            ("writes", [after for _, after in frozen.writes]),
+        ):
+            self._all_there((word,), values, there, [], frozen.canonical)
 
     def _check_write(self, leaf: Value, after: Value, place: Place) -> None:
         frozen = self.frozen
@@ -452,7 +473,6 @@ class Read:
         tensor = frozen.live.get(target)
         if tensor is not None and overlapping(tuple(tensor.shape), tensor.stride()):
             refuse((*place, 0), "elements of it share one place in memory.")
-        self._all_there((*place, 1), [after], self._before, [], frozen.canonical)
 
     def _shared(self) -> list[tuple[int, int, int]]:
         count = len(self.frozen.given) + len(self.frozen.read_anew)

@@ -27,11 +27,22 @@ aten = torch.ops.aten
 #: Operations that return as many tensors as a shape says, with the number that they return.
 COUNTED = {
     aten.unbind.int: lambda shape, dim=0: shape[dim],
-    aten.split.Tensor: lambda shape, size, dim=0: -(-shape[dim] // size) if size else 1,
-    aten.unsafe_split.Tensor: lambda shape, size, dim=0: -(-shape[dim] // size) if size else 1,
+    aten.split.Tensor: lambda shape, size, dim=0: max(1, -(-shape[dim] // size)) if size else 1,
+    aten.unsafe_split.Tensor: lambda shape, size, dim=0: max(1, -(-shape[dim] // size)) if size else 1,
     aten.split_with_sizes.default: lambda shape, sizes, dim=0: len(sizes),
     aten.unsafe_split_with_sizes.default: lambda shape, sizes, dim=0: len(sizes),
 }
+
+#: Outputs of which torch's meta kernels say something else than its others do: sizes of work space, or nothing.
+UNTOLD = {
+    aten.native_batch_norm.default: {1, 2},
+    aten._native_batch_norm_legit_functional.default: {1, 2},
+    aten.mkldnn_rnn_layer.default: {3},
+    aten._embedding_bag.default: {1, 2, 3},
+}
+
+#: Operations that ask their arguments for elements.
+ASKING = {aten._pack_padded_sequence.default}
 
 
 def check_shapes(nodes: Sequence[Node]) -> None:
@@ -45,7 +56,9 @@ def check_shapes(nodes: Sequence[Node]) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i, node in enumerate(nodes):
-            if node.result is not None or sized_by_elements(node) or (node.op.is_named and id(node.op) not in ours):
+            if node.result is not None or sized_by_elements(node) or node.op.forward in ASKING:
+                continue
+            if node.op.is_named and id(node.op) not in ours:
                 continue
             key = (id(node.op), _kind(node.args), _kind(tuple(node.kwargs.items())), _kind(node.outputs), node.gaps)
             if key not in known:
@@ -99,8 +112,11 @@ def _compare(node: Node, made: list[Any], place: Place) -> None:
     places = [i for i in range(len(node.outputs) + len(node.gaps)) if i not in node.gaps]
     if len(made) < len(node.outputs) + len(node.gaps):
         refuse((*place, "outputs"), f"{node.op.name} gives {len(made)} tensors, not {len(node.outputs)}.")
+    untold = UNTOLD.get(node.op.forward, ())
     for k, (i, value) in enumerate(zip(places, node.outputs, strict=True)):
         got = made[i]
+        if i in untold:
+            continue
         if not isinstance(got, Tensor) or got.shape != value.shape or got.dtype != value.dtype:
             told = f"{tuple(got.shape)} {got.dtype}" if isinstance(got, Tensor) else "nothing"
             refuse(
