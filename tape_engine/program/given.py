@@ -11,7 +11,7 @@ from ..aliases import overlap, storage_of
 from ..errors import DTypeError, InputError, ShapeError, message
 from ..names import call_site, user_frame
 from ..tape import describe, unbind
-from .buffers import overlapping
+from .buffers import laid, overlapping
 from .data import Frozen
 
 __all__ = ["Given"]
@@ -166,7 +166,7 @@ class Given:
         if seed.is_complex() and not wanted.is_complex():
             what = f"program.step: the seed is complex, and {name} is real."
             raise DTypeError(message(what, where=where, operands=rows, fix="give a real seed, such as seed.real"))
-        return seed.to(wanted.device, wanted.dtype)
+        return laid(seed.to(wanted.device, wanted.dtype), wanted.strides)  # rules were recorded for these strides
 
     def olds(self, targets: Sequence[Tensor]) -> list[Tensor | None]:
         """The ``.g`` of the targets, which a sweep adds to.
