@@ -1,4 +1,4 @@
-"""The command line: ``tape-engine demo``.
+"""The command line: ``tape-engine demo``, ``tape-engine draw``.
 
 Exit status 0: all went well. 1: a comparison failed. 2: the job could not be done (a bad argument, data that
 cannot be read, a folder that cannot be written to), as one message says. 130: interrupted.
@@ -18,6 +18,7 @@ import torch
 
 from . import __version__, data, demo
 from .errors import TapeError, message
+from .program.loading import draft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +70,35 @@ def parser() -> argparse.ArgumentParser:
         "--steps", type=_at_least_one, default=3000, metavar="N", help="steps of training (default: %(default)s)"
     )
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "draw",
+        help="draw a program that program.save wrote",
+        description=(
+            "Draws the computation of a program file, with the shapes of its values and of the gradients that a step "
+            "computes. Nothing of the file is run: operations of one's own need not be there."
+        ),
+        epilog="Exit status 2 if the file cannot be loaded, drawn or written.",
+        allow_abbrev=False,
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="the file, as program.save wrote it")
+    command.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PICTURE",
+        help="where the picture goes; its suffix picks the format: png, svg, pdf, dot, html, mmd",
+    )
+    choices = {
+        "view": ("both", "forward", "backward", "the values, the gradients, or both"),
+        "detail": ("auto", "full", "shapes", "scopes", "every operation with all, with its shapes, or scopes as one"),
+        "engine": ("auto", "dot", "pygraphviz", "what lays it out"),
+        "rankdir": ("TB", "LR", "from top to bottom, or from left to right"),
+    }
+    for name, (*offered, tells) in choices.items():
+        command.add_argument(f"--{name}", choices=offered, default=offered[0], help=f"{tells} (default: %(default)s)")
+    command.set_defaults(run=_draw)
     return top
 
 
@@ -99,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("tape-engine: interrupted", file=sys.stderr)
         return INTERRUPTED
     except TapeError as error:
-        text = str(error)
+        text = "\n".join(line for line in str(error).splitlines() if not line.startswith("  at cli.py:"))
     except ImportError as error:
         text = message(f"a package that this needs is not here: {error}.", fix="pip install tape-engine")
     except OSError as error:
@@ -153,6 +183,25 @@ def _demo(options: argparse.Namespace) -> int:
         return DIFFERS
     _say(console, "Done", "Every comparison agrees.", style="bold green")
     return DONE
+
+
+# -- tape-engine draw ----------------------------------------------------------------------------------------
+
+
+def _draw(options: argparse.Namespace) -> int:
+    import viz
+
+    program = draft(options.file)
+    settings = {name: getattr(options, name) for name in ("view", "detail", "engine", "rankdir")}
+    drawing = viz.draw(program, **settings)
+    drawing.save(options.out)
+    for each in drawing.warnings:
+        print(f"tape-engine: {each}", file=sys.stderr)
+    print(options.out)
+    return DONE
+
+
+# -- what is printed -----------------------------------------------------------------------------------------
 
 
 def _console() -> Console:

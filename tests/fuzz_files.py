@@ -31,12 +31,12 @@ Tensor = torch.Tensor
 
 SECOND = 1.0
 NASTY: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 64, 255, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 63, -(1 << 63), 10**30, 0.5, -0.0,
-    1e308, "", "x", "float32", "int64", "bool", "cpu", "cuda:0", "meta", "aten::mm.default", "aten::from_file.default",
-    "aten::add_.Tensor", "aten::zeros.default", "ops::scale", "tape_engine::lin", "__metadata__", "\ud800", "\x00", "ﬁ",
-    "torch", "a\nb", [], [[]], {}, {"value": 0}, {"value": -1}, {"tuple": []}, {"float": "nan"}, {"dtype": "float64"},
-    {"device": "cpu"}, {"slice": [0, 1, 2]}, {"dict": [["a", 1]]}, {"ellipsis": True}, {"complex": [0.0, 1.0]},
-    [10**12], [1, 1], [2, 3], "9" * 5000,
+    None, True, False, 0, 1, -1, 2, 3, 64, 255, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 63, -(1 << 63), 10**30, 0.5,
+    -0.0, 1e308, "", "x", "float32", "int64", "bool", "cpu", "cuda:0", "meta", "aten::mm.default",
+    "aten::from_file.default", "aten::add_.Tensor", "aten::zeros.default", "ops::scale", "tape_engine::lin",
+    "__metadata__", "\ud800", "\x00", "\ufb01", "torch", "a\nb", [], [[]], {}, {"value": 0}, {"value": -1},
+    {"tuple": []}, {"float": "nan"}, {"dtype": "float64"}, {"device": "cpu"}, {"slice": [0, 1, 2]}, {"dict":
+    [["a", 1]]}, {"ellipsis": True}, {"complex": [0.0, 1.0]}, [10**12], [1, 1], [2, 3], "9" * 5000,
 )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def _ops(ops: Any) -> Sequence[Op] | Mapping[str, Op]:
                 fix="te.load(path, ops=[scale]), where scale = te.op(function)",
             )
         )
-    return given  # type: ignore[no-any-return]
+    return given
 
 
 class _Devices:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tape_engine
+import viz
 from tape_engine import cli, demo
 
 QUICK = ["--steps", "20"]
@@ -97,6 +98,68 @@ def test_a_wrong_replay_is_status_1(
     assert "1 of 6 comparisons failed." in capsys.readouterr().out
 
 
+# -- draw ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    @tape_engine.op
+    def mine(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    @mine.rule
+    def mine_grad(g, out, x, factor):  # type: ignore[no-untyped-def]
+        return g * factor
+
+    X, w, b, Y = torch.randn(6, 3), torch.randn(3, 1), torch.randn(1), torch.randn(6)
+    with tape_engine.record() as tape:
+        Z = tape_engine.lin(X, w, b)
+        C = tape_engine.mse(mine(Z, 0.5), Y)
+    tape.program(inputs=(X, Y), outputs=C).save(tmp_path / "step.te")
+    return tmp_path / "step.te"
+
+
+def test_a_saved_program_is_drawn(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for suffix, begins in {"png": b"\x89PNG", "svg": b"<?xml", "dot": b"digraph"}.items():
+        picture = tmp_path / "pictures" / f"step.{suffix}"
+        assert run("draw", saved, "-o", picture) == 0
+        assert capsys.readouterr() == (f"{picture}\n", "")
+        assert picture.read_bytes().startswith(begins)
+    text = (tmp_path / "pictures" / "step.dot").read_text()
+    mine = next(each for each in tape_engine.registry.ops() if each.name == "mine")
+    assert text == viz.draw(tape_engine.load(saved, ops=[mine])).source  # though here it is not given
+
+
+def test_a_saved_program_is_drawn_in_the_view_that_is_asked_for(saved: Path, tmp_path: Path) -> None:
+    views = {}
+    for view in ("forward", "backward", "both"):
+        options = ["--view", view, "--rankdir", "LR", "--detail", "full", "--engine", "pygraphviz"]
+        assert run("draw", saved, "-o", tmp_path / "step.dot", *options) == 0
+        views[view] = (tmp_path / "step.dot").read_text()
+        assert "rankdir=LR" in views[view].replace('"', "")
+    assert len({*views.values()}) == 3
+
+
+def test_a_file_that_cannot_be_drawn(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "step.png"
+    assert run("draw", tmp_path / "none.te", "-o", out) == 2
+    assert capsys.readouterr().err == (
+        f"tape-engine: {tmp_path}/none.te cannot be read: no such file or directory.\n"
+        "  fix: give the path that program.save was given\n"
+    )
+    saved.write_bytes(saved.read_bytes()[:200])
+    assert run("draw", saved, "-o", out) == 2
+    assert "tape-engine: step.te cannot be loaded.\n  the header: its length is said" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_picture_that_cannot_be_written(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("draw", saved, "-o", tmp_path / "step.jpg") == 2
+    assert "the suffix '.jpg'" in capsys.readouterr().err
+    assert run("draw", saved, "-o", saved / "step.png") == 2
+    assert "tape-engine: " in capsys.readouterr().err
+
+
 # -- what cannot be done -----------------------------------------------------------------------------------
 
 
@@ -110,6 +173,9 @@ def test_a_wrong_replay_is_status_1(
         (["demo", "--steps", "-3"], "'-3' is not a number of steps"),
         (["demo", "--steps", "many"], "'many' is not a number of steps"),
         (["demo", "more"], "unrecognized arguments: more"),
+        (["draw"], "the following arguments are required: FILE, -o/--out"),
+        (["draw", "a.te"], "the following arguments are required: -o/--out"),
+        (["draw", "a.te", "-o", "a.png", "--view", "sideways"], "argument --view: invalid choice: 'sideways'"),
     ],
 )
 def test_bad_arguments_are_status_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +232,7 @@ def test_interrupted(
     ("argv", "said"),
     [
         (["--help"], ["demo", "--version", "record, sweep, check, draw and replay"]),
+        (["draw", "--help"], ["FILE", "-o", "--view {both,forward,backward}", "--engine", "Exit status 2 if the file"]),
         (["demo", "--help"], ["--data", "--out", "--steps", "FOLDER", "Exit status 1 if a comparison fails"]),
         (["--version"], [tape_engine.__version__, torch.__version__]),
     ],

@@ -9,6 +9,9 @@
 
 from __future__ import annotations
 
+import inspect
+import keyword
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -130,8 +133,8 @@ class Table:
         self._given |= {name_of(each): each for _, each in named if not each.is_named}
         self._draft = draft
 
-    def find(self, name: str, place: Place) -> Op:
-        """The operation of a name.
+    def find(self, name: str, place: Place, schema: str = "", rule: str | None = None) -> Op:
+        """The operation of a name; schema and rule are what a stand-in for it tells.
 
         Raises:
             LoadError: for a name that stands for none, or for one that may not stand in a file.
@@ -148,10 +151,10 @@ class Table:
             found = self._given.get(name) or _registered(name)
         if found is None:
             self._missing(name, namespace, place)
-            found = _stand_in(name)
+            found = _stand_in(name, schema, rule)
         if found.is_named:
             return found
-        reason = _refusal_of(found.forward)  # type: ignore[arg-type]
+        reason = _refusal_of(found.forward)
         if reason is not None:
             refuse(place, f"{name} may not stand in a program file: {reason}.")
         return found
@@ -170,11 +173,25 @@ def _registered(name: str) -> Op | None:
     return next((each for each in registry.ops() if not each.is_named and name_of(each) == name), None)
 
 
-def _stand_in(name: str) -> Op:
+def _stand_in(name: str, schema: str, rule: str | None) -> Op:
+    """An operation that has the name, the parameters and the rule's name of one that is not here, and cannot run."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{name} was not given when the program was loaded")
 
-    return Op(forward, name=name.partition("::")[2])
+    made = Op(forward, name=name.partition("::")[2])
+    words = dict.fromkeys(re.findall(r"[A-Za-z_]\w*", schema.partition("(")[2]))
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if words and not any(keyword.iskeyword(word) for word in words):
+        made.signature = inspect.Signature([inspect.Parameter(word, kind, default=None) for word in words])
+    if rule is not None:
+
+        def grad(g: Any, out: Any, *args: Any) -> Any:
+            raise NotImplementedError(f"{rule} was not given when the program was loaded")
+
+        grad.__name__ = rule
+        made.rule(grad)
+    return made
 
 
 def takes(op: Op) -> list[tuple[str, str, bool, bool]] | None:

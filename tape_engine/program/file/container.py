@@ -176,9 +176,7 @@ def _read(file: BinaryIO, size: int) -> tuple[Any, Payload]:
         fix = "update tape_engine, or save the program again with the version that is here"
         refuse(("__metadata__", "version"), f"this tape_engine reads version {VERSION}, not {shown(version)}.", fix)
     record(metadata, ("__metadata__",), ("format", "version", "program"))
-    entries = {
-        name: _entry(each, ("payload", name[:80]), size - 8 - length) for name, each in outer.items()
-    }
+    entries = {name: _entry(each, ("payload", name[:80]), size - 8 - length) for name, each in outer.items()}
     _without_gaps(entries, size - 8 - length)
     if type(metadata["program"]) is not str:
         refuse(("__metadata__", "program"), "a string is wanted.")
@@ -226,9 +224,7 @@ def _entry(entry: Any, place: Place, size: int) -> tuple[torch.dtype, int, int]:
         for i, each in enumerate(listed(entry["data_offsets"], (*place, "data_offsets"), 2))
     ]
     if end - begin != count * dtype.itemsize:
-        refuse(
-            (*place, "data_offsets"), f"{end - begin} bytes, where dtype and shape need {count * dtype.itemsize}."
-        )
+        refuse((*place, "data_offsets"), f"{end - begin} bytes, where dtype and shape need {count * dtype.itemsize}.")
     return dtype, begin, end
 
 

@@ -43,10 +43,12 @@ class Written:
         self._ops: dict[int, int] = {}
         self._op_rows: list[dict[str, Any]] = []
         self._scopes: dict[tuple[str, ...], int] = {}
-        self._lines: dict[tuple[str, int, str], int] = {}
+        self._lines: dict[Any, int] = {}
+        self._line_rows: list[dict[str, Any]] = []
         self._value_rows: list[dict[str, Any]] = []
         self._node_rows: list[dict[str, Any]] = []
         self._tensors = _Tensors(frozen)
+        self._leaves = {id(tensor) for tensor in frozen.leaves.values()}
         self._places = {id(given): i for i, given in enumerate(frozen.given)}
         self.header = self._header(copy, shared)
         self.payload = self._tensors.payload()
@@ -81,7 +83,7 @@ class Written:
             "ops": self._op_rows,
             "types": [dict(each) for each in self._type_rows()],
             "scopes": [list(each) for each in self._scopes],
-            "lines": [{"file": file, "line": line, "code": code} for file, line, code in self._lines],
+            "lines": self._line_rows,
             "values": self._value_rows,
             "nodes": self._node_rows,
             **lists,
@@ -168,12 +170,18 @@ class Written:
                 row[word] = True
         if node.scope:
             row["scope"] = self._scopes.setdefault(tuple([_printable(each) for each in node.scope]), len(self._scopes))
-        at = where(node)
-        if at is not None:
-            file, _, line = at.rpartition(":")
-            key = _printable(file), int(line), _printable(code_line(node) or "", LONGEST_LINE)
-            row["line"] = self._lines.setdefault(key, len(self._lines))
+        if node.site[0] is not None:
+            row["line"] = self._line(node)
         return row
+
+    def _line(self, node: Node) -> int:
+        """The index of the user's line; one for each expression, of which a line may hold several."""
+        if node.site not in self._lines:
+            file, _, line = (where(node) or ":0").rpartition(":")
+            code = _printable(code_line(node) or "", LONGEST_LINE)
+            self._lines[node.site] = len(self._line_rows)
+            self._line_rows.append({"file": _printable(file), "line": int(line), "code": code})
+        return self._lines[node.site]
 
     def _op(self, node: Node) -> int:
         op = node.op
@@ -187,6 +195,8 @@ class Written:
                 _refuse(what, [], located(node), _way_around(op, reason))
             found = self._ops[id(op)] = len(self._op_rows)
             self._op_rows.append({"name": name_of(op), "schema": _printable(schema_of(op), 4000)})
+            if op.is_named and op.grad is not None:
+                self._op_rows[-1]["rule"] = _printable(getattr(op.grad, "__name__", "rule"))
         return found
 
     # -- tensors -----------------------------------------------------------------------------------------------
@@ -198,7 +208,14 @@ class Written:
         return {"tensor": self._tensors.add(tensor)} if place is None else {"input": place}
 
     def _target(self, target: int | Tensor) -> dict[str, int]:
-        return {"input": target} if isinstance(target, int) else {"tensor": self._tensors.add(target)}
+        """A tensor that gets ``.g``; of one that is no leaf the value, too, that it held when it was recorded."""
+        if isinstance(target, int):
+            return {"input": target}
+        row = {"tensor": self._tensors.add(target)}
+        if id(target) not in self._leaves:
+            made = next((v for n in self.frozen.nodes for v in n.outputs if v.holder is target), None)
+            row |= {} if made is None else {"value": self.value(made)}
+        return row
 
 
 def written(frozen: Frozen, *, copy: bool, shared: Sequence[tuple[int, int, int]]) -> Written:
@@ -212,7 +229,7 @@ def written(frozen: Frozen, *, copy: bool, shared: Sequence[tuple[int, int, int]
 
 def _way_around(op: Op, reason: str) -> str:
     if op.is_named and "same name" in reason:
-        return f"give one of them another name: te.op(..., name={op.name + '2'!r})"
+        return f"give one of them another name: @te.op(name={op.name + '2'!r})"
     if op.is_named:
         return "make a named operation of it, te.op(forward) with a rule, and load with te.load(path, ops=[...])"
     return "record the computation without it"
@@ -305,7 +322,7 @@ class _Tensors:
             if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg() or not storage_of(tensor):
                 _refuse(f"{self._names[i]} is no plain tensor, and a file holds no others.", [], None, ".clone() it")
             owner = first.setdefault(storage_of(tensor), i)
-            begin = tensor.storage_offset() * tensor.element_size()
+            begin = int(tensor.storage_offset()) * tensor.element_size()
             starts[owner] = min(starts.get(owner, begin), begin)
             dtypes.setdefault(owner, set()).add(tensor.dtype)
         for owner, begin in starts.items():

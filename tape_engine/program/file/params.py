@@ -32,6 +32,7 @@ MEMORY_FORMATS = {
     str(each).removeprefix("torch."): each
     for each in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
+NAMED: dict[str, dict[str, Any]] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}
 FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 DEEPEST = 64  # lists within lists: as many as a tensor has dimensions
@@ -77,22 +78,23 @@ def encoded(argument: Any, index: Callable[[Value], int], depth: int = 0) -> Any
         return {"ellipsis": True}
     if kind is dict and all(type(key) is str for key in argument):
         return {"dict": [[key, encoded(each, index, depth + 1)] for key, each in argument.items()]}
-    for word, known, every in (
-        ("dtype", torch.dtype, DTYPES),
-        ("layout", torch.layout, LAYOUTS),
-        ("memory_format", torch.memory_format, MEMORY_FORMATS),
-    ):
-        if kind is known:
-            found = next((name for name, each in every.items() if each is argument), None)
-            if found is not None:
-                return {word: found}
+    if kind in (torch.dtype, torch.layout, torch.memory_format):
+        word = kind.__name__
+        found = next((name for name, each in NAMED[word].items() if each is argument), None)
+        if found is not None:
+            return {word: found}
     if kind is torch.device:
         return {"device": str(argument)}
     raise Unknown(f"{kind.__module__}.{kind.__qualname__}")
 
 
 class Decoder:
-    """Arguments from JSON; `values` are those of the file, `device` says which device here stands for a recorded one."""
+    """Arguments from JSON.
+
+    Args:
+        values: those of the file.
+        device: says which device here stands for a recorded one.
+    """
 
     def __init__(self, values: list[Value], device: Callable[[Any, Place], torch.device]) -> None:
         self.values = values
@@ -152,10 +154,9 @@ class Decoder:
             }
         if word == "device":
             return self.device(held, place)
-        for name, every in (("dtype", DTYPES), ("layout", LAYOUTS), ("memory_format", MEMORY_FORMATS)):
-            if word == name:
-                return _named(held, every, place)
-        refuse(place, "no argument of a kind that is known here.")
+        if word not in NAMED:
+            refuse(place, "no argument of a kind that is known here.")
+        return _named(held, NAMED[word], place)
 
 
 def dtype_of(thing: Any, place: Place) -> torch.dtype:
@@ -174,4 +175,3 @@ def _finite(thing: float, place: Place) -> float:
     if not math.isfinite(thing):
         refuse(place, "a number beyond what a float holds.")
     return thing
-

@@ -8,7 +8,7 @@ checks it against the elements.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 aten = torch.ops.aten
 
 #: Operations that return as many tensors as a shape says, with the number that they return.
-COUNTED = {
+COUNTED: dict[Any, Callable[..., int]] = {
     aten.unbind.int: lambda shape, dim=0: shape[dim],
     aten.split.Tensor: lambda shape, size, dim=0: max(1, -(-shape[dim] // size)) if size else 1,
     aten.unsafe_split.Tensor: lambda shape, size, dim=0: max(1, -(-shape[dim] // size)) if size else 1,
@@ -34,7 +34,7 @@ COUNTED = {
 }
 
 #: Outputs of which torch's meta kernels say something else than its others do: sizes of work space, or nothing.
-UNTOLD = {
+UNTOLD: dict[Any, set[int]] = {
     aten.native_batch_norm.default: {1, 2},
     aten._native_batch_norm_legit_functional.default: {1, 2},
     aten.mkldnn_rnn_layer.default: {3},
@@ -112,7 +112,7 @@ def _compare(node: Node, made: list[Any], place: Place) -> None:
     places = [i for i in range(len(node.outputs) + len(node.gaps)) if i not in node.gaps]
     if len(made) < len(node.outputs) + len(node.gaps):
         refuse((*place, "outputs"), f"{node.op.name} gives {len(made)} tensors, not {len(node.outputs)}.")
-    untold = UNTOLD.get(node.op.forward, ())
+    untold = UNTOLD.get(node.op.forward, set())
     for k, (i, value) in enumerate(zip(places, node.outputs, strict=True)):
         got = made[i]
         if i in untold:
