@@ -200,12 +200,16 @@ def takes(op: Op) -> list[tuple[str, str, bool, bool]] | None:
     ``None`` for an operation of the user's, whose arguments have no types.
     """
     if isinstance(op.forward, OpOverload):
-        return [
-            (a.name, str(a.real_type), not a.has_default_value(), bool(a.kwarg_only))
-            for a in op.forward._schema.arguments
-        ]
+        return _takes(op.forward)
     ours = _NAMES.get(id(op))
     if ours is None:
         return None
     names = op.parameters or ("self",)
     return [(name, kind, True, False) for name, kind in zip(names, OURS[ours][1], strict=True)]
+
+
+@cache
+def _takes(overload: OpOverload) -> list[tuple[str, str, bool, bool]]:
+    return [
+        (a.name, str(a.real_type), not a.has_default_value(), bool(a.kwarg_only)) for a in overload._schema.arguments
+    ]
