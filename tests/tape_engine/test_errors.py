@@ -28,7 +28,9 @@ BUILTINS = {
     "MissingRuleError": NotImplementedError,
     "NotRecordedError": ValueError,
     "OverwrittenError": RuntimeError,
+    "PathError": OSError,
     "RuleError": RuntimeError,
+    "SaveError": ValueError,
     "ShapeError": ValueError,
     "SweptError": RuntimeError,
 }

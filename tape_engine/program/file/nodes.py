@@ -59,7 +59,7 @@ class _Reader:
             inputs = more
         line = self.tables.index(row["line"], (*place, "line"), self.tables.lines) if "line" in row else None
         scope = self.tables.index(row["scope"], (*place, "scope"), self.tables.scopes) if "scope" in row else ()
-        node = Node(op, args, kwargs, tuple(inputs), line, row.get("line", 0), scope)
+        node = Node(op, args, kwargs, tuple(inputs), (None,) * len(inputs), line, row.get("line", 0), scope)
         self._made(node, row, place, decoder)
         return node
 

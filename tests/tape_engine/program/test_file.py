@@ -18,12 +18,17 @@ import torch
 
 import tape_engine as te
 import viz
+from tape_engine import registry
 from tape_engine.program.data import Frozen
+from tape_engine.registry import Op
 from tests.fuzz_files import joined, parts
 from tests.helpers import agree, close, error_text, g_of, grad_of, plain, reference
 from tests.tape_engine.computations import COMPUTATIONS
 from tests.tape_engine.program.common import C128, F32, F64, draw, follows, freeze
 from tests.tape_engine.program.test_random_programs import copied, pair, put_together
+from tests.tape_engine.rule_calls import Call, differentiable
+from tests.tape_engine.rule_calls import draw as draw_call
+from tests.tape_engine.rule_calls import each_tensor as drawn
 
 Tensor = torch.Tensor
 layers = torch.nn
@@ -994,6 +999,33 @@ def test_loading_a_huge_claim_takes_no_memory(path: Path) -> None:
     except te.LoadError:
         return
     assert loaded.tape.nodes[-1].outputs[0].shape[0] == HUGE
+
+
+def call_of(op: Op, call: Call, path: Path) -> None:
+    """A call of an operation through a file: the same source, with the same tensors."""
+    tensors = list({id(t): t for t in drawn([*call.args, call.kwargs])}.values())
+    with te.record() as tape:
+        out = (op if op.is_named else op.forward)(*call.args, **call.kwargs)
+    outputs = sorted(drawn(out), key=lambda t: not differentiable(t))
+    program = tape.program(inputs=tensors[: len(tensors) // 2], outputs=tuple(outputs))
+    loaded = through(program, path, ops=[op] if op.is_named else ())
+    for name, tensor in program.params.items():
+        close(plain(loaded.params[name]).nan_to_num(), plain(tensor).nan_to_num(), 0.0)
+
+
+@pytest.mark.slow
+def test_every_sample_of_every_rule_goes_through_a_file(path: Path) -> None:
+    # so that no shape which an operation gives, and no argument which it takes, is refused for another's fault
+    done = 0
+    for op in registry.ops():
+        for sample in op.samples:
+            try:
+                call_of(op, draw_call(op, sample), path)
+            except te.RuleError as error:  # of a sample that is to show how a rule fails
+                assert "returned" in str(error) or "raised" in str(error)  # noqa: PT017
+                continue
+            done += 1
+    assert done > 800
 
 
 @pytest.mark.slow
