@@ -41,8 +41,12 @@ UNTOLD: dict[Any, set[int]] = {
     aten._embedding_bag.default: {1, 2, 3},
 }
 
-#: Operations that ask their arguments for elements.
-ASKING = {aten._pack_padded_sequence.default}
+
+def _is_left(node: Node) -> bool:
+    """Whether torch's meta kernel is of no use: it asks for elements, or takes ``dim=[]`` for no dimension."""
+    if node.op.forward is aten.nansum.default:
+        return 0 in [len(each) for each in node.args[1:2] if isinstance(each, list)]
+    return node.op.forward is aten._pack_padded_sequence.default
 
 
 def check_shapes(nodes: Sequence[Node]) -> None:
@@ -56,7 +60,7 @@ def check_shapes(nodes: Sequence[Node]) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i, node in enumerate(nodes):
-            if node.result is not None or sized_by_elements(node) or node.op.forward in ASKING:
+            if node.result is not None or sized_by_elements(node) or _is_left(node):
                 continue
             if node.op.is_named and id(node.op) not in ours:
                 continue

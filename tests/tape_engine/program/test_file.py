@@ -96,12 +96,13 @@ def test_computations_follow_autograd_on_new_inputs(name: str, make: Callable[[]
     follows(loaded, run, [torch.randn_like(t) for t in inputs], mine, tol=1e-8)
 
 
-@pytest.mark.parametrize("writes", ["none", "fresh", "all"])
-@pytest.mark.parametrize("how", ["apart", "shifted"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("writes", "how"),
+    [("none", "apart"), ("fresh", "apart"), ("all", "apart"), ("none", "shifted"), ("fresh", "shifted")],
+)
 def test_random_programs(writes: str, how: str, path: Path) -> None:
     for seed in range(25):
-        if writes == "all" and how != "apart":
-            break
         function = put_together(seed, writes=writes)
         torch.manual_seed(seed)
         given, params = pair(how), [draw(3, 3), draw(3, 3)]
@@ -547,6 +548,7 @@ print(program)
 """
 
 
+@pytest.mark.slow
 def test_another_process_steps_to_the_same_numbers(path: Path, tmp_path: Path) -> None:
     net, x, labels = network(), draw(5, 1, 6, 6), torch.tensor([0, 1, 2, 3, 0])
     with te.record() as tape:
@@ -1010,7 +1012,7 @@ def call_of(op: Op, call: Call, path: Path) -> None:
     program = tape.program(inputs=tensors[: len(tensors) // 2], outputs=tuple(outputs))
     loaded = through(program, path, ops=[op] if op.is_named else ())
     for name, tensor in program.params.items():
-        close(plain(loaded.params[name]).nan_to_num(), plain(tensor).nan_to_num(), 0.0)
+        torch.testing.assert_close(plain(loaded.params[name]), plain(tensor), rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.slow
@@ -1019,11 +1021,7 @@ def test_every_sample_of_every_rule_goes_through_a_file(path: Path) -> None:
     done = 0
     for op in registry.ops():
         for sample in op.samples:
-            try:
-                call_of(op, draw_call(op, sample), path)
-            except te.RuleError as error:  # of a sample that is to show how a rule fails
-                assert "returned" in str(error) or "raised" in str(error)  # noqa: PT017
-                continue
+            call_of(op, draw_call(op, sample), path)
             done += 1
     assert done > 800
 
