@@ -670,3 +670,15 @@ def test_print() -> None:
     assert all(len(line) <= 160 for line in text.splitlines())
     assert "program" in repr(program)
     assert "\n" not in repr(program)
+
+
+def test_a_seed_that_lies_otherwise_than_the_output_when_it_was_recorded() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.as_strided((2, 3), (1, 2), 1) * 1.0
+
+    x = draw(3, 4)
+    program = freeze(lambda x: x.as_strided((2, 3), (1, 2), 1), [x])
+    for seed in (draw(2, 3), draw(3, 2).t(), draw(1, 3).expand(2, 3)):
+        x = draw(3, 4)
+        program.step(x, seed=seed)
+        agree([x], reference(lambda x: (function(x) * seed).sum(), x))  # noqa: B023 - called in this turn
