@@ -195,6 +195,14 @@ def change(tree: Any, dice: random.Random) -> None:
 
 def mutated(data: bytes, dice: random.Random) -> bytes:
     """A mutation of a file."""
+    try:
+        return changed(data, dice)
+    except (RecursionError, ValueError):  # nested deeper than json and copy can follow
+        return data[: dice.randrange(len(data))]
+
+
+def changed(data: bytes, dice: random.Random) -> bytes:
+    """A file with some bytes changed, or some parts."""
     how = dice.random()
     if how < 0.2:
         return scratched(data, dice)
@@ -211,10 +219,7 @@ def mutated(data: bytes, dice: random.Random) -> bytes:
     else:
         for _ in range(dice.choice((1, 1, 1, 1, 2, 3))):
             change(inner, dice)
-    try:
-        return joined(outer, inner, payload)
-    except (RecursionError, ValueError):
-        return data[: dice.randrange(len(data))]
+    return joined(outer, inner, payload)
 
 
 def scratched(data: bytes, dice: random.Random) -> bytes:

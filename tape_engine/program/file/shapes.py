@@ -39,6 +39,7 @@ UNTOLD: dict[Any, set[int]] = {
     aten._native_batch_norm_legit_functional.default: {1, 2},
     aten.mkldnn_rnn_layer.default: {3},
     aten._embedding_bag.default: {1, 2, 3},
+    aten._embedding_bag_forward_only.default: {1, 2, 3},
 }
 
 

@@ -232,6 +232,17 @@ def test_a_guard_is_kept_with_its_line(path: Path) -> None:
     assert "y = x * 2 if x.sum() > 0 else x * 3" in str(caught.value)
 
 
+def test_guards_of_lists_and_of_what_went_to_numpy(path: Path) -> None:
+    x, at = draw(3), torch.tensor([2, 0])
+    with te.record() as tape:
+        out = sum(x[i] for i in at.tolist()) * float(at.numpy()[0])
+    loaded = through(tape.program(inputs=(x, at), outputs=out), path)
+    y = draw(3)
+    close(loaded(y, torch.tensor([2, 0])), (y[2] + y[0]) * 2)
+    with pytest.raises(te.GuardError):
+        loaded(y, torch.tensor([1, 0]))
+
+
 def test_shapes_that_depend_on_elements(path: Path) -> None:
     x = torch.tensor([1.0, -2.0, 3.0])
     with te.record() as tape:
