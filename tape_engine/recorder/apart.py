@@ -23,6 +23,12 @@ class Apart(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.own: dict[int, torch.UntypedStorage] = {}  # kept, so that no address serves twice
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return (
+            False  # torch's guard would import torch._dynamo at the first call: in the midst of a body, where it fails
+        )
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for key in plan_of(func, args).writes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import random
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -807,3 +809,20 @@ def test_twenty_thousand_weights() -> None:
     program = tape.program(inputs=x, outputs=y)
     close(program.step(x), program(x))
     assert len(program.params) == 10_000
+
+
+FIRST = """
+import sys, torch, tape_engine as te
+x = torch.randn(3)
+with te.record() as tape:
+    out = te.relu(x)
+program = tape.program(inputs=x, outputs=out)
+print("relu" in [node.op.name for node in program._frozen.forward], "torch._dynamo" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_body_of_a_process_is_opened_up() -> None:
+    # torch imports a compiler at the first call of a mode that does not tell it not to: inside a body that failed
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "False False\n")
