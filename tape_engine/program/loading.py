@@ -54,7 +54,7 @@ def _load(path: Any, table: Table, devices: _Devices) -> Program:
     with opened_file(path_of(path, "te.load")) as (header, payload), quietly():
         found = read(header, payload, table, devices)
         check_shapes(found.nodes)
-        program = Program(found.tape, found.frozen, copy=found.copy, shared=found.shared)
+        program = Program(found.frozen.tape, found.frozen, copy=found.copy, shared=found.shared)
     devices.tell()
     return program
 

@@ -38,7 +38,6 @@ class Read:
 
     Attributes:
         frozen: the frozen tape.
-        tape: its recorded nodes.
         shared: which tensors shared memory with one that is written to.
         copy: whether results belong to the caller.
         nodes: every node, with the place where it stands.
@@ -55,12 +54,8 @@ class Read:
         self._lists()
         self._results()
         self.copy = boolean(header["copy"], ("copy",))
-        self.tape = Tape(strong=True)
         for node in self.frozen.nodes:
-            self.tape.append(node)
-        for tensor in self.frozen.leaves.values():
-            if tensor is not None:
-                self.tape.hold(tensor)
+            self.frozen.tape.append(node)
         self.shared = self._shared()
 
     # -- the rim ---------------------------------------------------------------------------------------------------
@@ -88,6 +83,7 @@ class Read:
         if seed.shape != outputs[0].shape or seed.dtype != outputs[0].dtype:
             refuse(("seed",), "it is of another type than the first output.")
         frozen = Frozen(
+            tape=Tape(strong=True),
             nodes=[],
             leaves={},
             inputs=[value for _, value, _ in given],
