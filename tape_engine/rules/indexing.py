@@ -68,10 +68,10 @@ def index_grad(g, out, x, where):
 @rule(aten._unsafe_index_put.default, samples=[sample(spec(3, 4), [indices(2, 0)], spec(2, 4))])
 def index_put_grad(g, out, x, where, values, accumulate=False):
     kept = g if accumulate else aten.index_put(g, where, g.new_zeros(()))
-    return kept, *[None for _ in where], _to_shape(aten.index.Tensor(g, where), values.shape)
+    return kept, *[None for _ in where], to_shape(aten.index.Tensor(g, where), values.shape)
 
 
-def _to_shape(g: Tensor, shape: Sequence[int]) -> Tensor:
+def to_shape(g: Tensor, shape: Sequence[int]) -> Tensor:
     """`g` summed to the shape that was broadcast to its own."""
     lead = g.ndim - len(shape)
     dims = [*range(lead), *[d + lead for d, n in enumerate(shape) if n == 1 and g.shape[d + lead] != 1]]
@@ -118,10 +118,15 @@ def index_fill_grad(g, out, x, dim, index, value):
 
 @rule(
     aten.index_fill.int_Tensor,
-    samples=[sample(spec(3, 4), 0, indices(2, 0), spec()), sample(spec(3), 0, indices(1), spec())],
+    samples=[
+        sample(spec(3, 4), 0, indices(2, 0), spec()),
+        sample(spec(3), 0, indices(1, 1), spec()),
+        sample(spec(), 0, indices(0), spec()),
+    ],
 )
 def index_fill_tensor_grad(g, out, x, dim, index, value):
-    return g.index_fill(dim, index, 0), None, g.index_select(dim, index).sum()
+    filled = torch.zeros(g.shape, dtype=torch.bool, device=g.device).index_fill(dim, index, True)  # each once
+    return g.index_fill(dim, index, 0), None, torch.where(filled, g, 0).sum()
 
 
 # -- an index for each element -----------------------------------------------------------------------
@@ -205,12 +210,11 @@ def scatter_reduce_grad(g, out, x, dim, index, src, reduce, *, include_self=True
         sample(spec(4, 2), 0, _rows, spec(3, 2), r, include_self=s)
         for r in ("mean", "prod", "amax", "amin")
         for s in (True, False)
-    ],
+    ]
+    + [sample(spec(), 0, indices(0), spec(), r) for r in ("mean", "prod", "amax", "amin")],
 )
 def index_reduce_grad(g, out, x, dim, index, source, reduce, *, include_self=True):
-    shape = [1] * source.ndim
-    shape[dim] = -1
-    each = index.reshape(shape).expand(source.shape)
+    each = index.reshape([-1 if d == dim % source.ndim else 1 for d in range(source.ndim)]).expand(source.shape)
     return _reduced_grad(g, out, x, dim, each, source, reduce, include_self)
 
 
@@ -245,7 +249,7 @@ def masked_fill_grad(g, out, x, mask, value):
     aten.masked_fill.Tensor, samples=[sample(spec(2, 3), mask(1, 0, 1), spec()), sample(spec(3), mask(0, 0, 0), spec())]
 )
 def masked_fill_tensor_grad(g, out, x, mask, value):
-    return _to_shape(g.masked_fill(mask, 0), x.shape), None, torch.where(mask, g, 0).sum()
+    return to_shape(g.masked_fill(mask, 0), x.shape), None, torch.where(mask, g, 0).sum()
 
 
 @rule(
@@ -254,7 +258,7 @@ def masked_fill_tensor_grad(g, out, x, mask, value):
 )
 def masked_select_grad(g, out, x, mask):
     whole = torch.zeros_like(torch.where(mask, stand_in(g, x.shape), 0))
-    return _to_shape(whole.masked_scatter(mask, g), x.shape), None
+    return to_shape(whole.masked_scatter(mask, g), x.shape), None
 
 
 @rule(
@@ -266,7 +270,7 @@ def masked_scatter_grad(g, out, x, mask, source):
     whole = mask.expand(g.shape).reshape(-1)
     rank = (whole.cumsum(0) - 1).clamp(0, max(size - 1, 0))  # which element of the source went there
     taken = g.new_zeros(size).index_add(0, rank, torch.where(whole, g.reshape(-1), 0)) if size else g.new_zeros(0)
-    return _to_shape(g.masked_fill(mask, 0), x.shape), None, taken.reshape(source.shape)
+    return to_shape(g.masked_fill(mask, 0), x.shape), None, taken.reshape(source.shape)
 
 
 @rule(aten._unsafe_masked_index.default, samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], 0)])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .indexing import indices
+from .common import Tensor
+from .indexing import indices, to_shape
 
 aten = torch.ops.aten
 
@@ -27,9 +28,17 @@ aten = torch.ops.aten
 def scaled_dot_product_attention_cpu_grad(
     g, out, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None
 ):
-    return *aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    by_q, by_k, by_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         g[0], q, k, v, out[0], out[1], dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    ), None
+    )
+    return by_q, by_k, by_v, None if attn_mask is None else _mask_grad(g[0], out, q, k, v, attn_mask, scale)
+
+
+def _mask_grad(g: Tensor, out: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """With ``P = softmax(s q kᵀ + mask)``: ``P (g vᵀ - rowsum(g out))``; the kernel itself does not give it."""
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale) + mask
+    slope = g @ v.mT - (g * out[0]).sum(-1, keepdim=True)
+    return to_shape((scores - out[1].unsqueeze(-1)).exp() * slope, mask.shape)
 
 
 @rule(
