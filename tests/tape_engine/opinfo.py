@@ -156,6 +156,11 @@ def dotted(outs: Iterable[Tensor], factors: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def bent(t: Tensor) -> Tensor:
+    """A curved function of each element, so that a linear operation's gradient depends on its inputs too."""
+    return t + t * t / 2
+
+
 def compare(ours: Tensor | None, theirs: Tensor | None, what: str, tolerance: float) -> None:
     """Asserts that both are the same, to `tolerance` of the largest element; no gradient is as good as zero."""
     if ours is None and theirs is None:
@@ -196,7 +201,7 @@ class Reference:
 def reference_of(
     op: Any, function: Callable[..., Any], sample: Any, layout: Callable[[Tensor], Tensor], *, again: bool
 ) -> Reference:
-    """Runs a sample and its gradients with random weights through `torch.autograd`.
+    """Runs a sample and its gradients with random weights through `torch.autograd`, its outputs bent for `again`.
 
     Raises:
         NoReferenceError: where torch refuses to, or no output has a gradient.
@@ -205,7 +210,7 @@ def reference_of(
     try:
         outs = call()
         chosen = [t.requires_grad for t in outs]
-        tracked = [t for t in outs if t.requires_grad]
+        tracked = [bent(t) if again else t for t in outs if t.requires_grad]
         factors = weights(tracked, 2)
         if not tracked:
             raise NoReferenceError("no output has a gradient")
@@ -257,6 +262,57 @@ def check_first(op: Any, function: Callable[..., Any], sample: Any, layout: Call
             compare(out, expected, "result", 0)
     for place, (leaf, wanted) in enumerate(zip(call.leaves, theirs.gradients, strict=True)):
         compare(getattr(leaf, "g", None), wanted, f"gradient {place}", 1e-9)
+
+
+def check_each_output(op: Any, function: Callable[..., Any], sample: Any, layout: Callable[[Tensor], Tensor]) -> None:
+    """Each output alone is weighed: the gradients of the others are undefined, which is not zero.
+
+    Raises:
+        NoReferenceError: where there is one output alone, or torch refuses.
+    """
+    number = sum(reference_of(op, function, sample, layout, again=False).chosen)
+    if number < 2:
+        raise NoReferenceError("one output")
+    for chosen in range(number):
+        theirs = call_of(function, sample, layout, track=True)
+        call = call_of(function, sample, layout, track=False)
+        outs = theirs()
+        which = [i for i, t in enumerate(outs) if t.requires_grad][chosen]
+        factors = weights([outs[which]], 2)
+        expected = torch.autograd.grad(dotted([outs[which]], factors), theirs.leaves, allow_unused=True)
+        with te.record(strict=True):
+            loss = dotted([call()[which]], factors)
+        for place, (g, wanted) in enumerate(zip(te.grad(loss, call.leaves), expected, strict=True)):
+            compare(g, wanted, f"gradient {place} of output {which} alone", 1e-9)
+
+
+def check_second(op: Any, function: Callable[..., Any], sample: Any, layout: Callable[[Tensor], Tensor]) -> None:
+    """The sweep recorded and swept again: the gradient of each weighed gradient is that of torch's double backward.
+
+    Raises:
+        NoReferenceError: where torch has no second derivative.
+    """
+    theirs = reference_of(op, function, sample, layout, again=True)
+    tracked = [g is not None and g.requires_grad for g in theirs.gradients]
+    first = [g for g, yes in zip(theirs.gradients, tracked, strict=True) if g is not None and yes]
+    factors = weights(first, 3)
+    expected: tuple[Tensor | None, ...] = (None,) * len(tracked)  # a gradient that depends on nothing
+    try:
+        if first:
+            expected = torch.autograd.grad(dotted(first, factors), theirs.call.leaves, allow_unused=True)
+    except RuntimeError as error:
+        raise NoReferenceError(str(error)) from error
+    call = call_of(function, sample, layout, track=False)
+    with te.record(strict=True):
+        loss = dotted([bent(t) for t, yes in zip(call(), theirs.chosen, strict=True) if yes], theirs.factors)
+        once = te.grad(loss, call.leaves, record=True)
+        chosen = [g for g, yes in zip(once, tracked, strict=True) if yes]
+        pairs = [(g, f) for g, f in zip(chosen, factors, strict=True) if g is not None]
+        again = te.grad(dotted(*zip(*pairs, strict=True)), call.leaves) if pairs else expected
+    for place, (g, wanted) in enumerate(zip(once, theirs.gradients, strict=True)):
+        compare(g, wanted, f"gradient {place}", 1e-9)
+    for place, (g, wanted) in enumerate(zip(again, expected, strict=True)):
+        compare(g, wanted, f"second gradient {place}", 1e-8)
 
 
 #: What torch computes for them depends on whether a gradient will be asked for: then with the vectors. Recorded
