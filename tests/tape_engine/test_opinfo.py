@@ -15,8 +15,20 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
-from tests.tape_engine.opinfo import LAYOUTS, Survey, as_it_is, check_each_output, check_first, in_place, survey, title
+import tape_engine as te
+from tests.tape_engine.opinfo import (
+    LAYOUTS,
+    Survey,
+    as_it_is,
+    check_each_output,
+    check_first,
+    compare,
+    in_place,
+    survey,
+    title,
+)
 
 #: Operations without a rule, and why; under strict recording they are refused by name.
 SPARSE = "sparse tensors, of which the engine records nothing"
@@ -58,7 +70,24 @@ def test_every_gradient_of_one_output_of_several(record_property: Callable[[str,
     several = {name: text for name, text in found.without_reference.items() if text != "one output"}
     found = replace(found, without_reference=several)
     report(found, "gradients of each output alone", record_property)
-    assert {"svd", "linalg.eigh", "linalg.qr", "linalg.slogdet", "lu", "frexp", "var_mean"} <= {*found.right}
+    assert {"svd", "linalg.eigh", "linalg.qr", "linalg.slogdet", "var_mean"} <= {*found.right}
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["sequence", "hidden", "cell"])
+def test_the_gradient_of_one_output_of_a_recurrent_layer(which: int) -> None:
+    layer = torch.nn.LSTM(3, 4, 2, dtype=torch.float64)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    parameters = list(layer.parameters())
+
+    def loss() -> torch.Tensor:
+        sequence, (hidden, cell) = layer(x)
+        return ((sequence, hidden, cell)[which] ** 2).sum()
+
+    expected = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    with te.record(strict=True):
+        ours = te.grad(loss(), parameters)
+    for g, wanted in zip(ours, expected, strict=True):
+        compare(g, wanted, "gradient", 1e-10)
 
 
 def test_every_gradient_in_place(record_property: Callable[[str, object], None]) -> None:
