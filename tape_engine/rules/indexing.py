@@ -339,41 +339,6 @@ def embedding_dense_backward_grad(g, out, gy, index, rows, padding_idx, scale_gr
     return torch.where((index == padding_idx).unsqueeze(-1), 0, picked), None
 
 
-_bags = indices(0, 2, 3)
-_in_bags = indices(1, 3, 1, 0, 2)
-
-
-_bagged = [
-    *[sample(spec(4, 3), _in_bags, _bags, False, mode) for mode in (0, 1, 2)],
-    sample(spec(4, 3), _in_bags, _bags, True, 1),
-    sample(spec(4, 3), _in_bags, _bags, False, 0, False, spec(5), False, 1),
-    sample(spec(4, 3), _in_bags, indices(0, 2, 2, 5), False, 1, False, None, True, 3),
-]
-
-
-@rule(aten._embedding_bag.default, samples=_bagged)
-@rule(aten._embedding_bag_forward_only.default)
-def embedding_bag_grad(
-    g, out, weight, index, offsets, by_freq=False, mode=0, sparse=False, each=None, include_last=False, padding_idx=-1
-):
-    """Of the sum (0), mean (1) or maximum (2) of the rows of `weight` in each bag; `each` weighs them in a sum."""
-    g, rows = g[0], weight.shape[0]
-    if mode == 2:
-        whole = (out[2] > 0).unsqueeze(-1)
-        return g.new_zeros(weight.shape).scatter_add(0, out[3].clamp(min=0), torch.where(whole, g, 0)), None, None, None
-    bag = torch.searchsorted(offsets, torch.arange(index.shape[0], device=g.device), right=True) - 1
-    counts = (index != padding_idx).to(g.dtype)
-    parts = g.index_select(0, bag.to(torch.int64))
-    by_each = None if each is None else (parts * weight.index_select(0, index)).sum(-1) * counts
-    if mode == 1:
-        size = g.new_zeros(g.shape[0]).index_add(0, bag, counts).clamp(min=1)
-        counts = counts / size.index_select(0, bag)
-    if by_freq:
-        counts = counts / g.new_zeros(rows).index_add(0, index, torch.ones_like(counts)).index_select(0, index)
-    scale = counts if each is None else counts * each
-    return g.new_zeros(weight.shape).index_add(0, index, parts * scale.unsqueeze(-1)), None, None, by_each
-
-
 declare(
     aten.nonzero.default, aten.searchsorted.Tensor, aten.searchsorted.Scalar, aten.bucketize.Tensor,
     aten.bucketize.Scalar, aten.isin.Tensor_Tensor, aten.isin.Tensor_Scalar, aten.isin.Scalar_Tensor,

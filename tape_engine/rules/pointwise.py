@@ -378,16 +378,6 @@ def floor_divide_grad(g, out, a, b):
     return torch.zeros_like(g), torch.zeros_like(g)
 
 
-@rule(
-    aten.nextafter.default,
-    broadcasts=True,
-    samples=[sample(spec(3, 4), spec(4)), sample(spec(2, values=[1.0, 2.0]), spec(2, values=[1.0, 1.0]))],
-)
-def nextafter_grad(g, out, a, b):
-    """One step of rounding from `a`, wherever `b` lies beyond; `b` itself where they are equal, which gives none."""
-    return torch.where(a != b, g, 0), torch.zeros_like(g)
-
-
 # -- declared: comparisons, logic, integers ----------------------------------------------------------
 
 declare(

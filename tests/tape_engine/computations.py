@@ -182,25 +182,6 @@ def spectra() -> tuple[Any, ...]:
     return run, rand(3, 3)
 
 
-ROWS, IN_BAGS = torch.tensor([1, 3, 1, 0, 2]), [[0, 1], [2], [3, 4]]
-
-
-def bags() -> tuple[Any, ...]:
-    def run(table: Tensor, each: Tensor) -> Any:
-        starts = torch.tensor([0, 2, 3])
-        summed = F.embedding_bag(ROWS, table, starts, mode="sum", per_sample_weights=each)
-        return (summed.sin() * F.embedding_bag(ROWS, table, starts, mode="max") ** 2).sum()
-
-    return run, rand(4, 3), rand(5)
-
-
-def bags_reference(table: Tensor, each: Tensor) -> Tensor:
-    """The same, a bag at a time: torch has no second derivative of it."""
-    rows = table[ROWS]
-    summed = torch.stack([(rows[bag] * each[bag].unsqueeze(1)).sum(0) for bag in IN_BAGS])
-    return (summed.sin() * torch.stack([rows[bag].amax(0) for bag in IN_BAGS]) ** 2).sum()
-
-
 COMPUTATIONS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("perceptron", perceptron),
     ("plain perceptron", plain_perceptron),
@@ -217,5 +198,4 @@ COMPUTATIONS: list[tuple[str, Callable[[], tuple[Any, ...]]]] = [
     ("decompositions", decompositions),
     ("linalg_eig", eigenvalues),
     ("spectra", spectra),
-    ("bags", bags),
 ]

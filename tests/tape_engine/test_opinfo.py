@@ -81,7 +81,8 @@ def test_the_gradient_of_one_output_of_a_recurrent_layer(which: int) -> None:
 
     def loss() -> torch.Tensor:
         sequence, (hidden, cell) = layer(x)
-        return ((sequence, hidden, cell)[which] ** 2).sum()
+        chosen: torch.Tensor = (sequence, hidden, cell)[which]
+        return chosen.square().sum()
 
     expected = torch.autograd.grad(loss(), parameters, allow_unused=True)
     with te.record(strict=True):
