@@ -171,20 +171,27 @@ def _reduced_grad(
         number = number.scatter_add(dim, index, torch.ones_like(src)).clamp(min=1)
         by_x, by_src = g / number, (g / number).gather(dim, index)
     elif reduce == "prod":
-        # the product of the others: the whole over this one, unless zeros among them forbid it
+        # the product of the others: the whole over this one, but for a zero; there with another zero as a factor,
+        # for that zero's gradient: the sum of both less this one
         start = x if include_self else x.scatter(dim, index, 1)
         filled_x, filled_src = torch.where(start == 0, 1, start), torch.where(src == 0, 1, src)
         zeros = (start == 0).to(g.dtype).scatter_add(dim, index, (src == 0).to(g.dtype))
         whole = filled_x.scatter_reduce(dim, index, filled_src, "prod")
-        by_x = g * torch.where(zeros == (start == 0), whole / filled_x, 0)
-        rest = zeros.gather(dim, index) == (src == 0)
-        by_src = torch.where(rest, (g * whole).gather(dim, index) / filled_src, 0)
+        other = torch.where(start == 0, start, 0).scatter_add(dim, index, torch.where(src == 0, src, 0))
+        by_x = g * torch.where(start == 0, _without_one(whole, zeros, other, start), out / filled_x)
+        rest, number, others, all_of_it = (t.gather(dim, index) for t in (g * whole, zeros, other, g * out))
+        by_src = torch.where(src == 0, _without_one(rest, number, others, src), all_of_it / filled_src)
     else:
         chosen, chosen_src = x == out, src == out.gather(dim, index)
         start = chosen.to(g.dtype) if include_self else chosen.to(g.dtype).scatter(dim, index, 0)
         share = g / start.scatter_add(dim, index, chosen_src.to(g.dtype)).clamp(min=1)
         by_x, by_src = torch.where(chosen, share, 0), torch.where(chosen_src, share.gather(dim, index), 0)
     return by_x if include_self else by_x.scatter(dim, index, 0), None, by_src
+
+
+def _without_one(whole: Tensor, zeros: Tensor, their_sum: Tensor, zero: Tensor) -> Tensor:
+    """The product of what stands beside a zero; `whole` is that of all but zeros, a second zero their sum less this."""
+    return torch.where(zeros == 1, whole, torch.where(zeros == 2, whole * (their_sum - zero), 0))
 
 
 _reductions = ("sum", "mean", "prod", "amax", "amin")

@@ -31,14 +31,14 @@ def scaled_dot_product_attention_cpu_grad(
     by_q, by_k, by_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         g[0], q, k, v, out[0], out[1], dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )
-    return by_q, by_k, by_v, None if attn_mask is None else _mask_grad(g[0], out, q, k, v, attn_mask, scale)
+    return by_q, by_k, by_v, None if attn_mask is None else _mask_grad(g[0], q, k, v, attn_mask, scale)
 
 
-def _mask_grad(g: Tensor, out: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """With ``P = softmax(s q kᵀ + mask)``: ``P (g vᵀ - rowsum(g out))``; the kernel itself does not give it."""
-    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale) + mask
-    slope = g @ v.mT - (g * out[0]).sum(-1, keepdim=True)
-    return to_shape((scores - out[1].unsqueeze(-1)).exp() * slope, mask.shape)
+def _mask_grad(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """With ``P = softmax(s q kᵀ + mask)``: ``P (g vᵀ - rowsum(P g vᵀ))``; the kernel itself does not give it."""
+    p = ((q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale) + mask).softmax(-1)
+    gp = g @ v.mT
+    return to_shape(p * (gp - (p * gp).sum(-1, keepdim=True)), mask.shape)
 
 
 @rule(
@@ -64,7 +64,8 @@ def scaled_dot_product_attention_cpu_backward_grad(
     mean = (to_ds * p).sum(-1, keepdim=True)
     to_gp = p * (to_ds - mean)
     to_p = to_ds * (gp - (p * gp).sum(-1, keepdim=True)) - gp * mean + gy @ by_v.mT
-    to_scores = s * p * (to_p - (p * to_p).sum(-1, keepdim=True))
+    to_sum = p * (to_p - (p * to_p).sum(-1, keepdim=True))
+    to_scores = s * to_sum
     return (
         p @ by_v + to_gp @ v,
         to_scores @ k + s * (ds @ by_k),
@@ -72,7 +73,7 @@ def scaled_dot_product_attention_cpu_backward_grad(
         to_gp.mT @ gy,
         None,
         None,
-        None,
+        None if attn_mask is None else to_shape(to_sum, attn_mask.shape),
     )
 
 

@@ -164,7 +164,7 @@ def bent(t: Tensor) -> Tensor:
 def compare(ours: Tensor | None, theirs: Tensor | None, what: str, tolerance: float) -> None:
     """Asserts that both are the same, to `tolerance` of the largest element; no gradient is as good as zero.
 
-    A tolerance is never less than ten roundings of the dtype.
+    A tolerance is never less than a thousand roundings of the dtype.
     """
     if ours is None and theirs is None:
         return
@@ -176,7 +176,7 @@ def compare(ours: Tensor | None, theirs: Tensor | None, what: str, tolerance: fl
     if tolerance == 0:
         same = bool(((ours == theirs) | (ours != ours) & (theirs != theirs)).all())
     else:
-        tolerance = max(tolerance, 10 * torch.finfo(theirs.dtype).eps)
+        tolerance = max(tolerance, 1000 * torch.finfo(theirs.dtype).eps)
         finite = theirs[theirs.isfinite()].abs()
         scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
         ours, theirs = (torch.where(t.isfinite(), t, torch.nan) for t in (ours, theirs))  # inf - inf or not: no matter

@@ -21,6 +21,7 @@ from tests.tape_engine.opinfo import (
     call_of,
     cases,
     check_second,
+    compare,
     dotted,
     plain,
     samples,
@@ -109,6 +110,28 @@ def test_a_second_derivative_by_finite_differences(op: object) -> None:
             leaf.sub_(direction, alpha=sign * step)
     expected = float(values[0] - values[1]) / (2 * step)
     assert float(dotted(ours, along)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [[0.0, 2.0, 3.0], [0.0, 0.0, 3.0], [1.0, 0.0, 0.0]], ids=str)
+def test_a_product_has_its_second_derivatives_at_zeros(values: list[float]) -> None:
+    """Of two zeros in one product too, which double backward of torch refuses."""
+    tensors = torch.tensor([2.0, 0.0], dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
+    out_by, x_by, s_by = (torch.randn(n, dtype=torch.float64) for n in (2, 2, 3))
+
+    def second(out: Tensor, gradients: Callable[[Tensor], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+        by_x, by_s = gradients((out * out_by).sum())
+        assert by_x is not None
+        assert by_s is not None
+        return gradients((by_x * x_by).sum() + (by_s * s_by).sum())
+
+    x, s = (t.clone().requires_grad_() for t in tensors)
+    written_out = torch.stack([x[0] * s[0] * s[1], x[1] * s[2]])
+    expected = second(written_out, lambda loss: torch.autograd.grad(loss, (x, s), create_graph=True))
+    with te.record(strict=True):
+        out = tensors[0].scatter_reduce(0, torch.tensor([0, 0, 1]), tensors[1], "prod")
+        ours = second(out, lambda loss: te.grad(loss, tensors, record=True))
+    for g, wanted in zip(ours, expected, strict=True):
+        compare(g, wanted, "second gradient", 1e-12)
 
 
 def test_where_there_is_no_second_derivative_the_missing_rule_is_named() -> None:
