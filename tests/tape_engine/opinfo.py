@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 DTYPE = torch.float64
 
 #: How many samples of each operation the suite takes; "all" takes every one, in about ten times the time.
-MOST = os.environ.get("TAPE_ENGINE_OPINFO_SAMPLES", "6")
+MOST = os.environ.get("TAPE_ENGINE_OPINFO_SAMPLES", "4")
 
 
 @cache
