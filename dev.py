@@ -46,7 +46,7 @@ SITES = ("lib/python*/site-packages", "Lib/site-packages")
 #: What each extra must have made importable; the nameless one is the package itself.
 MODULES = {
     "": "torch executing graphviz networkx numpy pygraphviz rich sklearn tape_engine".split(),
-    "test": "pytest hypothesis pytest_benchmark pytest_timeout xdist safetensors".split(),
+    "test": "pytest expecttest hypothesis pytest_benchmark pytest_timeout xdist safetensors".split(),
     "dev": "mypy ruff".split(),
     "docs": "sphinx furo myst_nb safetensors".split(),
 }

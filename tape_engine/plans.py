@@ -39,6 +39,9 @@ GUARDS = {
     aten.allclose.default,
 }
 
+#: Functional twins of another name.
+TWINS = {aten.conj_physical_.default: aten._conj_physical.default}
+
 #: Batch norm writes to its running statistics (arguments 3 and 4, when argument 5 says that it trains) without
 #: a mark in its schema and without being counted. Its functional twin returns them.
 BATCH_NORM = aten.native_batch_norm.default
@@ -61,6 +64,7 @@ class Plan:
         statistics: whether what it writes are statistics, through which no gradient passes.
         plain: whether it makes one fresh tensor of others, in no list, and does nothing else, as most do.
         call: runs it; torch's own callable, without the overload's wrapping.
+        order: which of its arguments the twin takes at each place, if in another order (``polygamma_(x, n)``).
     """
 
     op: Op
@@ -74,6 +78,7 @@ class Plan:
     statistics: bool = False
     plain: bool = False
     call: Any = None
+    order: tuple[int, ...] = ()
 
 
 #: Those made so far, by overload.
@@ -113,23 +118,33 @@ def _make(overload: OpOverload) -> Plan:
         known=twin is not None,
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,
+        order=_order(overload, twin) if written and twin is not None else (),
     )
 
 
 def _functional(overload: OpOverload) -> OpOverload | None:
     """The overload that computes the same and writes to nothing: ``add`` of ``add_`` and of ``add.out``."""
+    if overload in TWINS:
+        return TWINS[overload]
     namespace, _, name = overload._schema.name.partition("::")
-    takes = [(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out]
+    takes = {(a.name, str(a.type)) for a in overload._schema.arguments if not a.is_out}
     for title in dict.fromkeys((name.removesuffix("_"), name, f"{name.removesuffix('_')}_functional")):
         packet = getattr(getattr(torch.ops, namespace), title, None)
         if packet is None:
             continue
         found = [getattr(packet, each) for each in packet.overloads()]
-        found = [each for each in found if [(a.name, str(a.type)) for a in each._schema.arguments] == takes]
+        found = [each for each in found if {(a.name, str(a.type)) for a in each._schema.arguments} == takes]
         for each in sorted(found, key=lambda o: o._overloadname != overload._overloadname):
             if not each._schema.is_mutable and not composite(each):
                 return each  # type: ignore[no-any-return]
     return None
+
+
+def _order(overload: OpOverload, twin: OpOverload) -> tuple[int, ...]:
+    """For each argument of the twin the place of the same one here; empty where they stand alike."""
+    names = [a.name for a in overload._schema.arguments if not a.is_out]
+    order = tuple(names.index(a.name) for a in twin._schema.arguments)
+    return () if order == tuple(range(len(order))) else order
 
 
 _TRAINING = Plan(

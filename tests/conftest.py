@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import numpy
@@ -44,7 +45,9 @@ THOROUGH = (
     "tape_engine/test_degenerate.py",
     "tape_engine/test_ordinary_torch.py",
     "tape_engine/test_memory.py",
+    "tape_engine/test_opinfo.py",
     "tape_engine/test_rules.py",
+    "tape_engine/test_second_derivatives.py",
     "tape_engine/test_cli.py",
     "tape_engine/test_demo.py",
     "tests/test_benchmarks.py",
@@ -60,3 +63,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.as_posix().endswith(THOROUGH):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what tests counted (``record_property("count", …)``), of tests that ran in other processes too."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in report.user_properties:
+                if name == "count":
+                    terminalreporter.write_line(str(value))

@@ -25,6 +25,8 @@ Tensor = torch.Tensor
 def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes to its arguments, recorded as its functional twin."""
     given_args = tuple(a for i, a in enumerate(_completed(args, kwargs, plan)) if i not in plan.outs)
+    if plan.order:
+        given_args = tuple(given_args[place] for place in plan.order)
     given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
     # What the rule will read is kept here, so that what is about to be overwritten gets its copy below.
     taken = Taken(plan.op, tape, given_args, given_kwargs)

@@ -78,10 +78,16 @@ def dist_grad(g, out, a, b, p=2):
 
 @rule(
     aten._cdist_forward.default,
-    samples=[sample(spec(3, 2), spec(4, 2), p, None) for p in (2.0, 1.0, 3.0)],
+    broadcasts=True,
+    samples=[
+        *[sample(spec(3, 2), spec(4, 2), p, None) for p in (2.0, 1.0, 3.0)],
+        sample(spec(2, 1, 3, 2), spec(2, 4, 2), 2.0, None),
+    ],
 )
 def cdist_grad(g, out, a, b, p, compute_mode):
     g = g.contiguous()
+    batch = g.shape[:-2]  # each pair of rows of the two, whose further dimensions broadcast
+    a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
     by_b = aten._cdist_backward(g.mT.contiguous(), b, a, p, out.mT.contiguous())
     return aten._cdist_backward(g, a, b, p, out), by_b
 
@@ -111,7 +117,12 @@ def trilinear_grad(g, out, a, b, c, expand1, expand2, expand3, sumdim, unroll_di
 
 @rule(
     aten.renorm.default,
-    samples=[sample(spec(3, 4), 2, 0, 1.0), sample(spec(3, 4), 1, 1, 2.0), sample(spec(2, 3, 2), 3, -1, 0.5)],
+    samples=[
+        sample(spec(3, 4), 2, 0, 1.0),
+        sample(spec(3, 4), 1, 1, 2.0),
+        sample(spec(2, 3, 2), 3, -1, 0.5),
+        sample(spec(2, 3), 1.5, 0, 1.0),
+    ],
 )
 def renorm_grad(g, out, x, p, dim, maxnorm):
     """Each slice is scaled to ``maxnorm / (norm + 1e-7)`` where its norm is larger."""
@@ -119,7 +130,4 @@ def renorm_grad(g, out, x, p, dim, maxnorm):
     norm = torch.linalg.vector_norm(x, p, others, keepdim=True)
     scale = maxnorm / (norm + 1e-7)
     slope = -(g * x.conj()).sum(others, keepdim=True).real * scale / (norm + 1e-7)
-    slope = slope if p else torch.zeros_like(slope)
-    size = x.abs()
-    direction = x.sgn() if p == 1 else x * size.pow(p - 2) / norm.pow(p - 1)
-    return torch.where(norm > maxnorm, g * scale + slope * direction, g)
+    return torch.where(norm > maxnorm, g * scale + _norm(slope, norm, x, p, others, True), g)

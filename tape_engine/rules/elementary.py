@@ -190,7 +190,8 @@ def special_log_ndtr_grad(g, out, x):
 
 @rule(aten.special_i1.default, samples=[*_real, sample(spec(2, values=[0.0, 1.0]))])
 def special_i1_grad(g, out, x):
-    return g * torch.where(x == 0, 0.5, torch.i0(x) - out / x)
+    near = torch.where(x == 0, 1, x)  # apart, so that no second derivative divides by 0
+    return g * torch.where(x == 0, 0.5, torch.i0(x) - out / near)
 
 
 @rule(aten.special_i0e.default, samples=[*_real, sample(spec(2, values=[0.0, 1.0]))])
@@ -200,10 +201,21 @@ def special_i0e_grad(g, out, x):
 
 @rule(aten.special_i1e.default, samples=[*_real, sample(spec(2, values=[0.0, 1.0]))])
 def special_i1e_grad(g, out, x):
-    return g * torch.where(x == 0, 0.5, torch.special.i0e(x) - out * (x.sgn() + 1 / x))
+    near = torch.where(x == 0, 1, x)
+    return g * torch.where(x == 0, 0.5, torch.special.i0e(x) - out * (x.sgn() + 1 / near))
 
 
 # -- of two elements ---------------------------------------------------------------------------------
+
+
+@rule(
+    aten.nextafter.default,
+    broadcasts=True,
+    samples=[sample(spec(3, 4), spec(4)), sample(spec(2, values=[1.0, 2.0]), spec(2, values=[1.0, 1.0]))],
+)
+def nextafter_grad(g, out, a, b):
+    """One step of rounding from `a`, wherever `b` lies beyond; `b` itself where they are equal, which gives none."""
+    return torch.where(a != b, g, 0), torch.zeros_like(g)
 
 
 @rule(

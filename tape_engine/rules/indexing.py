@@ -68,10 +68,10 @@ def index_grad(g, out, x, where):
 @rule(aten._unsafe_index_put.default, samples=[sample(spec(3, 4), [indices(2, 0)], spec(2, 4))])
 def index_put_grad(g, out, x, where, values, accumulate=False):
     kept = g if accumulate else aten.index_put(g, where, g.new_zeros(()))
-    return kept, *[None for _ in where], _to_shape(aten.index.Tensor(g, where), values.shape)
+    return kept, *[None for _ in where], to_shape(aten.index.Tensor(g, where), values.shape)
 
 
-def _to_shape(g: Tensor, shape: Sequence[int]) -> Tensor:
+def to_shape(g: Tensor, shape: Sequence[int]) -> Tensor:
     """`g` summed to the shape that was broadcast to its own."""
     lead = g.ndim - len(shape)
     dims = [*range(lead), *[d + lead for d, n in enumerate(shape) if n == 1 and g.shape[d + lead] != 1]]
@@ -118,10 +118,15 @@ def index_fill_grad(g, out, x, dim, index, value):
 
 @rule(
     aten.index_fill.int_Tensor,
-    samples=[sample(spec(3, 4), 0, indices(2, 0), spec()), sample(spec(3), 0, indices(1), spec())],
+    samples=[
+        sample(spec(3, 4), 0, indices(2, 0), spec()),
+        sample(spec(3), 0, indices(1, 1), spec()),
+        sample(spec(), 0, indices(0), spec()),
+    ],
 )
 def index_fill_tensor_grad(g, out, x, dim, index, value):
-    return g.index_fill(dim, index, 0), None, g.index_select(dim, index).sum()
+    filled = torch.zeros(g.shape, dtype=torch.bool, device=g.device).index_fill(dim, index, True)  # each once
+    return g.index_fill(dim, index, 0), None, torch.where(filled, g, 0).sum()
 
 
 # -- an index for each element -----------------------------------------------------------------------
@@ -166,20 +171,27 @@ def _reduced_grad(
         number = number.scatter_add(dim, index, torch.ones_like(src)).clamp(min=1)
         by_x, by_src = g / number, (g / number).gather(dim, index)
     elif reduce == "prod":
-        # the product of the others: the whole over this one, unless zeros among them forbid it
+        # the product of the others: the whole over this one, but for a zero; there with another zero as a factor,
+        # for that zero's gradient: the sum of both less this one
         start = x if include_self else x.scatter(dim, index, 1)
         filled_x, filled_src = torch.where(start == 0, 1, start), torch.where(src == 0, 1, src)
         zeros = (start == 0).to(g.dtype).scatter_add(dim, index, (src == 0).to(g.dtype))
         whole = filled_x.scatter_reduce(dim, index, filled_src, "prod")
-        by_x = g * torch.where(zeros == (start == 0), whole / filled_x, 0)
-        rest = zeros.gather(dim, index) == (src == 0)
-        by_src = torch.where(rest, (g * whole).gather(dim, index) / filled_src, 0)
+        other = torch.where(start == 0, start, 0).scatter_add(dim, index, torch.where(src == 0, src, 0))
+        by_x = g * torch.where(start == 0, _without_one(whole, zeros, other, start), out / filled_x)
+        rest, number, others, all_of_it = (t.gather(dim, index) for t in (g * whole, zeros, other, g * out))
+        by_src = torch.where(src == 0, _without_one(rest, number, others, src), all_of_it / filled_src)
     else:
         chosen, chosen_src = x == out, src == out.gather(dim, index)
         start = chosen.to(g.dtype) if include_self else chosen.to(g.dtype).scatter(dim, index, 0)
         share = g / start.scatter_add(dim, index, chosen_src.to(g.dtype)).clamp(min=1)
         by_x, by_src = torch.where(chosen, share, 0), torch.where(chosen_src, share.gather(dim, index), 0)
     return by_x if include_self else by_x.scatter(dim, index, 0), None, by_src
+
+
+def _without_one(whole: Tensor, zeros: Tensor, their_sum: Tensor, zero: Tensor) -> Tensor:
+    """The product of what stands beside a zero; `whole` is that of all but zeros, a second zero their sum less this."""
+    return torch.where(zeros == 1, whole, torch.where(zeros == 2, whole * (their_sum - zero), 0))
 
 
 _reductions = ("sum", "mean", "prod", "amax", "amin")
@@ -205,12 +217,11 @@ def scatter_reduce_grad(g, out, x, dim, index, src, reduce, *, include_self=True
         sample(spec(4, 2), 0, _rows, spec(3, 2), r, include_self=s)
         for r in ("mean", "prod", "amax", "amin")
         for s in (True, False)
-    ],
+    ]
+    + [sample(spec(), 0, indices(0), spec(), r) for r in ("mean", "prod", "amax", "amin")],
 )
 def index_reduce_grad(g, out, x, dim, index, source, reduce, *, include_self=True):
-    shape = [1] * source.ndim
-    shape[dim] = -1
-    each = index.reshape(shape).expand(source.shape)
+    each = index.reshape([-1 if d == dim % source.ndim else 1 for d in range(source.ndim)]).expand(source.shape)
     return _reduced_grad(g, out, x, dim, each, source, reduce, include_self)
 
 
@@ -245,7 +256,7 @@ def masked_fill_grad(g, out, x, mask, value):
     aten.masked_fill.Tensor, samples=[sample(spec(2, 3), mask(1, 0, 1), spec()), sample(spec(3), mask(0, 0, 0), spec())]
 )
 def masked_fill_tensor_grad(g, out, x, mask, value):
-    return _to_shape(g.masked_fill(mask, 0), x.shape), None, torch.where(mask, g, 0).sum()
+    return to_shape(g.masked_fill(mask, 0), x.shape), None, torch.where(mask, g, 0).sum()
 
 
 @rule(
@@ -254,7 +265,7 @@ def masked_fill_tensor_grad(g, out, x, mask, value):
 )
 def masked_select_grad(g, out, x, mask):
     whole = torch.zeros_like(torch.where(mask, stand_in(g, x.shape), 0))
-    return _to_shape(whole.masked_scatter(mask, g), x.shape), None
+    return to_shape(whole.masked_scatter(mask, g), x.shape), None
 
 
 @rule(
@@ -266,7 +277,7 @@ def masked_scatter_grad(g, out, x, mask, source):
     whole = mask.expand(g.shape).reshape(-1)
     rank = (whole.cumsum(0) - 1).clamp(0, max(size - 1, 0))  # which element of the source went there
     taken = g.new_zeros(size).index_add(0, rank, torch.where(whole, g.reshape(-1), 0)) if size else g.new_zeros(0)
-    return _to_shape(g.masked_fill(mask, 0), x.shape), None, taken.reshape(source.shape)
+    return to_shape(g.masked_fill(mask, 0), x.shape), None, taken.reshape(source.shape)
 
 
 @rule(aten._unsafe_masked_index.default, samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], 0)])

@@ -125,6 +125,7 @@ def native_layer_norm_backward_grad(g, out, gy, x, shape, mean, rstd, weight, bi
     samples=[
         sample(spec(2, 4, 3), spec(4), spec(4), 2, 4, 3, 2, 1e-5),
         sample(spec(2, 4, 2, 2), None, None, 2, 4, 4, 2, 1e-5),
+        sample(spec(0, 4, 2), spec(4), spec(4), 0, 4, 2, 2, 1e-5),
     ],
 )
 def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups, eps):
@@ -137,10 +138,10 @@ def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups,
         dims = [d for d in range(g[0].ndim) if d != 1]
         by_x, by_weight, by_bias = _with_bias(gradients, g[0], weight, bias, dims)
     if g[1] is not None or g[2] is not None:  # by the mean 1 / number, by r -r² x̂ / number
-        rows = [n, groups, -1]
-        mean, r = (t.reshape(n, groups, 1) for t in out[1:])
-        through_r = 0 if g[2] is None else g[2].reshape(rows) * r * r * r * (x.reshape(rows) - mean)
-        part = (0 if g[1] is None else g[1].reshape(rows)) - through_r
+        rows = [n, groups, channels // groups * pixels]
+        mean, r, by_mean, by_r = (None if t is None else t.reshape(n, groups, 1) for t in (*out[1:], *g[1:]))
+        through_r = 0 if by_r is None else by_r * r * r * r * (x.reshape(rows) - mean)
+        part = (0 if by_mean is None else by_mean) - through_r
         part = (part + x.new_zeros(n, groups, channels // groups * pixels)).reshape(x.shape) * (
             groups / channels / pixels
         )

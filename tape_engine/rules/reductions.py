@@ -345,3 +345,23 @@ declare(
     aten.any.dim, aten.any.dims, aten.count_nonzero.default, aten.count_nonzero.dim_IntList, aten.bincount.default,
     aten.histc.default,
 )  # fmt: skip
+
+
+_lengths = spec(3, dtype=torch.int64, values=[2, 1, 2])
+
+
+@rule(
+    aten.segment_reduce.default,
+    samples=[
+        *[sample(spec(5, 2), r, lengths=_lengths) for r in ("sum", "mean", "max", "min", "prod")],
+        sample(spec(5, 2), "sum", offsets=spec(4, dtype=torch.int64, values=[0, 2, 3, 5])),
+        sample(spec(5), "max", lengths=_lengths, initial=1),
+    ],
+)
+def segment_reduce_grad(
+    g, out, x, reduce, *, lengths=None, indices=None, offsets=None, axis=0, unsafe=False, initial=None
+):
+    back = aten._segment_reduce_backward(
+        g.contiguous(), out, x, reduce, lengths=lengths, offsets=offsets, axis=axis, initial=initial
+    )
+    return back, None, None, None

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .indexing import indices
+from .common import Tensor
+from .indexing import indices, to_shape
 
 aten = torch.ops.aten
 
@@ -27,9 +28,17 @@ aten = torch.ops.aten
 def scaled_dot_product_attention_cpu_grad(
     g, out, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None
 ):
-    return *aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    by_q, by_k, by_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         g[0], q, k, v, out[0], out[1], dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-    ), None
+    )
+    return by_q, by_k, by_v, None if attn_mask is None else _mask_grad(g[0], q, k, v, attn_mask, scale)
+
+
+def _mask_grad(g: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """With ``P = softmax(s q kᵀ + mask)``: ``P (g vᵀ - rowsum(P g vᵀ))``; the kernel itself does not give it."""
+    p = ((q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale) + mask).softmax(-1)
+    gp = g @ v.mT
+    return to_shape(p * (gp - (p * gp).sum(-1, keepdim=True)), mask.shape)
 
 
 @rule(
@@ -55,7 +64,8 @@ def scaled_dot_product_attention_cpu_backward_grad(
     mean = (to_ds * p).sum(-1, keepdim=True)
     to_gp = p * (to_ds - mean)
     to_p = to_ds * (gp - (p * gp).sum(-1, keepdim=True)) - gp * mean + gy @ by_v.mT
-    to_scores = s * p * (to_p - (p * to_p).sum(-1, keepdim=True))
+    to_sum = p * (to_p - (p * to_p).sum(-1, keepdim=True))
+    to_scores = s * to_sum
     return (
         p @ by_v + to_gp @ v,
         to_scores @ k + s * (ds @ by_k),
@@ -63,7 +73,7 @@ def scaled_dot_product_attention_cpu_backward_grad(
         to_gp.mT @ gy,
         None,
         None,
-        None,
+        None if attn_mask is None else to_shape(to_sum, attn_mask.shape),
     )
 
 

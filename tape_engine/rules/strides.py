@@ -61,11 +61,11 @@ def as_strided_grad(g, out, x, size, stride, storage_offset=None):
 )
 def as_strided_scatter_grad(g, out, x, src, size, stride, storage_offset=None):
     shape, steps, start = x.shape, x.stride(), x.storage_offset()
-    shift = 0 if storage_offset is None else storage_offset - start
-    places, written = _places(shape, steps, g.device), _places(size, stride, g.device) + shift
+    offset = start if storage_offset is None else storage_offset
+    places, written = _places(shape, steps, g.device) + start, _places(size, stride, g.device) + offset
     # which element of `x` lies at each place; those between its elements lead to one element too many
     element = torch.full(
-        (max(_extent(shape, steps), _extent(size, stride) + shift, 1),), shape.numel(), device=g.device
+        (max(_extent(shape, steps) + start, _extent(size, stride) + offset, 1),), shape.numel(), device=g.device
     )
     element = element.scatter(0, places, torch.arange(shape.numel(), device=g.device)).index_select(0, written)
     flat = torch.cat([g.reshape(-1), g.new_zeros(1)])

@@ -271,6 +271,27 @@ def test_the_fused_layer_of_an_lstm_in_float32() -> None:
         checks.close(ours, theirs, "gradient", 1e-4)
 
 
+def test_the_mask_of_attention_has_its_gradients() -> None:
+    """The fused kernel gives none; nor has it a second one, which is taken here of the formula written out."""
+    q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 5, 5))
+    mask = torch.randn(3, 5, dtype=torch.float64)
+    by = [torch.randn(t.shape, dtype=t.dtype) for t in (q, k, v, mask)]
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, mask)]
+    out = (leaves[0] @ leaves[1].mT / 2 + leaves[3]).softmax(-1) @ leaves[2]
+    first = torch.autograd.grad((out**2).sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(checks.dotted(list(zip(by, first, strict=True))), leaves)
+    with te.record(strict=True) as tape:
+        loss = (F.scaled_dot_product_attention(q, k, v, mask) ** 2).sum()
+        ours = te.grad(loss, [q, k, v, mask], record=True)
+        again = te.grad(
+            checks.dotted([(w, g) for w, g in zip(by, ours, strict=True) if g is not None]), [q, k, v, mask]
+        )
+    assert "_scaled_dot_product_flash_attention_for_cpu" in {node.op.name for node in tape.nodes}
+    for place in range(4):
+        checks.close(ours[place], first[place], f"gradient {place}", 1e-9)
+        checks.close(again[place], second[place], f"second gradient {place}", 1e-8)
+
+
 def test_a_dropout_mask_is_the_same_forward_and_backward() -> None:
     x = torch.ones(200, dtype=torch.float64)
     with te.record(strict=True):
