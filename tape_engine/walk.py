@@ -332,7 +332,10 @@ def _ancestors(node: Node | None) -> list[Node]:
         if not here.op.differentiable or (here.cut and not here.mutates):
             continue
         for i, source in enumerate(here.sources):
-            if source is not None and source not in seen and here.inputs[i].differentiable:
+            if source is None or source in seen:
+                continue
+            value = here.inputs[i]
+            if value.dtype in DIFFERENTIABLE and not value.constant:
                 seen.add(source)
                 stack.append(source)
     return sorted(seen, key=_by_seq)

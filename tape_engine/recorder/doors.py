@@ -147,14 +147,14 @@ class record:
         modules.stop_listening(length)
         with quietly():
             tape.streams.end()
-            open_still = [node for node in tape.nodes if not node.closed]
+            swept = tape.token.closed_at  # what a sweep inside the block has closed listens no more
+            open_still = [node for node in tape.nodes if node.seq >= swept]
             if open_still:
                 listen_to(tape.held, tape)
-            for node in open_still:
-                for value in node.outputs:
-                    holder = value._tensor()
-                    if holder is not None and bound(holder) is value:
-                        mark(holder, tape)
+            holders = [(holder, v) for node in open_still for v in node.outputs if (holder := v._tensor()) is not None]
+            for holder, value in holders:
+                if bound(holder) is value:
+                    mark(holder, tape)
 
 
 @contextmanager
