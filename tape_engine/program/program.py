@@ -25,7 +25,7 @@ __all__ = ["Program", "freeze"]
 
 Tensor = torch.Tensor
 
-BACKENDS = ("auto", "python")
+BACKENDS = ("auto", "python", "native")
 
 
 class Program:
@@ -41,7 +41,13 @@ class Program:
     """
 
     def __init__(
-        self, tape: Tape, frozen: Frozen, *, copy: bool, shared: list[tuple[int, int, int]] | None = None
+        self,
+        tape: Tape,
+        frozen: Frozen,
+        *,
+        copy: bool,
+        backend: str = "auto",
+        shared: list[tuple[int, int, int]] | None = None,
     ) -> None:
         self.tape = frozen.tape
         self._frozen = frozen
@@ -49,8 +55,8 @@ class Program:
         self._marked = tape.token.marked  # the leaves that listen on behalf of the tape; empty once it is gone
         self._given = Given(frozen, shared)
         self._streams = streams_of(frozen)
-        self._forward = Function(frozen, with_sweep=False, copy=copy)
-        self._step = Function(frozen, with_sweep=True, copy=copy)
+        self._forward = Function(frozen, with_sweep=False, copy=copy, backend=backend)
+        self._step = Function(frozen, with_sweep=True, copy=copy, backend=backend)
 
     # -- what a user calls -------------------------------------------------------------------------------
 
@@ -159,7 +165,8 @@ class Program:
 
     def __str__(self) -> str:
         frozen = self._frozen
-        source = (self._step if frozen.gradients else self._forward).source
+        function = self._step if frozen.gradients else self._forward
+        source = function.source
         kept = sum(value.nbytes for value in source.buffers.values())
         rows = [("input", name, describe(given)) for name, given in zip(frozen.titles, frozen.given, strict=True)]
         rows += [("live", name, describe(tensor)) for name, tensor in self.params.items()]
@@ -168,9 +175,10 @@ class Program:
         lines = [f"  {kind:<6}  {name:<12}  {text}" for kind, name, text in rows]
         head = (
             f"program: {len(frozen.forward)} operations forward, {len(frozen.backward)} in the sweep; "
-            f"backend python; {len(source.buffers)} kept buffers, {kept:,} bytes"
+            f"backend {'native' if function.native else 'python'}; {len(source.buffers)} kept buffers, {kept:,} bytes"
         )
-        return "\n".join([head, *lines])
+        plan = [f"  {function.native}"] if function.native else []
+        return "\n".join([head, *plan, *lines])
 
     def _title(self, target: int | Tensor) -> str:
         """How messages call a tensor that gets ``.g``."""
@@ -245,7 +253,7 @@ def freeze(
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
     with quietly():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
-        program = Program(tape, frozen, copy=copy)
+        program = Program(tape, frozen, copy=copy, backend=backend)
         let_go(frozen)
         return program
 

@@ -1,0 +1,407 @@
+"""The kernels: what a program's instructions call, each a loop in plain Python that numba compiles.
+
+A *map* works on `n` elements of up to four operands, the first of which is its result; each operand has an
+address and the distance from one element to the next. A *driver* reads an instruction: it finds the operands'
+addresses, and calls a map for each line of elements, or does the work itself (products, rows picked by indices).
+
+An instruction is a row of 64-bit words::
+
+    driver, how many words, the driver's own ...
+
+and an operand in it a register (the address of a tensor, or of memory of the program's own) with an offset in
+bytes. So the same words serve whatever tensors a replay is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .scalars import scalars
+
+__all__ = ["DRIVERS", "MAPS", "build", "sources"]
+
+#: Letters for the dtypes that kernels know, with numba's names; a bool is a byte, nought or one.
+KINDS = {"f": "float32", "d": "float64", "l": "int64", "b": "uint8"}
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map: the expression of an element, of operands `a`, `b`, `c` of one kind each.
+
+    Attributes:
+        text: the expression; `o` is what the result holds already.
+        operands: how many it reads.
+        masks: which of them are bytes, whatever the others are.
+        result: the kind of its result, if not that of its operands.
+        gathers: whether it adds to what is there: over a line with one result, it runs up a total.
+    """
+
+    text: str
+    operands: int
+    masks: str = ""
+    result: str = ""
+    gathers: bool = False
+
+
+UNARY = {
+    "copy": "a", "neg": "-a", "square": "a * a", "cube": "a * a * a", "exp": "exp(a)", "expm1": "expm1(a)",
+    "log": "log(a)", "log1p": "log1p(a)", "tanh": "tanh(a)", "sigmoid": "sigmoid(a)", "sqrt": "math.sqrt(a)",
+    "rsqrt": "one / math.sqrt(a)", "reciprocal": "one / a", "sin": "math.sin(a)", "cos": "math.cos(a)",
+    "abs": "abs(a)", "floor": "math.floor(a)", "ceil": "math.ceil(a)", "erf": "math.erf(a)",
+    "sign": "(one if a > zero else (-one if a < zero else zero)) if a == a else zero",
+    "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "math.atan(a)", "tan": "math.tan(a)",
+    "relu_whole": "a if a > 0 else 0", "round": "roundeven(a)", "trunc": "math.trunc(a)",
+}  # fmt: skip
+for _name in ("floor", "ceil", "round", "trunc"):  # numba makes whole numbers of these
+    del UNARY[_name]
+
+BINARY = {
+    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "math.pow(a, b)", "atan2": "math.atan2(a, b)",
+    "maximum": "a if (a > b or a != a) else b", "minimum": "a if (a < b or a != a) else b",
+    "tanh_backward": "a * (one - b * b)", "sigmoid_backward": "a * ((one - b) * b)",
+    "and": "a & b", "or": "a | b", "xor": "a ^ b",
+    "silu_backward": "a * sigmoid(b) * (one + b * (one - sigmoid(b)))",
+}  # fmt: skip
+
+COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+TERNARY = {
+    "threshold_backward": "zero if b <= c else a",
+    "clamp": "lower(higher(a, b), c)",
+    "muladd": "a + b * c",
+}
+
+MAPS: dict[str, Map] = {
+    **{name: Map(text, 1) for name, text in UNARY.items()},
+    **{name: Map(text, 2) for name, text in BINARY.items()},
+    **{name: Map(f"1 if a {sign} b else 0", 2, result="b") for name, sign in COMPARISONS.items()},
+    **{name: Map(text, 3) for name, text in TERNARY.items()},
+    "where": Map("b if a != 0 else c", 3, masks="a"),
+    "masked_fill": Map("c if b != 0 else a", 3, masks="b"),
+    "not": Map("1 if a == 0 else 0", 1, result="b"),
+    "isnan": Map("1 if a != a else 0", 1, result="b"),
+    "softplus": Map("a if a * b > c else log1p(exp(a * b)) / b", 3),
+    "softplus_backward": Map("a if b > c else a * (exp(b) / (exp(b) + one))", 3),
+    "sum": Map("o + a", 1, gathers=True),
+    "largest": Map("a if (a > o or a != a) else o", 1, gathers=True),
+    "smallest": Map("a if (a < o or a != a) else o", 1, gathers=True),
+    **{f"to_{kind}": Map("1 if a != 0 else 0" if kind == "b" else "a", 1, result=kind) for kind in KINDS},
+}
+
+#: How many words an operand of `map_lines` takes: register, offset, four distances.
+LINE_WORDS = 6
+
+
+def map_source(name: str, kind: str) -> str:
+    """The source of a map for operands of a kind."""
+    each = MAPS[name]
+    result = each.result or kind
+    letters = "abc"[: each.operands]
+    lines = [
+        f"def {name}_{kind}(n, o_, so, a_, sa, b_, sb, c_, sc):",
+        f"    p = pointer_{result}(o_)",
+        *(f"    p{x} = pointer_{'b' if x in each.masks else kind}({x}_)" for x in letters),
+    ]
+
+    def loop(test: str, steps: dict[str, int | None]) -> list[str]:
+        """A loop for operands whose distances are known to be nought or one."""
+        body = [f"    {test}:"]
+        inside = []
+        for x in letters:
+            step = steps[x]
+            if step == 0:
+                body.append(f"        {x} = p{x}[0]")
+            else:
+                inside.append(f"            {x} = p{x}[{'i' if step == 1 else f'i * s{x}'}]")
+        place = "i" if steps["o"] == 1 else "i * so"
+        if each.gathers:
+            inside.append(f"            o = p[{place}]")
+        return [*body, "        for i in range(n):", *inside, f"            p[{place}] = {result_of(each, kind)}"]
+
+    if each.gathers:
+        lines += [
+            "    if so == 0:",
+            "        o = p[0]",
+            "        if sa == 1:",
+            "            for i in range(n):",
+            "                a = pa[i]",
+            f"                o = {each.text}",
+            "        else:",
+            "            for i in range(n):",
+            "                a = pa[i * sa]",
+            f"                o = {each.text}",
+            "        p[0] = o",
+        ]
+        lines += loop("elif so == 1 and sa == 1", {"o": 1, "a": 1})
+    else:
+        ones = " and ".join(f"s{x} == 1" for x in letters)
+        lines += loop(f"if so == 1 and {ones}", dict.fromkeys("o" + letters, 1))
+        patterns = [{"a": 1, "b": 0}, {"a": 0, "b": 1}] if each.operands == 2 else []
+        patterns += [{"a": 1, "b": 0, "c": 0}, {"a": 1, "b": 1, "c": 0}] if each.operands == 3 else []
+        for pattern in patterns:
+            test = " and ".join(f"s{x} == {step}" for x, step in pattern.items())
+            lines += loop(f"elif so == 1 and {test}", {"o": 1, **pattern})
+    lines += loop("else", dict.fromkeys("o" + letters))
+    return "\n".join(lines) + "\n"
+
+
+def result_of(each: Map, kind: str) -> str:
+    return f"{KINDS[each.result or kind]}({each.text})"
+
+
+# -- the drivers: plain functions of an instruction's words and the registers ---------------------------------
+
+MAP_FLAT = """
+def map_flat(w, regs):
+    call_map(w[2], w[3], regs[w[4]] + w[5], w[6], regs[w[7]] + w[8], w[9], regs[w[10]] + w[11], w[12],
+             regs[w[13]] + w[14], w[15])
+"""
+
+MAP_LINES = """
+def map_lines(w, regs):
+    o0 = regs[w[7]] + w[8]
+    a0 = regs[w[13]] + w[14]
+    b0 = regs[w[19]] + w[20]
+    c0 = regs[w[25]] + w[26]
+    for i in range(w[3]):
+        o1 = o0; a1 = a0; b1 = b0; c1 = c0
+        for j in range(w[4]):
+            o2 = o1; a2 = a1; b2 = b1; c2 = c1
+            for k in range(w[5]):
+                call_map(w[2], w[6], o2, w[12], a2, w[18], b2, w[24], c2, w[30])
+                o2 += w[11]; a2 += w[17]; b2 += w[23]; c2 += w[29]
+            o1 += w[10]; a1 += w[16]; b1 += w[22]; c1 += w[28]
+        o0 += w[9]; a0 += w[15]; b0 += w[21]; c0 += w[27]
+"""
+
+#: C = A B or C += A B, for a stack of matrices. Words: [2] stack, [3] M, [4] N, [5] K, [6] whether to add, then for
+#: C, A, B: register, offset, distance in the stack (bytes), from row to row, from column to column (elements).
+#: ``product_lines`` wants lines of B and C without gaps, ``product_dots`` lines of A and columns of B.
+PRODUCT_LINES = """
+def product_lines_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10]; ra = w[15]; ca = w[16]; rb = w[20]
+    for s in range(w[2]):
+        C0 = regs[w[7]] + w[8] + s * w[9]
+        A = pointer_K(regs[w[12]] + w[13] + s * w[14])
+        B0 = regs[w[17]] + w[18] + s * w[19]
+        for i in range(M):
+            C = pointer_K(C0 + i * rc * SIZE)
+            k = 0
+            if w[6] == 0:
+                B = pointer_K(B0)
+                if K == 0:
+                    for j in range(N):
+                        C[j] = zero
+                elif K >= 4:
+                    x0 = A[i * ra]; x1 = A[i * ra + ca]; x2 = A[i * ra + 2 * ca]; x3 = A[i * ra + 3 * ca]
+                    for j in range(N):
+                        C[j] = x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
+                    k = 4
+                else:
+                    x0 = A[i * ra]
+                    for j in range(N):
+                        C[j] = x0 * B[j]
+                    k = 1
+            while k + 4 <= K:
+                B = pointer_K(B0 + k * rb * SIZE)
+                x0 = A[i * ra + k * ca]; x1 = A[i * ra + (k + 1) * ca]
+                x2 = A[i * ra + (k + 2) * ca]; x3 = A[i * ra + (k + 3) * ca]
+                for j in range(N):
+                    C[j] += x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
+                k += 4
+            while k < K:
+                B = pointer_K(B0 + k * rb * SIZE)
+                x0 = A[i * ra + k * ca]
+                for j in range(N):
+                    C[j] += x0 * B[j]
+                k += 1
+"""
+
+PRODUCT_DOTS = """
+def product_dots_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10]; cc = w[11]; ra = w[15]; cb = w[21]
+    for s in range(w[2]):
+        C = pointer_K(regs[w[7]] + w[8] + s * w[9])
+        A0 = regs[w[12]] + w[13] + s * w[14]
+        B0 = regs[w[17]] + w[18] + s * w[19]
+        for i in range(M):
+            A = pointer_K(A0 + i * ra * SIZE)
+            for j in range(N):
+                B = pointer_K(B0 + j * cb * SIZE)
+                total = zero
+                for k in range(K):
+                    total += A[k] * B[k]
+                if w[6] != 0:
+                    total += C[i * rc + j * cc]
+                C[i * rc + j * cc] = total
+"""
+
+#: Words: [2] how many indices, [3] how many lines there are, [4] elements of a line, then register and offset of
+#: the result, its distance from line to line (bytes), the same of the argument, register and offset of the indices
+#: and their distance. A wrong index is told in the register nought.
+TAKE = """
+def take_K(w, regs):
+    I = pointer_l(regs[w[11]] + w[12])
+    for n in range(w[2]):
+        i = I[n * w[13]]
+        if i < 0:
+            i += w[3]
+        if i < 0 or i >= w[3]:
+            regs[0] = 1
+            return
+        O = pointer_K(regs[w[5]] + w[6] + n * w[7])
+        A = pointer_K(regs[w[8]] + w[9] + i * w[10])
+        for j in range(w[4]):
+            O[j] = A[j]
+"""
+
+ADD_AT = """
+def add_at_K(w, regs):
+    I = pointer_l(regs[w[11]] + w[12])
+    for n in range(w[2]):
+        i = I[n * w[13]]
+        if i < 0:
+            i += w[3]
+        if i < 0 or i >= w[3]:
+            regs[0] = 1
+            return
+        O = pointer_K(regs[w[5]] + w[6] + i * w[7])
+        A = pointer_K(regs[w[8]] + w[9] + n * w[10])
+        for j in range(w[4]):
+            O[j] += A[j]
+"""
+
+#: The instructions one by one, and the same for one block of rows after the other: each block, registers move on.
+RUN = """
+def run(w, count, regs, steps, many, blocks):
+    for block in range(blocks):
+        here = w
+        for i in range(count):
+            call_driver(here[0], here, regs)
+            here = moved(here, here[1])
+        for r in range(many):
+            regs[r] += steps[r]
+"""
+
+#: Drivers by name; those with a K in the source are made for each kind.
+DRIVERS = {
+    "map_flat": MAP_FLAT, "map_lines": MAP_LINES, "product_lines": PRODUCT_LINES, "product_dots": PRODUCT_DOTS,
+    "take": TAKE, "add_at": ADD_AT, "run": RUN,
+}  # fmt: skip
+
+
+def sources(name: str) -> str:
+    """The source of the kernel of that name: ``add_f``, ``product_lines_d``, ``map_flat``."""
+    stem, _, kind = name.rpartition("_")
+    if name in DRIVERS:
+        return DRIVERS[name]
+    if stem in DRIVERS:
+        return DRIVERS[stem].replace("_K", f"_{kind}").replace("SIZE", str({"f": 4, "d": 8, "l": 8, "b": 1}[kind]))
+    return map_source(stem, kind)
+
+
+#: What rounding the loops may change: sums in another order, never what becomes of NaN and infinity.
+SUMS = {"reassoc", "contract", "nsz"}
+PLAIN = {"contract"}
+
+
+def build(names: list[str]) -> dict[str, tuple[str, str]]:
+    """Compiles kernels; for each its machine-independent code (LLVM's, as text) and the name of its function in it."""
+    import numba
+    from numba import types
+
+    space = _space()
+    line = types.int64
+    words = types.CPointer(types.int64)
+    of_map = types.void(*[line] * 9)
+    of_driver = types.void(words, words)
+    of_run = types.void(words, line, words, words, line, line)
+    found = {}
+    for name in names:
+        stem, _, kind = name.rpartition("_")
+        local = {**space, **_numbers(kind)}
+        exec(compile(sources(name), f"<kernel {name}>", "exec"), local)
+        signature = of_run if name == "run" else of_driver if name in DRIVERS or stem in DRIVERS else of_map
+        sums = stem in ("sum", "product_lines", "product_dots")
+        compiled = numba.cfunc(signature, nopython=True, error_model="numpy", fastmath=SUMS if sums else PLAIN)
+        made = compiled(local[name])
+        found[name] = made.inspect_llvm(), made.native_name
+    return found
+
+
+_scalars: dict[str, dict[str, Any]] = {}
+
+
+def _numbers(kind: str) -> dict[str, Any]:
+    """The functions and constants that kernels of a kind use."""
+    if kind not in ("f", "d"):
+        return {}
+    if kind not in _scalars:
+        _scalars[kind] = scalars(32 if kind == "f" else 64)
+    return _scalars[kind]
+
+
+_shared: dict[str, Any] = {}
+
+
+def _space() -> dict[str, Any]:
+    """What every kernel may use: pointers, and calls through addresses."""
+    if _shared:
+        return _shared
+    import math
+
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    words = types.CPointer(types.int64)
+    low_word, low_words = ir.IntType(64), ir.IntType(64).as_pointer()
+
+    def pointer(kind: Any) -> Callable[..., Any]:
+        def at(context: Any, address: Any) -> Any:
+            def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+                return builder.inttoptr(args[0], code.get_value_type(signature.return_type))
+
+            return types.CPointer(kind)(types.int64), make
+
+        found: Callable[..., Any] = intrinsic(at)
+        return found
+
+    def call_map(context: Any, f: Any, n: Any, o: Any, so: Any, a: Any, sa: Any, b: Any, sb: Any, c: Any, sc: Any) -> Any:
+        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [low_word] * 9)
+            builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+            return code.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), make
+
+    def call_driver(context: Any, f: Any, w: Any, regs: Any) -> Any:
+        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [low_words, low_words])
+            builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+            return code.get_dummy_value()
+
+        return types.void(types.int64, words, words), make
+
+    def moved(context: Any, w: Any, by: Any) -> Any:
+        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.gep(args[0], [args[1]])
+
+        return words(words, types.int64), make
+
+    def lower(a: Any, b: Any) -> Any:
+        return a if (a < b or a != a) else b
+
+    def higher(a: Any, b: Any) -> Any:
+        return a if (a > b or a != a) else b
+
+    _shared.update({f"pointer_{kind}": pointer(getattr(types, name)) for kind, name in KINDS.items()})
+    _shared.update({name: getattr(types, name) for name in KINDS.values()})
+    _shared.update(call_map=intrinsic(call_map), call_driver=intrinsic(call_driver), moved=intrinsic(moved), math=math)
+    _shared.update(lower=numba.njit(forceinline=True)(lower), higher=numba.njit(forceinline=True)(higher))
+    return _shared

@@ -1,0 +1,438 @@
+"""Which nodes the kernels take, in which order everything runs, and which work goes by blocks of rows.
+
+Nodes that the kernels cannot do, or that torch does better (large products), stay with torch, in their order. The
+others gather in segments between them: a segment costs one call from Python, so there should be few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from ....tape import Node, Value
+from ...data import VIEWS
+from .lower import FILLS, LOWERED, Constants, Lowering
+from .machine import GIVEN, ITEM, KIND, Code, Memory, Place, Unfit, dense
+from .rows import ADDED, PRODUCTS, RESHAPED, SUMMED, TURNED, Rows
+from .segment import Loop, Segment
+
+__all__ = ["Part", "Plan", "planned"]
+
+aten = torch.ops.aten
+
+FLAT = 1 << 16  # elements up to which one thread's loop is no worse than torch
+PRODUCT = 1 << 16  # multiplications of a product, likewise
+ROWS = 512  # rows from which on blocks are thought of
+ROW_BYTES = 1 << 20  # bytes of values with rows from which on they pay
+ROW_WORK = 24  # multiplications for each number read, above which torch's own products are better
+CACHE = 320 << 10  # bytes that a block of rows may take: what a core has for itself
+LEAST = 3  # nodes for which a segment is worth its call
+
+#: Operations that move nothing: their results are views.
+FREE = TURNED | RESHAPED | {aten.expand.default, aten.select.int, aten.slice.Tensor}
+
+
+@dataclass
+class Part:
+    """A run of nodes for one segment: what it reads from outside, and what is read of it there."""
+
+    nodes: list[Node]
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+
+    @property
+    def working(self) -> int:
+        """How many of its nodes compute something."""
+        return sum(node.op.forward not in FREE for node in self.nodes)
+
+
+@dataclass
+class Plan:
+    """What runs, in order: nodes of torch's, and parts for the kernels."""
+
+    items: list[Node | Part]
+    rows: Rows | None
+    canonical: Callable[[Value], Value]
+    constants: dict[Value, Any]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [each for each in self.items if isinstance(each, Part)]
+
+
+def planned(
+    nodes: Sequence[Node],
+    canonical: Callable[[Value], Value],
+    wanted: set[Value],
+    folded: set[Node],
+    loose: set[Value],
+) -> Plan:
+    """The plan for the nodes of a program.
+
+    Args:
+        nodes: what has to run, in order.
+        canonical: gives the value that stands for a value.
+        wanted: values that are read after the last node.
+        folded: the nodes that run once, when a copy of the program is made.
+        loose: values whose shapes may differ.
+    """
+    constants = {
+        canonical(node.outputs[0]): FILLS[node.op.forward](node) for node in folded if node.op.forward in FILLS
+    }
+    constants = {v: number for v, number in constants.items() if isinstance(number, (bool, int, float))}
+    tried: dict[Any, bool] = {}
+
+    def fit(node: Node) -> bool:
+        if node in folded:
+            return canonical(node.outputs[0]) in constants
+        return _fits(node, canonical, loose, tried)
+
+    count = _row_count(nodes)
+    rows = None
+    if count is not None:
+        rows = Rows(count, nodes, canonical, lambda node: fit(node) and not _heavy(node))
+        if not _worth(rows, nodes, canonical):
+            rows = None
+    by_rows = rows.nodes if rows else set()
+    mine = {n for n in nodes if n not in folded and (n in by_rows or (fit(n) and _small(n)))}
+    while True:
+        plan = Plan(_ordered(nodes, mine, folded, canonical, wanted), rows, canonical, constants)
+        poor = [each for part in plan.parts if part.working < LEAST for each in part.nodes]
+        if not poor:
+            break
+        mine.difference_update(poor)
+        if rows:
+            rows.nodes.difference_update(poor)
+    for part in plan.parts:
+        _rim(part, plan, wanted)
+    return plan
+
+
+# -- which nodes -------------------------------------------------------------------------------------------------
+
+
+def _fits(node: Node, canonical: Callable[[Value], Value], loose: set[Value], tried: dict[Any, bool]) -> bool:
+    """Whether the kernels can do a node, tried on tensors that lie in order."""
+    if node.op.forward not in LOWERED or len(node.outputs) != 1 or node.random or node.result is not None:
+        return False
+    values = [*node.inputs, *node.outputs]
+    for value in values:
+        strided = value.ndim == 0 or len(value.strides) == value.ndim
+        if value.dtype not in KIND or value.device.type != "cpu" or not strided or canonical(value) in loose:
+            return False
+    key = (node.op.forward, _told(node.args), _told(node.kwargs), *((v.dtype, v.shape) for v in values))
+    if key not in tried:
+        at = Lowering(canonical, Constants())
+        for value in node.inputs:
+            shape = tuple(value.shape)
+            at.places[canonical(value)] = Place(Memory(GIVEN), KIND[value.dtype], shape, dense(shape))
+        try:
+            at.lower(node)
+            tried[key] = True
+        except (Unfit, TypeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError):
+            tried[key] = False  # arguments of a form that its function does not know
+    return tried[key]
+
+
+def _told(argument: Any) -> Any:
+    """The arguments that are not tensors, such that they can be compared."""
+    if isinstance(argument, Value):
+        return Value
+    if isinstance(argument, dict):
+        return tuple((name, _told(each)) for name, each in argument.items())
+    if isinstance(argument, (list, tuple)):
+        return tuple(_told(each) for each in argument)
+    return type(argument), repr(argument)
+
+
+def _small(node: Node) -> bool:
+    if any(v.numel() > FLAT for v in (*node.inputs, *node.outputs)) and node.op.forward not in FREE:
+        return False
+    return _work(node) <= PRODUCT
+
+
+def _sides(node: Node) -> tuple[Value, Value] | None:
+    """The factors of a product."""
+    if node.op.forward in PRODUCTS:
+        return node.inputs[0], node.inputs[1]
+    return (node.inputs[1], node.inputs[2]) if node.op.forward in ADDED else None
+
+
+def _work(node: Node) -> int:
+    """The multiplications of a product."""
+    sides = _sides(node)
+    return 0 if sides is None else int(node.outputs[0].numel() * sides[0].shape[-1])
+
+
+def _heavy(node: Node) -> bool:
+    """Whether a product has so much to do for each number that it reads that torch's own is better."""
+    sides = _sides(node)
+    if sides is None:
+        return False
+    moved = sum(v.numel() for v in (*sides, node.outputs[0]))
+    return _work(node) > ROW_WORK * max(moved, 1)
+
+
+def _row_count(nodes: Sequence[Node]) -> int | None:
+    """The number of rows that most bytes have."""
+    weights: dict[int, int] = {}
+    seen: set[Value] = set()
+    for node in nodes:
+        for value in (*node.inputs, *node.outputs):
+            if value in seen or value.ndim == 0:
+                continue
+            seen.add(value)
+            for n in {*value.shape}:
+                if n >= ROWS:
+                    weights[n] = weights.get(n, 0) + value.nbytes
+    best = max(weights, key=lambda n: (weights[n], n), default=None)
+    return best if best is not None and weights[best] >= ROW_BYTES else None
+
+
+def _worth(rows: Rows, nodes: Sequence[Node], canonical: Callable[[Value], Value]) -> bool:
+    working = [n for n in nodes if n in rows.nodes and n.op.forward not in FREE]
+    values = {canonical(v) for n in working for v in (*n.inputs, *n.outputs) if canonical(v) in rows.dims}
+    return len(working) >= LEAST and sum(v.nbytes for v in values) >= ROW_BYTES
+
+
+# -- in which order ------------------------------------------------------------------------------------------------
+
+
+def _ordered(
+    nodes: Sequence[Node], mine: set[Node], folded: set[Node], canonical: Callable[[Value], Value], wanted: set[Value]
+) -> list[Node | Part]:
+    """As few parts as there can be, between nodes of torch's that keep their order."""
+    made: dict[Value, tuple[int, bool]] = {}
+    phases: list[tuple[int, bool]] = []
+    reached, barrier = 0, 0
+    for node in nodes:
+        native = node in mine
+        phase = barrier
+        for value in node.inputs:
+            of, was = made.get(canonical(value), (0, True))
+            phase = max(phase, of + (native and not was))
+        if not native and node not in folded:
+            if node.op.is_named and node.op not in VIEWS and node.result is None:  # it may have effects of its own
+                phase = max([phase, *(p for p, _ in phases)])
+                barrier = phase + 1
+            reached = phase = max(phase, reached)
+        if node in folded:
+            phase, native = 0, False
+        for value in node.outputs:
+            made[canonical(value)] = (phase, native or node in folded)
+        phases.append((phase, native))
+    items: list[Node | Part] = [node for node in nodes if node in folded]
+    for p in range(max((p for p, _ in phases), default=-1) + 1):
+        here = [node for node, (phase, native) in zip(nodes, phases, strict=True) if native and phase == p]
+        if here:
+            items.append(Part(here))
+        items += [
+            node
+            for node, (phase, native) in zip(nodes, phases, strict=True)
+            if not native and phase == p and node not in folded
+        ]
+    return items
+
+
+def _rim(part: Part, plan: Plan, wanted: set[Value]) -> None:
+    """What a part reads from outside, and what is read of it there, or from loop to loop."""
+    canonical = plan.canonical
+    made = dict.fromkeys(canonical(v) for node in part.nodes for v in node.outputs)
+    inputs = {canonical(v): None for node in part.nodes for v in node.inputs}
+    part.inputs = [v for v in inputs if v not in made and v not in plan.constants]
+    inside = {*part.nodes}
+    read = {
+        canonical(v)
+        for each in plan.items
+        for node in (each.nodes if isinstance(each, Part) else [each])
+        if node not in inside
+        for v in node.inputs
+    }
+    levels = _levels(part, plan)
+    makers = {canonical(v): node for node in part.nodes for v in node.outputs}
+    for node in part.nodes:
+        for value in node.inputs:
+            source = canonical(value)
+            maker = makers.get(source)
+            if maker is None or not plan.rows or source not in plan.rows.dims:
+                continue
+            if levels[maker] > 0 and levels[maker] % 2 and levels[maker] != levels[node]:
+                read.add(source)
+    part.outputs = [v for v in made if v in read or v in wanted]
+
+
+def _levels(part: Part, plan: Plan) -> dict[Node, int]:
+    """For each node the step in which it runs: flat ones are even, loops odd; -1 for views of what is outside."""
+    rows, canonical = plan.rows, plan.canonical
+    levels: dict[Node, int] = {}
+    makers: dict[Value, Node] = {}
+    for node in part.nodes:
+        looped = rows is not None and node in rows.nodes
+        need = 1 if looped else 0
+        free = looped and node.op.forward in FREE
+        for value in node.inputs:
+            maker = makers.get(canonical(value))
+            if maker is None or levels[maker] < 0:
+                continue
+            free = False
+            level = levels[maker]
+            if rows is not None and canonical(value) in rows.summed:
+                need = max(need, level + (2 if looped else 1))
+            elif level % 2:
+                need = max(need, level + (not looped))
+            else:
+                need = max(need, level + looped)
+        levels[node] = -1 if free else need
+        for value in node.outputs:
+            makers[canonical(value)] = node
+    return levels
+
+
+# -- instructions ------------------------------------------------------------------------------------------------
+
+
+def compiled(part: Part, plan: Plan, strides: dict[Value, tuple[int, ...]]) -> Segment:
+    """The segment of a part: its instructions, on memory that is laid out.
+
+    Args:
+        strides: of the tensors that stand for the part's inputs and outputs.
+    """
+    return _Compiler(part, plan, strides).compile()
+
+
+class _Compiler:
+    def __init__(self, part: Part, plan: Plan, strides: dict[Value, tuple[int, ...]]) -> None:
+        self.part, self.plan = part, plan
+        self.canonical = plan.canonical
+        self.constants = Constants()
+        self.given: dict[Value, Place] = {}
+        for i, value in enumerate([*part.inputs, *part.outputs]):
+            self.given[value] = Place(Memory(GIVEN + i), KIND[value.dtype], tuple(value.shape), strides[value])
+        self.outputs = {*part.outputs}
+        self.known: dict[Value, Place] = {}  # values in the arena, or given
+
+    def compile(self) -> Segment:
+        levels = _levels(self.part, self.plan)
+        steps: list[Code | Loop] = []
+        for value in self.part.inputs:
+            self.known[value] = self.given[value]
+        for level in range(max(levels.values(), default=-1) + 1):
+            nodes = [node for node in self.part.nodes if levels[node] == level]
+            if not nodes:
+                continue
+            if level % 2:
+                views = [node for node in self.part.nodes if levels[node] < 0]
+                steps.append(self.loop(nodes, views))
+            else:
+                steps.append(self.flat(nodes))
+        views = [node for node in self.part.nodes if levels[node] < 0 and self.canonical(node.outputs[0]) in self.outputs]
+        if views:
+            steps.append(self.flat([node for node in self.part.nodes if levels[node] < 0]))
+        segment = Segment(
+            [step for step in steps if isinstance(step, Loop) or len(step)],
+            self.constants,
+            self.part.working,
+            [self.given[v].strides for v in (*self.part.inputs, *self.part.outputs)],
+        )
+        segment.lay_out()
+        return segment
+
+    def constant(self, value: Value, shape: Sequence[int]) -> Place:
+        kind = KIND[value.dtype]
+        number = self.plan.constants[value]
+        cast: Any = {"b": bool, "l": int}.get(kind, float)
+        return self.constants.place(cast(number), kind).expanded(shape)
+
+    def flat(self, nodes: Sequence[Node]) -> Code:
+        at = Lowering(self.canonical, self.constants)
+        at.places = self.known
+        at.wanted = {v: self.given[v] for v in self.outputs}
+        for node in nodes:
+            for value in {self.canonical(v) for v in node.inputs}:
+                if value in self.plan.constants and value not in at.places:
+                    at.places[value] = self.constant(value, value.shape)
+            at.lower(node)
+        return at.code
+
+    def loop(self, nodes: Sequence[Node], views: Sequence[Node]) -> Loop:
+        rows = self.plan.rows
+        assert rows is not None
+        needed = {self.canonical(v) for node in nodes for v in node.inputs}
+        for node in reversed(views):
+            if self.canonical(node.outputs[0]) in needed:
+                needed.update(self.canonical(v) for v in node.inputs)
+        views = [node for node in views if self.canonical(node.outputs[0]) in needed]
+        block = self.block_size(nodes, rows)
+        body = self.block([*views, *nodes], block, None)
+        rest = self.block([*views, *nodes], rows.count % block, body)
+        first, start, merge, finish = Code(), Code(), Lowering(self.canonical, self.constants), Code()
+        finishing = Lowering(self.canonical, self.constants)
+        for value, total in body.totals.items():
+            kind = total.place.kind
+            into = self.given.get(value) if value in self.outputs else None
+            if into is None:
+                into = merge.scratch(kind, total.place.shape)
+            into = Place(into.memory, kind, total.place.shape, _unreduced(into, total.place))
+            begin = self.constants.place(total.start, kind)
+            first.map(f"copy_{kind}", into, begin)
+            start.map(f"copy_{kind}", total.place, begin)
+            merge.map(total.name, into, total.place, gathers=True)
+            if total.divisor is not None:
+                finishing.map("div", into, into, self.constants.place(total.divisor, kind))
+            self.known[value] = into
+        finish = finishing.code
+        for value in self.outputs:
+            if value in rows.dims and any(value in map(self.canonical, node.outputs) for node in nodes):
+                self.known[value] = self.given[value]
+        moving = {
+            place.memory.register: place.strides[rows.dims[value]] * ITEM[place.kind]
+            for value, place in self.given.items()
+            if value in rows.dims and (value in needed or value in self.outputs)
+        }
+        return Loop(rows.count, block, first, start, body.code, rest.code, merge.code, finish, moving)
+
+    def block(self, nodes: Sequence[Node], block: int, before: Lowering | None) -> Lowering:
+        """The instructions for a block of rows."""
+        rows = self.plan.rows
+        assert rows is not None
+        from .machine import LOCAL
+
+        at = Lowering(
+            self.canonical, self.constants, rows=rows.dims, block=block, summed=rows.summed, register=LOCAL
+        )
+        if before is not None:
+            at.totals = before.totals
+        for value, place in self.known.items():
+            at.places[value] = Place(place.memory, place.kind, at.shape(value), place.strides, place.start)
+        for value in self.outputs:
+            if value in rows.dims:
+                place = self.given[value]
+                at.wanted[value] = Place(place.memory, place.kind, at.shape(value), place.strides)
+        if not block:
+            return at
+        for node in nodes:
+            for value in {self.canonical(v) for v in node.inputs}:
+                if value in self.plan.constants and value not in at.places:
+                    at.places[value] = self.constant(value, at.shape(value))
+            at.lower(node)
+        return at
+
+    def block_size(self, nodes: Sequence[Node], rows: Rows) -> int:
+        """How many rows go through at once."""
+        values = {self.canonical(v) for node in nodes for v in (*node.inputs, *node.outputs)}
+        per_row = sum(v.nbytes for v in values if v in rows.dims and v not in self.plan.constants) // rows.count
+        block = 16
+        while block < 1024 and 2 * block * per_row <= CACHE:
+            block *= 2
+        return min(block, rows.count)
+
+
+def _unreduced(place: Place, like: Place) -> tuple[int, ...]:
+    return place.strides if place.shape == like.shape else like.strides
+
+
+_ = (Iterable, prod, SUMMED)

@@ -1,0 +1,127 @@
+"""The replay function of the native backend: straight-line Python, with calls of segments among those of torch."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ....tape import Node, Value
+from ...buffers import overlapping
+from ...data import Frozen
+from ..python import Source, _Name, _Writer
+from . import objects
+from .machine import dense
+from .plan import Part, compiled, planned
+from .segment import Loop, Segment
+
+__all__ = ["Told", "generate"]
+
+PAYS = 6  # operations in a segment, on the average, from which on it is worth its call
+
+_ = (builtins, Any)
+
+
+@dataclass
+class Told:
+    """What a plan comes to, for `print(program)`."""
+
+    nodes: int = 0
+    segments: int = 0
+    loops: int = 0
+    torch: int = 0
+    seconds: float = 0.0
+    compiled: int = 0
+    kernels: int = 0
+
+    @property
+    def pays(self) -> bool:
+        """Whether a replay gains more than the calls of the segments cost."""
+        return self.loops > 0 or self.nodes >= PAYS * max(self.segments, 1)
+
+    def __str__(self) -> str:
+        rows = f", {self.loops} of them by blocks of rows" if self.loops else ""
+        made = f"{self.compiled} of {self.kernels} kernels compiled" if self.compiled else f"{self.kernels} kernels"
+        return (
+            f"{self.nodes} operations in {self.segments} compiled segments{rows}, {self.torch} calls of torch; "
+            f"{made}, ready in {self.seconds:.2f} s"
+        )
+
+
+def generate(frozen: Frozen, *, with_sweep: bool) -> tuple[Source, Told]:
+    """The function that replays a frozen tape, with what it is made of."""
+    writer = _Native(frozen, with_sweep)
+    source = writer.write()
+    return source, writer.told
+
+
+class _Native(_Writer):
+    def __init__(self, frozen: Frozen, with_sweep: bool) -> None:
+        super().__init__(frozen, with_sweep)
+        self.told = Told()
+
+    def _results(self, wanted: set[Value]) -> set[Value]:
+        frozen = self.frozen
+        read = wanted | {frozen.canonical(after) for _, after in frozen.writes}
+        self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose)
+        taken = {node for part in self.plan.parts for node in part.nodes}
+        everything = self.nodes
+        self.nodes = [node for node in everything if node not in taken]
+        mine = super()._results(wanted)
+        self.nodes = everything
+        return mine | {v for part in self.plan.parts for v in part.outputs if v in wanted}
+
+    def _nodes(self) -> None:
+        before, start = objects.loaded().compiled, objects.loaded().seconds
+        used: set[str] = set()
+        for item in self.plan.items:
+            if isinstance(item, Part):
+                used |= self.segment(item)
+            else:
+                self.node(item)
+                self.told.torch += item not in self.folded
+        self.told.kernels = len(used)
+        self.told.compiled = objects.loaded().compiled - before
+        self.told.seconds = objects.loaded().seconds - start
+
+    def segment(self, part: Part) -> set[str]:
+        """The line that runs a segment."""
+        names = [self.name(v) for v in part.inputs]
+        fixed = [v in self.static for v in part.inputs]
+        for value in part.outputs:
+            names.append(self.target(value, "v"))
+            fixed.append(value not in self.mine)
+        strides = {v: _strides(v) for v in (*part.inputs, *part.outputs)}
+        segment = compiled(part, self.plan, strides)
+        addresses = objects.load(segment.kernels)
+        title = self.unused("native")
+        arguments = [_Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
+        self.views.append((title, segment.bind, (addresses, arguments), {}))
+        changing = [name for name, still in zip(names, fixed, strict=True) if not still]
+        self.lines.append(f"# {_in_words(part.nodes)}")
+        self.lines.append(f"{title}({', '.join(changing)})")
+        self.told.nodes += part.working
+        self.told.segments += 1
+        self.told.loops += any(isinstance(step, Loop) for step in segment.steps)
+        return segment.kernels
+
+
+def _strides(value: Value) -> tuple[int, ...]:
+    """How the elements of a tensor that stands for a value must lie."""
+    if value.strides and not overlapping(value.shape, value.strides):
+        return tuple(value.strides)
+    return dense(value.shape)
+
+
+def _in_words(nodes: list[Node]) -> str:
+    """What a segment does: ``3 mul, 2 tanh, ...``."""
+    counts: dict[str, int] = {}
+    for node in nodes:
+        name = node.op.name.partition(".")[0]
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
+
+
+_ = (torch, field, Segment)
