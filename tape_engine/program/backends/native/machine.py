@@ -7,6 +7,7 @@ stretch (an *arena*); every other memory is a tensor that the program is given.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -305,5 +306,5 @@ def _collapsed(
 def bits_of(number: float | int | bool, kind: str) -> bytes:
     """A number as an element of a kind."""
     if kind == "f":
-        return struct.pack("=f", torch.tensor(number, dtype=torch.float32).item())
+        return bytes(ctypes.c_float(number))  # infinite where it is too large, as torch has it
     return struct.pack({"d": "=d", "l": "=q", "b": "=?"}[kind], number)

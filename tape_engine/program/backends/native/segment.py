@@ -282,7 +282,7 @@ class _Running:
 
 def _room(size: int) -> Tensor:
     """Memory for an arena, with room to begin on a line of the cache."""
-    return torch.zeros(size + ALIGNED, dtype=torch.uint8)
+    return torch.zeros(size + ALIGNED, dtype=torch.uint8, device="cpu")
 
 
 def _start(room: Tensor) -> int:
