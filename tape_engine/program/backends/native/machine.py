@@ -211,38 +211,28 @@ class Code:
 
     def product(self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any) -> None:
         """``result = a @ b``, or ``+=``, of stacks of matrices (stack, rows, columns)."""
-        kind = result.kind
-        stack, M, N = result.shape
-        K = a.shape[2]
+        kind, K = result.kind, a.shape[2]
         if not result.numel:
             return
-        # the long side of the result that lies without gaps is the line
-        if (result.strides[2] != 1 and N > 1) or (N == 1 and M > 1 and result.strides[1] == 1 and b.strides[1] != 1):
-            result, a, b = result.permuted((0, 2, 1)), b.permuted((0, 2, 1)), a.permuted((0, 2, 1))
-            M, N = N, M
-        in_lines = (result.strides[2] == 1 or N == 1) and (b.strides[2] == 1 or N == 1)
-        in_dots = (a.strides[2] == 1 or K == 1) and (b.strides[1] == 1 or K == 1)
-        if in_dots and (N < 8 or not in_lines) and K >= 4:
-            self._product(f"product_dots_{kind}", result, a, b, M, N, K, add)
-            return
-        # with the sides changed, perhaps
-        if not in_lines and result.strides[1] in (0, 1) and a.strides[1] == 1:
-            result, a, b = result.permuted((0, 2, 1)), b.permuted((0, 2, 1)), a.permuted((0, 2, 1))
-            M, N = N, M
-            in_lines = True
-        if not in_lines and result.strides[2] != 1 and N > 1:
-            made = scratch(kind, result.shape)
-            self.product(made, a, b, add=False, scratch=scratch)
-            if add:
-                self.map(f"add_{kind}", result, result, made)
-            else:
-                self.map(f"copy_{kind}", result, made)
-            return
-        if not in_lines:
+        ways = [(result, a, b), (result.permuted((0, 2, 1)), b.permuted((0, 2, 1)), a.permuted((0, 2, 1)))]
+        worth = [max(_lines(*way), _dots(*way)) for way in ways]
+        result, a, b = ways[worth[1] > worth[0]]
+        M, N = result.shape[1:]
+        if max(worth) < min(N, LONG) and M >= 4 and result.strides[2] == 1:  # then lines that are copied first pay
             copy = scratch(kind, b.shape)
             self.map(f"copy_{kind}", copy, b)
             b = copy
-        self._product(f"product_lines_{kind}", result, a, b, M, N, K, add)
+        lines, dots = _lines(result, a, b), _dots(result, a, b)
+        if dots > lines:
+            self._product(f"product_dots_{kind}", result, a, b, M, N, K, add)
+        elif lines:
+            self._product(f"product_lines_{kind}", result, a, b, M, N, K, add)
+        else:
+            made, copy = scratch(kind, result.shape), scratch(kind, b.shape)
+            self.map(f"copy_{kind}", copy, b)
+            self._product(f"product_lines_{kind}", made, a, copy, M, N, K, add=False)
+            operands = (result, made) if add else (made,)
+            self.map(f"{'add' if add else 'copy'}_{kind}", result, *operands)
 
     def _product(self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool) -> None:
         words: list[int | str | tuple[int, Place]] = [c.shape[0], M, N, K, int(add)]
@@ -301,6 +291,21 @@ def _collapsed(
         else:
             found.append((n, steps))
     return found
+
+
+LONG = 16  # elements from which on a line is long
+
+
+def _lines(result: Place, a: Place, b: Place) -> int:
+    """What a product by lines is worth: their length, if those of the result and of `b` have no gaps."""
+    N = result.shape[2]
+    return N if N == 1 or result.strides[2] == b.strides[2] == 1 else 0
+
+
+def _dots(result: Place, a: Place, b: Place) -> int:
+    """What a product by dots is worth: half the length of the lines of `a` and of the columns of `b`."""
+    K = a.shape[2]
+    return K // 2 if a.strides[2] == b.strides[1] == 1 else 0
 
 
 def bits_of(number: float | int | bool, kind: str) -> bytes:
