@@ -216,7 +216,11 @@ class Lowering:
         Raises:
             Unfit: where the kernels cannot do it.
         """
-        LOWERED[node.op.forward](self, node)
+        try:
+            LOWERED[node.op.forward](self, node)
+        except Unfit as error:
+            error.node = node
+            raise
 
 
 def kind_of(value: Value) -> str:

@@ -29,7 +29,9 @@ ALIGNED = 64  # bytes: a line of the cache, a vector register
 
 
 class Unfit(Exception):
-    """What the kernels cannot do."""
+    """What the kernels cannot do; `node` is what asked for it."""
+
+    node: Any = None
 
 
 @dataclass(eq=False)
@@ -61,6 +63,8 @@ class Place:
 
     def expanded(self, shape: Sequence[int]) -> Place:
         """Broadcast to `shape`."""
+        if self.shape == shape:
+            return self
         missing = len(shape) - len(self.shape)
         strides = [0] * missing
         for have, want, step in zip(self.shape, shape[missing:], self.strides, strict=True):
@@ -180,7 +184,10 @@ class Code:
         if not prod(shape):
             return
         places = [each.expanded(shape) for each in (result, *operands)]
-        dims = _collapsed(shape, [p.strides for p in places], gathers)
+        if all(p.strides == places[0].strides for p in places) and places[0].is_dense:
+            dims = [(prod(shape), [1] * len(places))]
+        else:
+            dims = _collapsed(shape, [p.strides for p in places], gathers)
         self._lines(name, places, dims)
 
     def _lines(self, name: str, places: list[Place], dims: list[tuple[int, list[int]]]) -> None:

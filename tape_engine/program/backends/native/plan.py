@@ -7,7 +7,7 @@ others gather in segments between them: a segment costs one call from Python, so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -70,6 +70,7 @@ def planned(
     wanted: set[Value],
     folded: set[Node],
     loose: set[Value],
+    refused: set[Node],
 ) -> Plan:
     """The plan for the nodes of a program.
 
@@ -79,6 +80,7 @@ def planned(
         wanted: values that are read after the last node.
         folded: the nodes that run once, when a copy of the program is made.
         loose: values whose shapes may differ.
+        refused: nodes that turned out not to fit the kernels, as their arguments lie in memory.
     """
     constants = {
         canonical(node.outputs[0]): FILLS[node.op.forward](node) for node in folded if node.op.forward in FILLS
@@ -89,7 +91,7 @@ def planned(
     def fit(node: Node) -> bool:
         if node in folded:
             return canonical(node.outputs[0]) in constants
-        return _fits(node, canonical, loose, tried)
+        return node not in refused and _fits(node, canonical, loose, tried)
 
     count = _row_count(nodes)
     rows = None
@@ -260,8 +262,9 @@ def _rim(part: Part, plan: Plan, wanted: set[Value]) -> None:
             maker = makers.get(source)
             if maker is None or not plan.rows or source not in plan.rows.dims:
                 continue
-            if levels[maker] > 0 and levels[maker] % 2 and levels[maker] != levels[node]:
-                read.add(source)
+            here, there = levels[node], levels[maker]
+            if there >= 0 and here != there and (here % 2 or there % 2):
+                read.add(source)  # a block reads its rows from a tensor, whose register moves on
     part.outputs = [v for v in made if v in read or v in wanted]
 
 
@@ -310,8 +313,14 @@ class _Compiler:
         self.canonical = plan.canonical
         self.constants = Constants()
         self.given: dict[Value, Place] = {}
-        for i, value in enumerate([*part.inputs, *part.outputs]):
+        self.sliding: dict[Value, Place] = {}  # the same tensors by registers that move on with the rows
+        values = [*part.inputs, *part.outputs]
+        for i, value in enumerate(values):
             self.given[value] = Place(Memory(GIVEN + i), KIND[value.dtype], tuple(value.shape), strides[value])
+        if plan.rows:
+            rowed = [value for value in values if value in plan.rows.dims]
+            for i, value in enumerate(rowed, GIVEN + len(values)):
+                self.sliding[value] = replace(self.given[value], memory=Memory(i))
         self.outputs = {*part.outputs}
         self.known: dict[Value, Place] = {}  # values in the arena, or given
 
@@ -320,23 +329,19 @@ class _Compiler:
         steps: list[Code | Loop] = []
         for value in self.part.inputs:
             self.known[value] = self.given[value]
+        views = [node for node in self.part.nodes if levels[node] < 0]
         for level in range(max(levels.values(), default=-1) + 1):
             nodes = [node for node in self.part.nodes if levels[node] == level]
-            if not nodes:
-                continue
-            if level % 2:
-                views = [node for node in self.part.nodes if levels[node] < 0]
-                steps.append(self.loop(nodes, views))
-            else:
-                steps.append(self.flat(nodes))
-        views = [node for node in self.part.nodes if levels[node] < 0 and self.canonical(node.outputs[0]) in self.outputs]
-        if views:
-            steps.append(self.flat([node for node in self.part.nodes if levels[node] < 0]))
+            if nodes:
+                steps.append(self.loop(nodes, views) if level % 2 else self.flat(nodes, views))
+        if any(self.canonical(node.outputs[0]) in self.outputs for node in views):
+            steps.append(self.flat(views, []))
         segment = Segment(
             [step for step in steps if isinstance(step, Loop) or len(step)],
             self.constants,
             self.part.working,
             [self.given[v].strides for v in (*self.part.inputs, *self.part.outputs)],
+            len(self.sliding),
         )
         segment.lay_out()
         return segment
@@ -347,25 +352,33 @@ class _Compiler:
         cast: Any = {"b": bool, "l": int}.get(kind, float)
         return self.constants.place(cast(number), kind).expanded(shape)
 
-    def flat(self, nodes: Sequence[Node]) -> Code:
+    def flat(self, nodes: Sequence[Node], views: Sequence[Node]) -> Code:
         at = Lowering(self.canonical, self.constants)
-        at.places = self.known
+        at.places = {**self.known}
+        if views is not nodes:
+            for node in self.needed(nodes, views):
+                at.lower(node)
         at.wanted = {v: self.given[v] for v in self.outputs}
         for node in nodes:
             for value in {self.canonical(v) for v in node.inputs}:
                 if value in self.plan.constants and value not in at.places:
                     at.places[value] = self.constant(value, value.shape)
             at.lower(node)
+        self.known.update((v, at.places[v]) for node in nodes for v in map(self.canonical, node.outputs))
         return at.code
 
-    def loop(self, nodes: Sequence[Node], views: Sequence[Node]) -> Loop:
-        rows = self.plan.rows
-        assert rows is not None
+    def needed(self, nodes: Sequence[Node], views: Sequence[Node]) -> list[Node]:
+        """The views, of tensors from outside, that nodes read."""
         needed = {self.canonical(v) for node in nodes for v in node.inputs}
         for node in reversed(views):
             if self.canonical(node.outputs[0]) in needed:
                 needed.update(self.canonical(v) for v in node.inputs)
-        views = [node for node in views if self.canonical(node.outputs[0]) in needed]
+        return [node for node in views if self.canonical(node.outputs[0]) in needed]
+
+    def loop(self, nodes: Sequence[Node], views: Sequence[Node]) -> Loop:
+        rows = self.plan.rows
+        assert rows is not None
+        views = self.needed(nodes, views)
         block = self.block_size(nodes, rows)
         body = self.block([*views, *nodes], block, None)
         rest = self.block([*views, *nodes], rows.count % block, body)
@@ -388,11 +401,12 @@ class _Compiler:
         for value in self.outputs:
             if value in rows.dims and any(value in map(self.canonical, node.outputs) for node in nodes):
                 self.known[value] = self.given[value]
-        moving = {
-            place.memory.register: place.strides[rows.dims[value]] * ITEM[place.kind]
-            for value, place in self.given.items()
-            if value in rows.dims and (value in needed or value in self.outputs)
-        }
+        touched = {m.register for code in (body.code, rest.code) for m in code.memories()}
+        moving = [
+            (place.memory.register, self.given[value].memory.register, place.strides[rows.dims[value]] * ITEM[place.kind])
+            for value, place in self.sliding.items()
+            if place.memory.register in touched
+        ]
         return Loop(rows.count, block, first, start, body.code, rest.code, merge.code, finish, moving)
 
     def block(self, nodes: Sequence[Node], block: int, before: Lowering | None) -> Lowering:
@@ -407,11 +421,11 @@ class _Compiler:
         if before is not None:
             at.totals = before.totals
         for value, place in self.known.items():
-            at.places[value] = Place(place.memory, place.kind, at.shape(value), place.strides, place.start)
+            place = self.sliding.get(value, place)
+            at.places[value] = replace(place, shape=at.shape(value))
         for value in self.outputs:
             if value in rows.dims:
-                place = self.given[value]
-                at.wanted[value] = Place(place.memory, place.kind, at.shape(value), place.strides)
+                at.wanted[value] = replace(self.sliding[value], shape=at.shape(value))
         if not block:
             return at
         for node in nodes:

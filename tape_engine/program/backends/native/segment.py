@@ -36,7 +36,8 @@ class Loop:
         body, rest: the work on a block, and on the rows that are left over.
         merge: what adds a thread's totals to those of all; `finish` what is done with these in the end.
         first: what the totals of all begin with.
-        moving: for each register that moves on with the rows, the bytes from row to row.
+        moving: the registers that move on with the rows, each with the one that it starts from, and the bytes
+            from row to row.
     """
 
     count: int
@@ -47,7 +48,7 @@ class Loop:
     rest: Code
     merge: Code
     finish: Code
-    moving: dict[int, int]
+    moving: list[tuple[int, int, int]]
 
     @property
     def codes(self) -> list[Code]:
@@ -61,12 +62,14 @@ class Segment:
     Attributes:
         nodes: how many nodes it stands for.
         given: the strides that the tensors it is given must have, in the order of the registers.
+        sliding: how many registers there are besides, that move on with rows.
     """
 
     steps: list[Code | Loop]
     constants: Constants
     nodes: int
     given: list[tuple[int, ...]] = field(default_factory=list)
+    sliding: int = 0
     shared: int = 0
     local: int = 0
 
@@ -169,7 +172,7 @@ class Bound:
         self._strides = segment.given
         for place in segment.constants.places.values():
             self._put(place, segment.constants)
-        registers = [0, _start(self._shared), 0] + [0] * len(segment.given)
+        registers = [0, _start(self._shared), 0] + [0] * (len(segment.given) + segment.sliding)
         self._changing: list[tuple[int, tuple[int, ...]]] = []
         self._copied: list[tuple[int, Tensor, tuple[int, ...]]] = []
         self._tensors = tensors
@@ -236,9 +239,9 @@ class _Running:
         blocks, left = divmod(loop.count, loop.block)
         threads = max(1, min(bound._threads, blocks))
         size = len(bound._registers.words)
-        self._moving = list(loop.moving.items())
+        self._moving = loop.moving
         steps = [0] * size
-        for register, step in self._moving:
+        for register, _, step in self._moving:
             steps[register] = step * loop.block
         self._steps = _Words(steps)
         self._many = size
@@ -253,8 +256,8 @@ class _Running:
     def _part(self, registers: _Words, room: Tensor, begin: int, blocks: int, left: int) -> None:
         words = registers.words
         words[LOCAL] = _start(room)
-        for register, step in self._moving:
-            words[register] += begin * step
+        for register, origin, step in self._moving:
+            words[register] = words[origin] + begin * step
         run, at = self._run, registers.address
         run(self._start.address, self._start.count, at, 0, 0, 1)
         run(self._body.address, self._body.count, at, self._steps.address, self._many, blocks)

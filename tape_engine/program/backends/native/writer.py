@@ -13,7 +13,7 @@ from ...buffers import overlapping
 from ...data import Frozen
 from ..python import Source, _Name, _Writer
 from . import objects
-from .machine import dense
+from .machine import Unfit, dense
 from .plan import Part, compiled, planned
 from .segment import Loop, Segment
 
@@ -65,7 +65,16 @@ class _Native(_Writer):
     def _results(self, wanted: set[Value]) -> set[Value]:
         frozen = self.frozen
         read = wanted | {frozen.canonical(after) for _, after in frozen.writes}
-        self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose)
+        refused: set[Node] = set()
+        while True:
+            self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose, refused)
+            try:
+                self.segments = [self._compiled(part) for part in self.plan.parts]
+                break
+            except Unfit as error:
+                if error.node is None or error.node in refused:
+                    raise
+                refused.add(error.node)
         taken = {node for part in self.plan.parts for node in part.nodes}
         everything = self.nodes
         self.nodes = [node for node in everything if node not in taken]
@@ -73,12 +82,18 @@ class _Native(_Writer):
         self.nodes = everything
         return mine | {v for part in self.plan.parts for v in part.outputs if v in wanted}
 
+    def _compiled(self, part: Part) -> Segment:
+        return compiled(part, self.plan, {v: _strides(v) for v in (*part.inputs, *part.outputs)})
+
     def _nodes(self) -> None:
         before, start = objects.loaded().compiled, objects.loaded().seconds
         used: set[str] = set()
+        segments = iter(self.segments)
         for item in self.plan.items:
             if isinstance(item, Part):
-                used |= self.segment(item)
+                segment = next(segments)
+                used |= segment.kernels
+                self.segment(item, segment)
             else:
                 self.node(item)
                 self.told.torch += item not in self.folded
@@ -86,15 +101,13 @@ class _Native(_Writer):
         self.told.compiled = objects.loaded().compiled - before
         self.told.seconds = objects.loaded().seconds - start
 
-    def segment(self, part: Part) -> set[str]:
+    def segment(self, part: Part, segment: Segment) -> None:
         """The line that runs a segment."""
         names = [self.name(v) for v in part.inputs]
         fixed = [v in self.static for v in part.inputs]
         for value in part.outputs:
             names.append(self.target(value, "v"))
             fixed.append(value not in self.mine)
-        strides = {v: _strides(v) for v in (*part.inputs, *part.outputs)}
-        segment = compiled(part, self.plan, strides)
         addresses = objects.load(segment.kernels)
         title = self.unused("native")
         arguments = [_Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
@@ -105,7 +118,6 @@ class _Native(_Writer):
         self.told.nodes += part.working
         self.told.segments += 1
         self.told.loops += any(isinstance(step, Loop) for step in segment.steps)
-        return segment.kernels
 
 
 def _strides(value: Value) -> tuple[int, ...]:
