@@ -23,6 +23,8 @@ from .scalars import scalars
 __all__ = ["DRIVERS", "MAPS", "build", "sources"]
 
 #: Letters for the dtypes that kernels know, with numba's names; a bool is a byte, nought or one.
+SIZES = {"f": "4", "d": "8", "l": "8", "b": "1"}
+LANES = {"f": "16", "d": "8", "l": "8", "b": "64"}  # elements in 64 bytes
 KINDS = {"f": "float32", "d": "float64", "l": "int64", "b": "uint8"}
 
 
@@ -177,7 +179,8 @@ def map_lines(w, regs):
 """
 
 #: C = A B or C += A B, for a stack of matrices. Words: [2] stack, [3] M, [4] N, [5] K, [6] whether to add, then for
-#: C, A, B: register, offset, distance in the stack (bytes), from row to row, from column to column (elements).
+#: C, A, B: register, offset, distance in the stack (bytes), from row to row, from column to column (elements); [22]
+#: whether C is so large that it is written past the cache.
 #: ``product_lines`` wants lines of B and C without gaps, ``product_dots`` lines of A and columns of B.
 PRODUCT_LINES = """
 def product_lines_K(w, regs):
@@ -195,6 +198,20 @@ def product_lines_K(w, regs):
                 if K == 0:
                     for j in range(N):
                         C[j] = zero
+                elif w[22] != 0 and K == 1:
+                    x0 = A[i * ra]
+                    C1 = C0 + i * rc * SIZE
+                    j = 0
+                    while j < N and (C1 + j * SIZE) & 63 != 0:
+                        C[j] = x0 * B[j]
+                        j += 1
+                    while (j + LANES) <= N:
+                        stream_K(C1 + j * SIZE, B0 + j * SIZE, x0)
+                        j += LANES
+                    while j < N:
+                        C[j] = x0 * B[j]
+                        j += 1
+                    k = 1
                 elif K >= 4:
                     x0 = A[i * ra]; x1 = A[i * ra + ca]; x2 = A[i * ra + 2 * ca]; x3 = A[i * ra + 3 * ca]
                     for j in range(N):
@@ -300,7 +317,7 @@ def sources(name: str) -> str:
     if name in DRIVERS:
         return DRIVERS[name]
     if stem in DRIVERS:
-        return DRIVERS[stem].replace("_K", f"_{kind}").replace("SIZE", str({"f": 4, "d": 8, "l": 8, "b": 1}[kind]))
+        return DRIVERS[stem].replace("_K", f"_{kind}").replace("SIZE", SIZES[kind]).replace("LANES", LANES[kind])
     return map_source(stem, kind)
 
 
@@ -388,6 +405,27 @@ def _space() -> dict[str, Any]:
 
         return types.void(types.int64, words, words), make
 
+    def stream(low: Any, lanes: int, kind: Any) -> Any:
+        """Writes a number times a line of 64 bytes to where a line of the cache begins, past the cache."""
+
+        def streamed(context: Any, to: Any, source: Any, x: Any) -> Any:
+            def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+                vector = ir.VectorType(low, lanes)
+                line = builder.load(builder.inttoptr(args[1], vector.as_pointer()), align=64 // lanes)
+                zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+                first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], ir.IntType(32)(0))
+                spread = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+                store = builder.store(
+                    builder.fmul(line, spread), builder.inttoptr(args[0], vector.as_pointer()), align=64
+                )
+                store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+                return code.get_dummy_value()
+
+            return types.void(types.int64, types.int64, kind), make
+
+        found: Callable[..., Any] = intrinsic(streamed)
+        return found
+
     def moved(context: Any, w: Any, by: Any) -> Any:
         def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.gep(args[0], [args[1]])
@@ -402,6 +440,7 @@ def _space() -> dict[str, Any]:
 
     _shared.update({f"pointer_{kind}": pointer(getattr(types, name)) for kind, name in KINDS.items()})
     _shared.update({name: getattr(types, name) for name in KINDS.values()})
+    _shared.update(stream_f=stream(ir.FloatType(), 16, types.float32), stream_d=stream(ir.DoubleType(), 8, types.float64))
     _shared.update(call_map=intrinsic(call_map), call_driver=intrinsic(call_driver), moved=intrinsic(moved), math=math)
     _shared.update(lower=numba.njit(forceinline=True)(lower), higher=numba.njit(forceinline=True)(higher))
     return _shared

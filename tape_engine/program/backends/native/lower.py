@@ -22,6 +22,8 @@ __all__ = ["FILLS", "LOWERED", "POINTWISE", "Lowering", "Total", "dims_of"]
 aten = torch.ops.aten
 Lowered = Callable[["Lowering", Node], None]
 
+LARGE = 16 << 20  # bytes of a result that no cache is to hold
+
 #: The lowering functions by overload.
 LOWERED: dict[Any, Lowered] = {}
 
@@ -199,7 +201,8 @@ class Lowering:
             raise Unfit("a product laid out so")
         if bias is not None:
             self.map("copy", stacked, bias)
-        self.code.product(stacked, a, b, add=bias is not None, scratch=self.scratch)
+        large = value in self.wanted and value.nbytes > LARGE
+        self.code.product(stacked, a, b, add=bias is not None, scratch=self.scratch, large=large)
 
     def _total(self, name: str, value: Value, kind: str, divisor: float | None, start: float | int | bool) -> Total:
         found = self.totals.get(value)

@@ -216,8 +216,13 @@ class Code:
         words += [0] * (6 * (4 - len(places)))
         self.instructions.append(_Instruction("map_lines", words, reads, writes))
 
-    def product(self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any) -> None:
-        """``result = a @ b``, or ``+=``, of stacks of matrices (stack, rows, columns)."""
+    def product(
+        self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any, large: bool = False
+    ) -> None:
+        """``result = a @ b``, or ``+=``, of stacks of matrices (stack, rows, columns).
+
+        A `large` result is written past the cache, where it would drive out what is read again.
+        """
         kind, K = result.kind, a.shape[2]
         if not result.numel:
             return
@@ -233,7 +238,7 @@ class Code:
         if dots > lines:
             self._product(f"product_dots_{kind}", result, a, b, M, N, K, add)
         elif lines:
-            self._product(f"product_lines_{kind}", result, a, b, M, N, K, add)
+            self._product(f"product_lines_{kind}", result, a, b, M, N, K, add, large)
         else:
             made, copy = scratch(kind, result.shape), scratch(kind, b.shape)
             self.map(f"copy_{kind}", copy, b)
@@ -241,10 +246,11 @@ class Code:
             operands = (result, made) if add else (made,)
             self.map(f"{'add' if add else 'copy'}_{kind}", result, *operands)
 
-    def _product(self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool) -> None:
+    def _product(self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool, large: bool = False) -> None:
         words: list[int | str | tuple[int, Place]] = [c.shape[0], M, N, K, int(add)]
         for p in (c, a, b):
             words += [(p.memory.register, p), p.strides[0] * ITEM[p.kind], p.strides[1], p.strides[2]]
+        words.append(int(large))
         self.instructions.append(_Instruction(driver, words, [a.memory, b.memory, c.memory], [c.memory]))
 
     def lines_at(self, driver: str, result: Place, source: Place, indices: Place, length: int) -> None:
