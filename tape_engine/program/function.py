@@ -22,6 +22,7 @@ class Function:
         source: the generated source; made at its first use.
         one: the seed of a sweep from one element.
         native: what the native backend made of it; ``None`` where the function is all calls of torch.
+        refused: why the native backend could not make it, if it was to.
     """
 
     def __init__(self, frozen: Frozen, *, with_sweep: bool, copy: bool, backend: str) -> None:
@@ -30,6 +31,7 @@ class Function:
         self._copy = copy
         self._backend = backend
         self.native: native.Told | None = None
+        self.refused = ""
         self._source: python.Source | None = None
         self._device = frozen.seed.device.type
         self._idle: list[Callable[..., Any]] = []
@@ -48,11 +50,18 @@ class Function:
             return self._source
 
     def _generate(self) -> python.Source:
-        if self._backend == "native" or (self._backend == "auto" and native.available()):
-            source, told = native.generate(self._frozen, with_sweep=self._with_sweep)
-            if self._backend == "native" or told.pays:
-                self.native = told
-                return source
+        if self._backend == "native":
+            source, self.native = native.generate(self._frozen, with_sweep=self._with_sweep)
+            return source
+        if self._backend == "auto" and self._device == "cpu" and native.available():
+            try:
+                source, told = native.generate(self._frozen, with_sweep=self._with_sweep)
+            except Exception as error:  # an installation of numba that does not work must not stop a replay
+                self.refused = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
+            else:
+                if told.pays:
+                    self.native = told
+                    return source
         return python.generate(self._frozen, with_sweep=self._with_sweep)
 
     def __call__(self, *arguments: torch.Tensor) -> Any:

@@ -13,6 +13,7 @@ from ..names import call_site, user_frame
 from ..recorder import quietly
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
+from .backends import native
 from .bare import let_go
 from .data import STEPPED, Frozen
 from .file import path_of, write, written
@@ -177,7 +178,7 @@ class Program:
             f"program: {len(frozen.forward)} operations forward, {len(frozen.backward)} in the sweep; "
             f"backend {'native' if function.native else 'python'}; {len(source.buffers)} kept buffers, {kept:,} bytes"
         )
-        plan = [f"  {function.native}"] if function.native else []
+        plan = [f"  {told}"] if (told := function.native or function.refused) else []
         return "\n".join([head, *plan, *lines])
 
     def _title(self, target: int | Tensor) -> str:
@@ -221,11 +222,13 @@ def freeze(
             live references.
         outputs: a tensor or a tuple of tensors of the tape, to return.
         wrt: the tensors on which `Program.step` writes ``.g``; by default every leaf that has one.
-        backend: ``"auto"`` or ``"python"``.
+        backend: ``"python"``: calls of torch; ``"native"``: compiled loops, on the CPU, for what they are good at;
+            ``"auto"``: these where numba is installed and they pay. `print(program)` tells which it is.
         copy: results belong to the caller. With ``copy=False`` a replay may write over what an earlier
             one returned, ``.g`` included; such a result must not be given as an input then.
 
     Raises:
+        BackendError: for a backend that needs a package which is not installed.
         DTypeError: for an argument of another type.
         NotRecordedError: for an output that is not on the tape, an input that was computed on it, or a tensor
             whose change between two readings the tape does not hold.
@@ -238,6 +241,14 @@ def freeze(
                 f"tape.program: backend is one of {', '.join(BACKENDS)}: not {backend!r}.",
                 where=call_site(user_frame()),
                 fix='leave it out: backend="auto" takes the quickest that can run the tape',
+            )
+        )
+    if backend == "native" and not native.available():
+        raise BackendError(
+            message(
+                "tape.program: the native backend needs numba, which is not installed.",
+                where=call_site(user_frame()),
+                fix="pip install numba, or backend='auto', which does without",
             )
         )
     given = _tensors(inputs, "inputs", "the tensors that a replay is given anew")

@@ -51,16 +51,15 @@ UNARY = {
     "copy": "a", "neg": "-a", "square": "a * a", "cube": "a * a * a", "exp": "exp(a)", "expm1": "expm1(a)",
     "log": "log(a)", "log1p": "log1p(a)", "tanh": "tanh(a)", "sigmoid": "sigmoid(a)", "sqrt": "math.sqrt(a)",
     "rsqrt": "one / math.sqrt(a)", "reciprocal": "one / a", "sin": "math.sin(a)", "cos": "math.cos(a)",
-    "abs": "abs(a)", "floor": "math.floor(a)", "ceil": "math.ceil(a)", "erf": "math.erf(a)",
-    "sign": "(one if a > zero else (-one if a < zero else zero)) if a == a else zero",
+    "abs": "abs(a)", "erf": "math.erf(a)",
+    "sign": "one if a > zero else (-one if a < zero else zero)",
     "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "math.atan(a)", "tan": "math.tan(a)",
-    "relu_whole": "a if a > 0 else 0", "round": "roundeven(a)", "trunc": "math.trunc(a)",
+    "relu_whole": "a if a > 0 else 0",
 }  # fmt: skip
-for _name in ("floor", "ceil", "round", "trunc"):  # numba makes whole numbers of these
-    del UNARY[_name]
 
 BINARY = {
-    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "math.pow(a, b)", "atan2": "math.atan2(a, b)",
+    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "math.pow(a, b)",
+    "atan2": "math.atan2(a, b)",
     "maximum": "a if (a > b or a != a) else b", "minimum": "a if (a < b or a != a) else b",
     "tanh_backward": "a * (one - b * b)", "sigmoid_backward": "a * ((one - b) * b)",
     "and": "a & b", "or": "a | b", "xor": "a ^ b",
@@ -72,7 +71,6 @@ COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": "
 TERNARY = {
     "threshold_backward": "zero if b <= c else a",
     "clamp": "lower(higher(a, b), c)",
-    "muladd": "a + b * c",
 }
 
 MAPS: dict[str, Map] = {
@@ -389,7 +387,9 @@ def _space() -> dict[str, Any]:
         found: Callable[..., Any] = intrinsic(at)
         return found
 
-    def call_map(context: Any, f: Any, n: Any, o: Any, so: Any, a: Any, sa: Any, b: Any, sb: Any, c: Any, sc: Any) -> Any:
+    def call_map(
+        context: Any, f: Any, n: Any, o: Any, so: Any, a: Any, sa: Any, b: Any, sb: Any, c: Any, sc: Any
+    ) -> Any:
         def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
             kind = ir.FunctionType(ir.VoidType(), [low_word] * 9)
             builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
@@ -440,7 +440,9 @@ def _space() -> dict[str, Any]:
 
     _shared.update({f"pointer_{kind}": pointer(getattr(types, name)) for kind, name in KINDS.items()})
     _shared.update({name: getattr(types, name) for name in KINDS.values()})
-    _shared.update(stream_f=stream(ir.FloatType(), 16, types.float32), stream_d=stream(ir.DoubleType(), 8, types.float64))
+    _shared.update(
+        stream_f=stream(ir.FloatType(), 16, types.float32), stream_d=stream(ir.DoubleType(), 8, types.float64)
+    )
     _shared.update(call_map=intrinsic(call_map), call_driver=intrinsic(call_driver), moved=intrinsic(moved), math=math)
     _shared.update(lower=numba.njit(forceinline=True)(lower), higher=numba.njit(forceinline=True)(higher))
     return _shared

@@ -114,7 +114,7 @@ class Lowering:
         if isinstance(argument, Value):
             return self.cast(self.place(argument), kind)
         if isinstance(argument, (bool, int, float)):
-            if kind == "l" and isinstance(argument, float) or kind == "b" and not isinstance(argument, bool):
+            if (kind == "l" and isinstance(argument, float)) or (kind == "b" and not isinstance(argument, bool)):
                 raise Unfit(f"{argument!r} among whole numbers")
             if kind == "l" and not -(2**63) <= argument < 2**63:
                 raise Unfit("a number too large")
@@ -155,7 +155,7 @@ class Lowering:
     def map(self, name: str, result: Place, *operands: Place, kind: str | None = None, gathers: bool = False) -> None:
         """Appends a map; `kind` is that of its operands, if not the first one's."""
         kind = kind or operands[0].kind
-        if kind == "l" and name not in WHOLE or kind == "b" and name not in MASKS:
+        if (kind == "l" and name not in WHOLE) or (kind == "b" and name not in MASKS):
             raise Unfit(f"{name} of {kind}")
         self.code.map(f"{name}_{kind}", result, *operands, gathers=gathers)
 
@@ -388,8 +388,8 @@ def of_masks(name: str) -> Lowered:
     return lower
 
 
-for _name, _overload in {"and": aten.logical_and, "or": aten.logical_or, "xor": aten.logical_xor}.items():
-    lowers(_overload.default, pointwise=True)(of_masks(_name))
+for _name in ("and", "or", "xor"):
+    lowers(getattr(aten, f"logical_{_name}").default, pointwise=True)(of_masks(_name))
 
 
 @lowers(aten.isnan.default, pointwise=True)

@@ -216,9 +216,7 @@ class Code:
         words += [0] * (6 * (4 - len(places)))
         self.instructions.append(_Instruction("map_lines", words, reads, writes))
 
-    def product(
-        self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any, large: bool = False
-    ) -> None:
+    def product(self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any, large: bool = False) -> None:
         """``result = a @ b``, or ``+=``, of stacks of matrices (stack, rows, columns).
 
         A `large` result is written past the cache, where it would drive out what is read again.
@@ -246,7 +244,9 @@ class Code:
             operands = (result, made) if add else (made,)
             self.map(f"{'add' if add else 'copy'}_{kind}", result, *operands)
 
-    def _product(self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool, large: bool = False) -> None:
+    def _product(
+        self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool, large: bool = False
+    ) -> None:
         words: list[int | str | tuple[int, Place]] = [c.shape[0], M, N, K, int(add)]
         for p in (c, a, b):
             words += [(p.memory.register, p), p.strides[0] * ITEM[p.kind], p.strides[1], p.strides[2]]
@@ -285,9 +285,7 @@ class Code:
         return found
 
 
-def _collapsed(
-    shape: Sequence[int], strides: list[tuple[int, ...]], gathers: bool
-) -> list[tuple[int, list[int]]]:
+def _collapsed(shape: Sequence[int], strides: list[tuple[int, ...]], gathers: bool) -> list[tuple[int, list[int]]]:
     """The dimensions that a loop needs, outermost first, each with its distances; neighbours made one."""
     dims = [(n, [s[d] for s in strides]) for d, n in enumerate(shape) if n != 1]
     if not dims:

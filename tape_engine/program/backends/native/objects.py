@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import sys
 import tempfile
@@ -120,7 +121,7 @@ class Loaded:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._machine)
         about = [cpu, features, target.triple, llvmlite.__version__, importlib.metadata.version("numba")]
         about += [f"{sys.version_info[:2]}"]
-        texts = [Path(module.__file__).read_bytes() for module in (kernels, scalars)]
+        texts = [inspect.getsource(module).encode() for module in (kernels, scalars)]
         self._about = hashlib.sha256("\n".join(about).encode() + b"".join(texts)).digest()
 
     def _file(self, name: str) -> Path | None:

@@ -6,9 +6,8 @@ others gather in segments between them: a segment costs one call from Python, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ import torch
 from ....tape import Node, Value
 from ...data import VIEWS
 from .lower import FILLS, LOWERED, Constants, Lowering
-from .machine import GIVEN, ITEM, KIND, Code, Memory, Place, Unfit, dense
-from .rows import ADDED, PRODUCTS, RESHAPED, SUMMED, TURNED, Rows
+from .machine import GIVEN, ITEM, KIND, LOCAL, Code, Memory, Place, Unfit, dense
+from .rows import ADDED, PRODUCTS, RESHAPED, TURNED, Rows
 from .segment import Loop, Segment
 
 __all__ = ["Part", "Plan", "planned"]
@@ -302,6 +301,8 @@ def compiled(part: Part, plan: Plan, strides: dict[Value, tuple[int, ...]]) -> S
     """The segment of a part: its instructions, on memory that is laid out.
 
     Args:
+        part: a part of a plan.
+        plan: that plan.
         strides: of the tensors that stand for the part's inputs and outputs.
     """
     return _Compiler(part, plan, strides).compile()
@@ -403,7 +404,11 @@ class _Compiler:
                 self.known[value] = self.given[value]
         touched = {m.register for code in (body.code, rest.code) for m in code.memories()}
         moving = [
-            (place.memory.register, self.given[value].memory.register, place.strides[rows.dims[value]] * ITEM[place.kind])
+            (
+                place.memory.register,
+                self.given[value].memory.register,
+                place.strides[rows.dims[value]] * ITEM[place.kind],
+            )
             for value, place in self.sliding.items()
             if place.memory.register in touched
         ]
@@ -413,11 +418,7 @@ class _Compiler:
         """The instructions for a block of rows."""
         rows = self.plan.rows
         assert rows is not None
-        from .machine import LOCAL
-
-        at = Lowering(
-            self.canonical, self.constants, rows=rows.dims, block=block, summed=rows.summed, register=LOCAL
-        )
+        at = Lowering(self.canonical, self.constants, rows=rows.dims, block=block, summed=rows.summed, register=LOCAL)
         if before is not None:
             at.totals = before.totals
         for value, place in self.known.items():
@@ -447,6 +448,3 @@ class _Compiler:
 
 def _unreduced(place: Place, like: Place) -> tuple[int, ...]:
     return place.strides if place.shape == like.shape else like.strides
-
-
-_ = (Iterable, prod, SUMMED)

@@ -115,7 +115,7 @@ class Rows:
             clear = first is not None or self._clear(node.inputs[0], out, found)
             return found if bias == found and clear else None
         if forward in TAKEN:
-            if first is not None or forward is aten.index.Tensor and len(node.inputs) != 2:
+            if first is not None or (forward is aten.index.Tensor and len(node.inputs) != 2):
                 return None
             return dims[1]
         if forward in (aten.cat.default, aten.stack.default):

@@ -16,16 +16,13 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["ERFC_LIKE", "scalars"]
-
-#: Functions that numba takes from the C library.
-ERFC_LIKE = ("erf", "erfc")
+__all__ = ["scalars"]
 
 LN2 = Fraction("0.693147180559945309417232121458176568075500134360255254")
 
 
-def scalars(width: int) -> dict[str, Callable[..., Any]]:
-    """The functions for floating-point numbers of `width` bits, compiled into whatever calls them."""
+def scalars(width: int) -> dict[str, Any]:
+    """The functions and constants for floating-point numbers of `width` bits, compiled into whatever calls them."""
     import numba
     from llvmlite import ir
     from numba import types
@@ -56,14 +53,13 @@ def scalars(width: int) -> dict[str, Callable[..., Any]]:
     third = real(1 / 3)
 
     def bitcast(there: Any, back: Any, kind: Any) -> Any:
-        @intrinsic  # type: ignore[untyped-decorator]
         def cast(context: Any, x: Any) -> Any:
             def build(_: Any, builder: Any, signature: Any, args: Any) -> Any:
                 return builder.bitcast(args[0], kind)
 
             return there(back), build
 
-        return cast
+        return intrinsic(cast)
 
     bits = bitcast(whole, real, ir.IntType(width))
     number = bitcast(real, whole, low)

@@ -13,13 +13,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ...buffers import laid
-from .lower import Constants, Total
-from .machine import ALIGNED, GIVEN, ITEM, LOCAL, SHARED, STATUS, Arena, Code, Memory, Place
+from .lower import Constants
+from .machine import ALIGNED, GIVEN, LOCAL, SHARED, STATUS, Arena, Code, Memory, Place
 
 __all__ = ["Bound", "Loop", "Segment"]
 
@@ -312,5 +311,3 @@ def workers() -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.clear)
-
-_ = (Total, ITEM)

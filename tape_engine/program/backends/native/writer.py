@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from dataclasses import dataclass
 
 from ....tape import Node, Value
 from ...buffers import overlapping
@@ -20,8 +16,6 @@ from .segment import Loop, Segment
 __all__ = ["Told", "generate"]
 
 PAYS = 6  # operations in a segment, on the average, from which on it is worth its call
-
-_ = (builtins, Any)
 
 
 @dataclass
@@ -134,6 +128,3 @@ def _in_words(nodes: list[Node]) -> str:
         name = node.op.name.partition(".")[0]
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
-
-
-_ = (torch, field, Segment)
