@@ -91,8 +91,10 @@ class Place:
 
     def reshaped(self, shape: Sequence[int]) -> Place | None:
         """The same elements in another shape, if strides can tell it."""
-        if prod(shape) != self.numel or not self.numel:
+        if prod(shape) != self.numel:
             return None
+        if not self.numel:
+            return replace(self, shape=tuple(shape), strides=dense(shape))
         runs: list[tuple[int, int]] = []  # how many elements lie at even distances, and those; from the left
         for n, step in zip(self.shape, self.strides, strict=True):
             if n == 1:

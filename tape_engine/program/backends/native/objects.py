@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import kernels, scalars
+from . import builder, kernels, scalars
 
 __all__ = ["CACHE_VARIABLE", "Loaded", "available", "folder", "load", "loaded"]
 
@@ -121,7 +121,7 @@ class Loaded:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._machine)
         about = [cpu, features, target.triple, llvmlite.__version__, importlib.metadata.version("numba")]
         about += [f"{sys.version_info[:2]}"]
-        texts = [inspect.getsource(module).encode() for module in (kernels, scalars)]
+        texts = [inspect.getsource(module).encode() for module in (builder, kernels, scalars)]
         self._about = hashlib.sha256("\n".join(about).encode() + b"".join(texts)).digest()
 
     def _file(self, name: str) -> Path | None:
@@ -149,7 +149,7 @@ class Loaded:
         import llvmlite.binding as llvm
 
         made = {}
-        for name, (text, symbol) in kernels.build(names).items():
+        for name, (text, symbol) in builder.build(names).items():
             # numba numbers its functions anew in each process: two that met in one would bear the same name
             own = f"tape_engine_{name}"
             module = llvm.parse_assembly(text)

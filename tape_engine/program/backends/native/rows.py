@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ....tape import Node, Value
-from .lower import FILLS, POINTWISE, dims_of
+from .lowering import FILLS, POINTWISE, dims_of
 
 __all__ = ["SUMMED", "Rows", "dimension_of"]
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...buffers import laid
-from .lower import Constants
+from .lowering import Constants
 from .machine import ALIGNED, GIVEN, LOCAL, SHARED, STATUS, Arena, Code, Memory, Place
 
 __all__ = ["Bound", "Loop", "Segment"]

@@ -9,8 +9,9 @@ from ...buffers import overlapping
 from ...data import Frozen
 from ..python import Source, _Name, _Writer
 from . import objects
+from .compiler import compiled
 from .machine import Unfit, dense
-from .plan import Part, compiled, planned
+from .plan import Part, planned
 from .segment import Loop, Segment
 
 __all__ = ["Told", "generate"]
