@@ -107,7 +107,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-NAMES = ["run", "map_flat", "add_d"]
+NAMES = ["run", "map_flat", "add_d_111"]
 
 
 @needs_numba
@@ -123,7 +123,7 @@ def test_a_second_process_reads_what_the_first_compiled(cache: Path) -> None:
 @needs_numba
 @pytest.mark.parametrize("damage", ["cut", "empty", "changed", "another start"])
 def test_a_damaged_file_is_made_anew(cache: Path, damage: str) -> None:
-    objects.Loaded().load(["add_d"])
+    objects.Loaded().load(["add_d_111"])
     (file,) = cache.iterdir()
     good = file.read_bytes()
     middle = len(good) // 2
@@ -133,19 +133,19 @@ def test_a_damaged_file_is_made_anew(cache: Path, damage: str) -> None:
     }  # fmt: skip
     file.write_bytes(bad[damage])
     again = objects.Loaded()
-    again.load(["add_d"])
+    again.load(["add_d_111"])
     assert (again.compiled, again.read) == (1, 0)
     third = objects.Loaded()
-    third.load(["add_d"])
+    third.load(["add_d_111"])
     assert third.read == 1
 
 
 @needs_numba
 def test_kernels_of_another_source_have_other_names(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    objects.Loaded().load(["add_d"])
+    objects.Loaded().load(["add_d_111"])
     other = objects.Loaded()
     monkeypatch.setattr("importlib.metadata.version", lambda name: "another")
-    other.load(["add_d"])
+    other.load(["add_d_111"])
     assert (other.compiled, other.read) == (1, 0)
     assert len([*cache.iterdir()]) == 2
 
@@ -174,7 +174,7 @@ def test_no_home_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_without_a_folder_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "folder", lambda: None)
     loaded = objects.Loaded()
-    loaded.load(["add_d"])
+    loaded.load(["add_d_111"])
     assert (loaded.compiled, loaded.read) == (1, 0)
 
 

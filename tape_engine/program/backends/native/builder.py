@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .kernels import DRIVERS, KINDS, sources
+from .kernels import DRIVERS, KINDS, parts_of, sources
 from .scalars import scalars
 
 __all__ = ["build"]
@@ -28,10 +28,10 @@ def build(names: list[str]) -> dict[str, tuple[str, str]]:
     of_run = types.void(words, line, words, words, line, line)
     found = {}
     for name in names:
-        stem, _, kind = name.rpartition("_")
+        stem, kind, _ = parts_of(name)
         local = {**space, **_numbers(kind)}
         exec(compile(sources(name), f"<kernel {name}>", "exec"), local)
-        signature = of_run if name == "run" else of_driver if name in DRIVERS or stem in DRIVERS else of_map
+        signature = of_run if name == "run" else of_driver if stem in DRIVERS else of_map
         sums = stem in ("sum", "product_lines", "product_dots")
         compiled = numba.cfunc(signature, nopython=True, error_model="numpy", fastmath=SUMS if sums else PLAIN)
         made = compiled(local[name])

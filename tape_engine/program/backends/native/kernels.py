@@ -1,7 +1,7 @@
 """The kernels: what a program's instructions call, each a loop in plain Python that numba compiles.
 
 A *map* works on `n` elements of up to four operands, the first of which is its result; each operand has an
-address and the distance from one element to the next. A *driver* reads an instruction: it finds the operands'
+address and the distance from one element to the next, for which there is a map of its own. A *driver* reads an instruction: it finds the operands'
 addresses, and calls a map for each line of elements, or does the work itself (products, rows picked by indices).
 
 An instruction is a row of 64-bit words::
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DRIVERS", "KINDS", "MAPS", "sources"]
+__all__ = ["DRIVERS", "KINDS", "MAPS", "parts_of", "sources"]
 
 #: Letters for the dtypes that kernels know, with numba's names; a bool is a byte, nought or one.
 SIZES = {"f": "4", "d": "8", "l": "8", "b": "1"}
@@ -86,65 +86,36 @@ MAPS: dict[str, Map] = {
     **{f"to_{kind}": Map("1 if a != 0 else 0" if kind == "b" else "a", 1, result=kind) for kind in KINDS},
 }
 
-#: How many words an operand of `map_lines` takes: register, offset, four distances.
-LINE_WORDS = 6
 
+def map_source(name: str, kind: str, pattern: str) -> str:
+    """The source of a map for operands of a kind.
 
-def map_source(name: str, kind: str) -> str:
-    """The source of a map for operands of a kind."""
+    The pattern tells the distances of the result and the operands, a letter each: ``0`` where all is one element, ``1``
+    where elements follow each other, ``s`` for any other. So the loop is one that the compiler knows all about.
+    """
     each = MAPS[name]
-    result = each.result or kind
     letters = "abc"[: each.operands]
-    lines = [
-        f"def {name}_{kind}(n, o_, so, a_, sa, b_, sb, c_, sc):",
-        f"    p = pointer_{result}(o_)",
-        *(f"    p{x} = pointer_{'b' if x in each.masks else kind}({x}_)" for x in letters),
-    ]
-
-    def loop(test: str, steps: dict[str, int | None]) -> list[str]:
-        """A loop for operands whose distances are known to be nought or one."""
-        body = [f"    {test}:"]
-        inside = []
-        for x in letters:
-            step = steps[x]
-            if step == 0:
-                body.append(f"        {x} = p{x}[0]")
-            else:
-                inside.append(f"            {x} = p{x}[{'i' if step == 1 else f'i * s{x}'}]")
-        place = "i" if steps["o"] == 1 else "i * so"
-        if each.gathers:
-            inside.append(f"            o = p[{place}]")
-        return [*body, "        for i in range(n):", *inside, f"            p[{place}] = {result_of(each, kind)}"]
-
-    if each.gathers:
-        lines += [
-            "    if so == 0:",
-            "        o = p[0]",
-            "        if sa == 1:",
-            "            for i in range(n):",
-            "                a = pa[i]",
-            f"                o = {each.text}",
-            "        else:",
-            "            for i in range(n):",
-            "                a = pa[i * sa]",
-            f"                o = {each.text}",
-            "        p[0] = o",
-        ]
-        lines += loop("elif so == 1 and sa == 1", {"o": 1, "a": 1})
+    steps = dict(zip("o" + letters, pattern, strict=True))
+    places = {x: {"0": "0", "1": "i", "s": f"i * s{x}"}[step] for x, step in steps.items()}
+    total = each.gathers and steps["o"] == "0"
+    fixed = [f"{x} = p{x}[0]" for x in letters if steps[x] == "0"]
+    inside = [f"{x} = p{x}[{places[x]}]" for x in letters if steps[x] != "0"]
+    if total:
+        fixed.append("o = p[0]")
+        inside.append(f"o = {each.text}")
     else:
-        ones = " and ".join(f"s{x} == 1" for x in letters)
-        lines += loop(f"if so == 1 and {ones}", dict.fromkeys("o" + letters, 1))
-        patterns = [{"a": 1, "b": 0}, {"a": 0, "b": 1}] if each.operands == 2 else []
-        patterns += [{"a": 1, "b": 0, "c": 0}, {"a": 1, "b": 1, "c": 0}] if each.operands == 3 else []
-        for pattern in patterns:
-            test = " and ".join(f"s{x} == {step}" for x, step in pattern.items())
-            lines += loop(f"elif so == 1 and {test}", {"o": 1, **pattern})
-    lines += loop("else", dict.fromkeys("o" + letters))
+        inside += [f"o = p[{places['o']}]"] if each.gathers else []
+        inside.append(f"p[{places['o']}] = {KINDS[each.result or kind]}({each.text})")
+    lines = [
+        f"def {name}_{kind}_{pattern}(n, o_, so, a_, sa, b_, sb, c_, sc):",
+        f"    p = pointer_{each.result or kind}(o_)",
+        *(f"    p{x} = pointer_{'b' if x in each.masks else kind}({x}_)" for x in letters),
+        *(f"    {line}" for line in fixed),
+        "    for i in range(n):",
+        *(f"        {line}" for line in inside),
+        *(["    p[0] = o"] if total else []),
+    ]
     return "\n".join(lines) + "\n"
-
-
-def result_of(each: Map, kind: str) -> str:
-    return f"{KINDS[each.result or kind]}({each.text})"
 
 
 # -- the drivers: plain functions of an instruction's words and the registers ---------------------------------
@@ -305,11 +276,23 @@ DRIVERS = {
 }  # fmt: skip
 
 
-def sources(name: str) -> str:
-    """The source of the kernel of that name: ``add_f``, ``product_lines_d``, ``map_flat``."""
-    stem, _, kind = name.rpartition("_")
+def parts_of(name: str) -> tuple[str, str, str]:
+    """The parts of a kernel's name: ``add_f_110`` is a map, its kind and pattern, ``take_f`` a driver and its kind."""
     if name in DRIVERS:
-        return DRIVERS[name]
+        return name, "", ""
+    stem, _, kind = name.rpartition("_")
     if stem in DRIVERS:
-        return DRIVERS[stem].replace("_K", f"_{kind}").replace("SIZE", SIZES[kind]).replace("LANES", LANES[kind])
-    return map_source(stem, kind)
+        return stem, kind, ""
+    stem, _, pattern = name.rpartition("_")
+    stem, _, kind = stem.rpartition("_")
+    return stem, kind, pattern
+
+
+def sources(name: str) -> str:
+    """The source of the kernel of that name."""
+    stem, kind, pattern = parts_of(name)
+    if stem not in DRIVERS:
+        return map_source(stem, kind, pattern)
+    if not kind:
+        return DRIVERS[stem]
+    return DRIVERS[stem].replace("_K", f"_{kind}").replace("SIZE", SIZES[kind]).replace("LANES", LANES[kind])

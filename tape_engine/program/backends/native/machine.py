@@ -205,14 +205,14 @@ class Code:
         items = [ITEM[p.kind] for p in places]
         if len(dims) == 1:
             count, steps = dims[0]
-            words: list[int | str | tuple[int, Place]] = [name, count]
+            words: list[int | str | tuple[int, Place]] = [f"{name}_{_pattern(steps)}", count]
             for p, step in zip(places, steps, strict=True):
                 words += [(p.memory.register, p), step]
             words += [0] * (3 * (4 - len(places)))
             self.instructions.append(_Instruction("map_flat", words, reads, writes))
             return
         outer = [(1, [0] * len(places))] * (4 - len(dims)) + dims[:-1]
-        words = [name, *(n for n, _ in outer), dims[-1][0]]
+        words = [f"{name}_{_pattern(dims[-1][1])}", *(n for n, _ in outer), dims[-1][0]]
         for i, p in enumerate(places):
             words += [(p.memory.register, p), *(steps[i] * items[i] for _, steps in outer), dims[-1][1][i]]
         words += [0] * (6 * (4 - len(places)))
@@ -285,6 +285,11 @@ class Code:
                     found.append(word)
             found[start + 1] = len(found) - start
         return found
+
+
+def _pattern(steps: list[int]) -> str:
+    """The distances in a line, as a map's name has them."""
+    return "".join(str(step) if step in (0, 1) else "s" for step in steps)
 
 
 def _collapsed(shape: Sequence[int], strides: list[tuple[int, ...]], gathers: bool) -> list[tuple[int, list[int]]]:
