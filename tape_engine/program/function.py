@@ -50,18 +50,17 @@ class Function:
             return self._source
 
     def _generate(self) -> python.Source:
+        made = None
         if self._backend == "native":
-            source, self.native = native.generate(self._frozen, with_sweep=self._with_sweep)
-            return source
-        if self._backend == "auto" and self._device == "cpu" and native.available():
+            made = native.generate(self._frozen, with_sweep=self._with_sweep)
+        elif self._backend == "auto" and self._device == "cpu" and native.available():
             try:
-                source, told = native.generate(self._frozen, with_sweep=self._with_sweep)
+                made = native.generate(self._frozen, with_sweep=self._with_sweep, always=False)
             except Exception as error:  # an installation of numba that does not work must not stop a replay
                 self.refused = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
-            else:
-                if told.pays:
-                    self.native = told
-                    return source
+        if made is not None:
+            source, self.native = made
+            return source
         return python.generate(self._frozen, with_sweep=self._with_sweep)
 
     def __call__(self, *arguments: torch.Tensor) -> Any:

@@ -64,6 +64,7 @@ class _Compiler:
             self.constants,
             self.part.working,
             [self.given[v].strides for v in (*self.part.inputs, *self.part.outputs)],
+            len(self.part.inputs),
             len(self.sliding),
         )
         segment.lay_out()

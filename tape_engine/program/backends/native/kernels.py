@@ -1,8 +1,9 @@
 """The kernels: what a program's instructions call, each a loop in plain Python that numba compiles.
 
 A *map* works on `n` elements of up to four operands, the first of which is its result; each operand has an
-address and the distance from one element to the next, for which there is a map of its own. A *driver* reads an instruction: it finds the operands'
-addresses, and calls a map for each line of elements, or does the work itself (products, rows picked by indices).
+address and the distance from one element to the next, and for every combination of those there is a map of its own.
+A *driver* reads an instruction: it finds the operands' addresses, and calls a map for each line of elements, or does
+the work itself (products, rows picked by indices).
 
 An instruction is a row of 64-bit words::
 

@@ -6,6 +6,7 @@ others gather in segments between them: a segment costs one call from Python, so
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ ROWS = 512  # rows from which on blocks are thought of
 ROW_BYTES = 1 << 20  # bytes of values with rows from which on they pay
 ROW_WORK = 24  # multiplications for each number read, above which torch's own products are better
 LEAST = 3  # nodes for which a segment is worth its call
+
+TURNS = 8  # how often nodes of poor segments go back to torch, which may leave others poor
 
 #: Operations that move nothing: their results are views.
 FREE = TURNED | RESHAPED | {aten.expand.default, aten.select.int, aten.slice.Tensor}
@@ -99,16 +102,18 @@ def planned(
             rows = None
     by_rows = rows.nodes if rows else set()
     mine = {n for n in nodes if n not in folded and (n in by_rows or (fit(n) and _small(n)))}
-    while True:
-        plan = Plan(_ordered(nodes, mine, folded, canonical, wanted), rows, canonical, constants)
+    for turn in itertools.count():
+        plan = Plan(_ordered(nodes, mine, folded, canonical), rows, canonical, constants)
         poor = [each for part in plan.parts if part.working < LEAST for each in part.nodes]
-        if not poor:
+        if not poor or turn == TURNS:
             break
         mine.difference_update(poor)
         if rows:
             rows.nodes.difference_update(poor)
-    for part in plan.parts:
-        _rim(part, plan, wanted)
+    readers = _readers(plan)
+    for place, item in enumerate(plan.items):
+        if isinstance(item, Part):
+            _rim(place, item, plan, wanted, readers)
     return plan
 
 
@@ -203,12 +208,12 @@ def _worth(rows: Rows, nodes: Sequence[Node], canonical: Callable[[Value], Value
 
 
 def _ordered(
-    nodes: Sequence[Node], mine: set[Node], folded: set[Node], canonical: Callable[[Value], Value], wanted: set[Value]
+    nodes: Sequence[Node], mine: set[Node], folded: set[Node], canonical: Callable[[Value], Value]
 ) -> list[Node | Part]:
     """As few parts as there can be, between nodes of torch's that keep their order."""
     made: dict[Value, tuple[int, bool]] = {}
-    phases: list[tuple[int, bool]] = []
-    reached, barrier = 0, 0
+    phases: dict[int, tuple[list[Node], list[Node]]] = {}  # the nodes of the part, and torch's after it
+    reached, barrier, last = 0, 0, 0
     for node in nodes:
         native = node in mine
         phase = barrier
@@ -217,41 +222,37 @@ def _ordered(
             phase = max(phase, of + (native and not was))
         if not native and node not in folded:
             if node.op.is_named and node.op not in VIEWS and node.result is None:  # it may have effects of its own
-                phase = max([phase, *(p for p, _ in phases)])
+                phase = max(phase, last)
                 barrier = phase + 1
             reached = phase = max(phase, reached)
-        if node in folded:
-            phase, native = 0, False
         for value in node.outputs:
-            made[canonical(value)] = (phase, native or node in folded)
-        phases.append((phase, native))
+            made[canonical(value)] = (0, True) if node in folded else (phase, native)
+        if node not in folded:
+            last = max(last, phase)
+            phases.setdefault(phase, ([], []))[not native].append(node)
     items: list[Node | Part] = [node for node in nodes if node in folded]
-    for p in range(max((p for p, _ in phases), default=-1) + 1):
-        here = [node for node, (phase, native) in zip(nodes, phases, strict=True) if native and phase == p]
-        if here:
-            items.append(Part(here))
-        items += [
-            node
-            for node, (phase, native) in zip(nodes, phases, strict=True)
-            if not native and phase == p and node not in folded
-        ]
+    for _, (ours, torchs) in sorted(phases.items()):
+        items += [Part(ours), *torchs] if ours else torchs
     return items
 
 
-def _rim(part: Part, plan: Plan, wanted: set[Value]) -> None:
-    """What a part reads from outside, and what is read of it there, or from loop to loop."""
+def _readers(plan: Plan) -> dict[Value, set[int]]:
+    """For each value the items of a plan that read it, by their places."""
+    found: dict[Value, set[int]] = {}
+    for i, item in enumerate(plan.items):
+        for node in item.nodes if isinstance(item, Part) else (item,):
+            for value in node.inputs:
+                found.setdefault(plan.canonical(value), set()).add(i)
+    return found
+
+
+def _rim(place: int, part: Part, plan: Plan, read: set[Value], readers: dict[Value, set[int]]) -> None:
+    """What a part reads from outside, and what is read of it there, or from loop to loop; `read` are results."""
     canonical = plan.canonical
     made = dict.fromkeys(canonical(v) for node in part.nodes for v in node.outputs)
     inputs = {canonical(v): None for node in part.nodes for v in node.inputs}
     part.inputs = [v for v in inputs if v not in made and v not in plan.constants]
-    inside = {*part.nodes}
-    read = {
-        canonical(v)
-        for each in plan.items
-        for node in (each.nodes if isinstance(each, Part) else [each])
-        if node not in inside
-        for v in node.inputs
-    }
+    crossing: set[Value] = set()
     levels = levels_of(part, plan)
     makers = {canonical(v): node for node in part.nodes for v in node.outputs}
     for node in part.nodes:
@@ -262,8 +263,8 @@ def _rim(part: Part, plan: Plan, wanted: set[Value]) -> None:
                 continue
             here, there = levels[node], levels[maker]
             if there >= 0 and here != there and (here % 2 or there % 2):
-                read.add(source)  # a block reads its rows from a tensor, whose register moves on
-    part.outputs = [v for v in made if v in read or v in wanted]
+                crossing.add(source)  # a block reads its rows from a tensor, whose register moves on
+    part.outputs = [v for v in made if v in read or v in crossing or not readers.get(v, set()) <= {place}]
 
 
 def levels_of(part: Part, plan: Plan) -> dict[Node, int]:

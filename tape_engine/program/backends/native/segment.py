@@ -61,6 +61,7 @@ class Segment:
     Attributes:
         nodes: how many nodes it stands for.
         given: the strides that the tensors it is given must have, in the order of the registers.
+        inputs: how many of them are read; the others are written.
         sliding: how many registers there are besides, that move on with rows.
     """
 
@@ -68,6 +69,7 @@ class Segment:
     constants: Constants
     nodes: int
     given: list[tuple[int, ...]] = field(default_factory=list)
+    inputs: int = 0
     sliding: int = 0
     shared: int = 0
     local: int = 0
@@ -173,10 +175,13 @@ class Bound:
             self._put(place, segment.constants)
         registers = [0, _start(self._shared), 0] + [0] * (len(segment.given) + segment.sliding)
         self._changing: list[tuple[int, tuple[int, ...]]] = []
+        self._made: list[int] = []
         self._copied: list[tuple[int, Tensor, tuple[int, ...]]] = []
         self._tensors = tensors
         for i, (tensor, strides) in enumerate(zip(tensors, segment.given, strict=True)):
-            if tensor is None:
+            if tensor is None and i >= segment.inputs:
+                self._made.append(GIVEN + i)
+            elif tensor is None:
                 self._changing.append((GIVEN + i, strides))
             elif tensor.stride() == strides and not tensor.is_neg():
                 registers[GIVEN + i] = tensor.data_ptr()
@@ -214,6 +219,8 @@ class Bound:
             if tensor.stride() != strides or tensor.is_neg():
                 tensor = laid(tensor, strides)
                 kept.append(tensor)
+            registers[place] = tensor.data_ptr()
+        for place, tensor in zip(self._made, tensors[len(self._changing) :]):  # noqa: B905 - memory of our own
             registers[place] = tensor.data_ptr()
         for place, tensor, strides in self._copied:
             tensor = laid(tensor, strides)

@@ -28,6 +28,7 @@ class Told:
     loops: int = 0
     torch: int = 0
     seconds: float = 0.0
+    bytes: int = 0
     compiled: int = 0
     kernels: int = 0
 
@@ -41,20 +42,31 @@ class Told:
         made = f"{self.compiled} of {self.kernels} kernels compiled" if self.compiled else f"{self.kernels} kernels"
         return (
             f"{self.nodes} operations in {self.segments} compiled segments{rows}, {self.torch} calls of torch; "
-            f"{made}, ready in {self.seconds:.2f} s"
+            f"{self.bytes:,} bytes between; {made}, ready in {self.seconds:.2f} s"
         )
 
 
-def generate(frozen: Frozen, *, with_sweep: bool) -> tuple[Source, Told]:
-    """The function that replays a frozen tape, with what it is made of."""
-    writer = _Native(frozen, with_sweep)
-    source = writer.write()
+class _Poor(Exception):
+    """The segments of a plan are not worth their calls."""
+
+
+def generate(frozen: Frozen, *, with_sweep: bool, always: bool = True) -> tuple[Source, Told] | None:
+    """The function that replays a frozen tape, with what it is made of.
+
+    ``None``, before anything was compiled, if it does not pay and is not wanted `always`.
+    """
+    writer = _Native(frozen, with_sweep, always)
+    try:
+        source = writer.write()
+    except _Poor:
+        return None
     return source, writer.told
 
 
 class _Native(_Writer):
-    def __init__(self, frozen: Frozen, with_sweep: bool) -> None:
+    def __init__(self, frozen: Frozen, with_sweep: bool, always: bool) -> None:
         super().__init__(frozen, with_sweep)
+        self.always = always
         self.told = Told()
 
     def _results(self, wanted: set[Value]) -> set[Value]:
@@ -70,6 +82,12 @@ class _Native(_Writer):
                 if error.node is None or error.node in refused:
                     raise
                 refused.add(error.node)
+        self.told.nodes = sum(segment.nodes for segment in self.segments)
+        self.told.segments = len(self.segments)
+        self.told.loops = sum(any(isinstance(s, Loop) for s in segment.steps) for segment in self.segments)
+        self.told.bytes = sum(segment.shared + segment.local for segment in self.segments)
+        if not (self.always or self.told.pays):
+            raise _Poor
         taken = {node for part in self.plan.parts for node in part.nodes}
         everything = self.nodes
         self.nodes = [node for node in everything if node not in taken]
@@ -110,9 +128,6 @@ class _Native(_Writer):
         changing = [name for name, still in zip(names, fixed, strict=True) if not still]
         self.lines.append(f"# {_in_words(part.nodes)}")
         self.lines.append(f"{title}({', '.join(changing)})")
-        self.told.nodes += part.working
-        self.told.segments += 1
-        self.told.loops += any(isinstance(step, Loop) for step in segment.steps)
 
 
 def _strides(value: Value) -> tuple[int, ...]:
