@@ -228,12 +228,11 @@ def freeze(
             one returned, ``.g`` included; such a result must not be given as an input then.
 
     Raises:
-        BackendError: for a backend that needs a package which is not installed.
         DTypeError: for an argument of another type.
         NotRecordedError: for an output that is not on the tape, an input that was computed on it, or a tensor
             whose change between two readings the tape does not hold.
         ShapeError: for an input that is given twice.
-        BackendError: for a backend that there is not.
+        BackendError: for a backend that there is not, or that needs a package which is not installed.
     """
     if backend not in BACKENDS:
         raise BackendError(

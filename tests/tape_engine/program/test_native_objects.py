@@ -58,7 +58,6 @@ def test_without_numba_a_replay_is_calls_of_torch() -> None:
 def test_without_numba_the_native_backend_is_refused() -> None:
     with pytest.raises(te.BackendError) as caught:
         freeze(chain, [draw(3, 3)], [draw(3, 3)], backend="native")
-    assert isinstance(caught.value, ImportError)
     assert "numba" in str(caught.value)
     assert "fix: pip install numba" in str(caught.value)
 
