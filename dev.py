@@ -48,6 +48,7 @@ MODULES = {
     "": "torch executing graphviz networkx numpy pygraphviz rich sklearn tape_engine".split(),
     "test": "pytest expecttest hypothesis pytest_benchmark pytest_timeout xdist safetensors".split(),
     "dev": "mypy ruff".split(),
+    "native": ["numba"],
     "docs": "sphinx furo myst_nb safetensors".split(),
 }
 
@@ -448,7 +449,7 @@ def call(environment: Environment, command: Sequence[str], cwd: Path | None = No
 
 def setup(environment: Environment, args: Sequence[str]) -> int:
     """Makes .venv with all that demo, test, check and bench need; looks at every file, and mends what is broken."""
-    environment.ensure(["dev", "test"], thorough=True)
+    environment.ensure(["dev", "native", "test"], thorough=True)
     return 0
 
 
@@ -466,7 +467,7 @@ def test(environment: Environment, args: Sequence[str]) -> int:
 
     [PYTEST ARGUMENTS]
     """
-    environment.ensure(["test"])
+    environment.ensure(["native", "test"])
     return pytest(environment, args or side_by_side())
 
 
@@ -483,7 +484,7 @@ def side_by_side() -> list[str]:
 
 def check(environment: Environment, args: Sequence[str]) -> int:
     """Lints, checks formatting and types, and runs the quick tests: under a minute."""
-    environment.ensure(["dev", "test"])
+    environment.ensure(["dev", "native", "test"])
     python = environment.script("python")
     steps: dict[str, Callable[[], int]] = {
         "ruff check": lambda: call(environment, [python, "-m", "ruff", "check"], environment.root),
@@ -517,7 +518,7 @@ def bench(environment: Environment, args: Sequence[str]) -> int:
 
     [ARGUMENTS]
     """
-    environment.ensure(["test"])
+    environment.ensure(["native", "test"])
     return call(environment, [environment.script("python"), "-m", "tests.benchmarks", *args], environment.root)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..recorder import quietly
-from .backends import python
+from .backends import native, python
 from .data import Frozen
 
 __all__ = ["Function"]
@@ -21,12 +21,17 @@ class Function:
     Attributes:
         source: the generated source; made at its first use.
         one: the seed of a sweep from one element.
+        native: what the native backend made of it; ``None`` where the function is all calls of torch.
+        refused: why the native backend could not make it, if it was to.
     """
 
-    def __init__(self, frozen: Frozen, *, with_sweep: bool, copy: bool) -> None:
+    def __init__(self, frozen: Frozen, *, with_sweep: bool, copy: bool, backend: str) -> None:
         self._frozen = frozen
         self._with_sweep = with_sweep
         self._copy = copy
+        self._backend = backend
+        self.native: native.Told | None = None
+        self.refused = ""
         self._source: python.Source | None = None
         self._device = frozen.seed.device.type
         self._idle: list[Callable[..., Any]] = []
@@ -41,8 +46,22 @@ class Function:
             if self._source is None:
                 without = torch.autocast(self._device, enabled=False)
                 with quietly(), torch.inference_mode(False), torch.no_grad(), without:
-                    self._source = python.generate(self._frozen, with_sweep=self._with_sweep)
+                    self._source = self._generate()
             return self._source
+
+    def _generate(self) -> python.Source:
+        made = None
+        if self._backend == "native":
+            made = native.generate(self._frozen, with_sweep=self._with_sweep)
+        elif self._backend == "auto" and self._device == "cpu" and native.available():
+            try:
+                made = native.generate(self._frozen, with_sweep=self._with_sweep, always=False)
+            except Exception as error:  # an installation of numba that does not work must not stop a replay
+                self.refused = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
+        if made is not None:
+            source, self.native = made
+            return source
+        return python.generate(self._frozen, with_sweep=self._with_sweep)
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
         """Runs a copy of the function that no other replay uses meanwhile."""

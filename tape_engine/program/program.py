@@ -13,6 +13,7 @@ from ..names import call_site, user_frame
 from ..recorder import quietly
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
+from .backends import native
 from .bare import let_go
 from .data import STEPPED, Frozen
 from .file import path_of, write, written
@@ -25,7 +26,7 @@ __all__ = ["Program", "freeze"]
 
 Tensor = torch.Tensor
 
-BACKENDS = ("auto", "python")
+BACKENDS = ("auto", "python", "native")
 
 
 class Program:
@@ -41,7 +42,13 @@ class Program:
     """
 
     def __init__(
-        self, tape: Tape, frozen: Frozen, *, copy: bool, shared: list[tuple[int, int, int]] | None = None
+        self,
+        tape: Tape,
+        frozen: Frozen,
+        *,
+        copy: bool,
+        backend: str = "auto",
+        shared: list[tuple[int, int, int]] | None = None,
     ) -> None:
         self.tape = frozen.tape
         self._frozen = frozen
@@ -49,8 +56,8 @@ class Program:
         self._marked = tape.token.marked  # the leaves that listen on behalf of the tape; empty once it is gone
         self._given = Given(frozen, shared)
         self._streams = streams_of(frozen)
-        self._forward = Function(frozen, with_sweep=False, copy=copy)
-        self._step = Function(frozen, with_sweep=True, copy=copy)
+        self._forward = Function(frozen, with_sweep=False, copy=copy, backend=backend)
+        self._step = Function(frozen, with_sweep=True, copy=copy, backend=backend)
 
     # -- what a user calls -------------------------------------------------------------------------------
 
@@ -159,7 +166,8 @@ class Program:
 
     def __str__(self) -> str:
         frozen = self._frozen
-        source = (self._step if frozen.gradients else self._forward).source
+        function = self._step if frozen.gradients else self._forward
+        source = function.source
         kept = sum(value.nbytes for value in source.buffers.values())
         rows = [("input", name, describe(given)) for name, given in zip(frozen.titles, frozen.given, strict=True)]
         rows += [("live", name, describe(tensor)) for name, tensor in self.params.items()]
@@ -168,9 +176,10 @@ class Program:
         lines = [f"  {kind:<6}  {name:<12}  {text}" for kind, name, text in rows]
         head = (
             f"program: {len(frozen.forward)} operations forward, {len(frozen.backward)} in the sweep; "
-            f"backend python; {len(source.buffers)} kept buffers, {kept:,} bytes"
+            f"backend {'native' if function.native else 'python'}; {len(source.buffers)} kept buffers, {kept:,} bytes"
         )
-        return "\n".join([head, *lines])
+        plan = [f"  {told}"] if (told := function.native or function.refused) else []
+        return "\n".join([head, *plan, *lines])
 
     def _title(self, target: int | Tensor) -> str:
         """How messages call a tensor that gets ``.g``."""
@@ -213,7 +222,8 @@ def freeze(
             live references.
         outputs: a tensor or a tuple of tensors of the tape, to return.
         wrt: the tensors on which `Program.step` writes ``.g``; by default every leaf that has one.
-        backend: ``"auto"`` or ``"python"``.
+        backend: ``"python"``: calls of torch; ``"native"``: compiled loops, on the CPU, for what they are good at;
+            ``"auto"``: these where numba is installed and they pay. `print(program)` tells which it is.
         copy: results belong to the caller. With ``copy=False`` a replay may write over what an earlier
             one returned, ``.g`` included; such a result must not be given as an input then.
 
@@ -222,7 +232,7 @@ def freeze(
         NotRecordedError: for an output that is not on the tape, an input that was computed on it, or a tensor
             whose change between two readings the tape does not hold.
         ShapeError: for an input that is given twice.
-        BackendError: for a backend that there is not.
+        BackendError: for a backend that there is not, or that needs a package which is not installed.
     """
     if backend not in BACKENDS:
         raise BackendError(
@@ -230,6 +240,14 @@ def freeze(
                 f"tape.program: backend is one of {', '.join(BACKENDS)}: not {backend!r}.",
                 where=call_site(user_frame()),
                 fix='leave it out: backend="auto" takes the quickest that can run the tape',
+            )
+        )
+    if backend == "native" and not native.available():
+        raise BackendError(
+            message(
+                "tape.program: the native backend needs numba, which is not installed.",
+                where=call_site(user_frame()),
+                fix="pip install numba, or backend='auto', which does without",
             )
         )
     given = _tensors(inputs, "inputs", "the tensors that a replay is given anew")
@@ -245,7 +263,7 @@ def freeze(
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
     with quietly():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
-        program = Program(tape, frozen, copy=copy)
+        program = Program(tape, frozen, copy=copy, backend=backend)
         let_go(frozen)
         return program
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from rich.table import Table as RichTable
 import tape_engine as te
 from tape_engine import data
 
-from . import article, models, steps
+from . import article, models, replay, steps
 from .timing import Table, Timing
 
 
@@ -46,8 +47,16 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numba": _version("numba"),
         "tape_engine": te.__version__,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -84,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda tell: steps.chain(30 if options.quick else 300, rounds, on_run=tell),
         *((lambda tell, batch=batch: steps.perceptron(batch, small, on_run=tell)) for batch in (1, 64, 512)),
         *((lambda tell, model=model: models.step(model, rounds, batch=size, on_run=tell)) for model in models.MODELS),
+        lambda tell: replay.tiny(60 if options.quick else 3_000, rounds, on_run=tell),
+        lambda tell: replay.tiny(60 if options.quick else 3_000, rounds, products=True, on_run=tell),
+        lambda tell: replay.posterior(1_000, small, on_run=tell),
+        lambda tell: replay.first_result(rows, 60 if options.quick else 3_000, min(rounds, 3), on_run=tell),
     ]
     tables = []
     for job in jobs:
@@ -120,7 +133,7 @@ def shown(table: Table) -> RichTable:
     scale, unit = next((s, u) for s, u in SCALES if table.timings[0].median * s >= 1 or u == "µs")
     made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=table.title, title_justify="left", title_style="bold")
     made.add_column("", no_wrap=True)
-    for column in (f"median, {unit}", "min to max", "runs", "of eager torch"):
+    for column in (f"median, {unit}", "min to max", "runs", "of the first"):
         made.add_column(column, justify="right", no_wrap=True)
     for timing in table.timings:
         made.add_row(timing.name, *_figures(timing, scale), f"{table.ratio(timing):.2f} x")

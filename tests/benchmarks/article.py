@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ import tape_engine as te
 from tape_engine import article
 from tape_engine.demo import largest_difference
 
+from .replay import replays
 from .timing import Case, Table, measure
 
 __all__ = ["all_gradients", "parameters_only", "random_data"]
@@ -67,25 +69,27 @@ def all_gradients(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str], 
         Z = te.lin(X, w, b)
         U = te.relu(Z)
         C = te.mse(U, Y)
-    program = tape.program(inputs=(X, Y), outputs=C, wrt=(X, w, b, Z, U))
 
-    def replay() -> article.Gradients:
-        program.step(X, Y)
-        return _read(X, w, b, Z, U)
+    def program(backend: str) -> te.Program:
+        made: te.Program = tape.program(inputs=(X, Y), outputs=C, wrt=(X, w, b, Z, U), backend=backend)
+        return made
 
+    replayed = replays(program, [X, Y], then=lambda: _read(X, w, b, Z, U))
     by_hand = partial(article.backward, X, w, b, Y)
-    ways: dict[str, Callable[[], article.Gradients]] = {
+    ways: dict[str, Callable[[], Any]] = {
         "torch.autograd, eager": autograd,
         "the article's row loops": _apart(partial(by_hand, lin_grad=article.lin_grad_rows)),
         "the article's half vectorised": _apart(partial(by_hand, lin_grad=article.lin_grad_half)),
         "the article's fully vectorised": by_hand,
         "tape_engine, eager (te.lin, te.relu, te.mse)": eager,
         "tape_engine, te.record() over plain torch": recorded,
-        "tape_engine, replay": replay,
+        **{case.name: case.run for case in replayed},
     }
     _agree(ways)
     slow = ("the article's row loops", "the article's half vectorised")
     cases = [Case(name, way, every=5 if name in slow and rounds > 5 else 1) for name, way in ways.items()]
+    room = torch.empty_like(X)
+    cases.append(Case("one copy of X", lambda: room.copy_(X)))
     shape = f"X of {len(X):,} x {X.shape[1]}, {str(X.dtype).removeprefix('torch.')}"
     title = f"lin → relu → mse, forward and every gradient, {shape}"
     return measure(title, cases, rounds, on_run=on_run)
@@ -105,12 +109,16 @@ def parameters_only(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str]
 
     with te.record() as tape:
         C = te.mse(te.relu(te.lin(X, w, b)), Y)
-    program = tape.program(inputs=(X, Y), outputs=C, wrt=(w, b))
+
+    def program(backend: str) -> te.Program:
+        made: te.Program = tape.program(inputs=(X, Y), outputs=C, wrt=(w, b), backend=backend)
+        return made
 
     cases = [
         Case("torch.autograd, eager", autograd),
         Case("tape_engine, eager (te.lin, te.relu, te.mse)", eager),
-        Case("tape_engine, replay", lambda: program.step(X, Y)),
+        *replays(program, [X, Y]),
+        Case("one read of X", X.sum),
     ]
     title = "the same, with the gradients of w and b alone"
     return measure(title, cases, rounds, on_run=on_run)
@@ -134,7 +142,7 @@ def _apart(way: Callable[[], article.Gradients]) -> Callable[[], article.Gradien
     return run
 
 
-def _agree(ways: dict[str, Callable[[], article.Gradients]]) -> None:
+def _agree(ways: dict[str, Callable[[], Any]]) -> None:
     """Only ways to the same gradients are compared."""
     first, *others = ways.items()
     expected = first[1]()

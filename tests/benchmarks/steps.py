@@ -8,6 +8,7 @@ import torch
 
 import tape_engine as te
 
+from .replay import replays
 from .timing import Case, Table, measure
 
 __all__ = ["chain", "perceptron"]
@@ -66,7 +67,10 @@ def chain(length: int, rounds: int, *, on_run: Callable[[str], None] = lambda _:
 
     with te.record() as tape:
         C = plain(x, w)
-    program = tape.program(inputs=(x,), outputs=C, wrt=(x, w))
+
+    def program(backend: str) -> te.Program:
+        made: te.Program = tape.program(inputs=(x,), outputs=C, wrt=(x, w), backend=backend)
+        return made
 
     units = 2 * length + 1
     cases = [
@@ -74,7 +78,7 @@ def chain(length: int, rounds: int, *, on_run: Callable[[str], None] = lambda _:
         Case("tape_engine, named operations on the global tape", named, units=units),
         Case("tape_engine, te.record() over plain torch", recorded, units=units),
         Case("tape_engine, plain torch on the global tape", spread, units=units),
-        Case("tape_engine, replay", lambda: program.step(x), number=5, units=units),
+        *replays(program, [x], number=5, units=units),
     ]
     title = f"{length} times x = tanh(x * w) on 8 x 8, forward and back, for each operation"
     return measure(title, cases, rounds, unit="operation", on_run=on_run)
@@ -112,13 +116,16 @@ def perceptron(batch: int, rounds: int, *, on_run: Callable[[str], None] = lambd
 
     with te.record() as tape:
         C = named()
-    program = tape.program(inputs=(X, Y), outputs=C, wrt=parameters)
+
+    def program(backend: str) -> te.Program:
+        made: te.Program = tape.program(inputs=(X, Y), outputs=C, wrt=parameters, backend=backend)
+        return made
 
     number = 10 if batch <= 64 else 2
     cases = [
         Case("torch.autograd, eager", autograd, number=number),
         Case("tape_engine, eager (te.lin, te.relu, te.mse)", eager, number=number),
         Case("tape_engine, te.record() over plain torch", recorded, number=number),
-        Case("tape_engine, replay", lambda: program.step(X, Y), number=number),
+        *replays(program, [X, Y], number=number),
     ]
     return measure(f"a step of a 784-50-10 network, batch {batch}", cases, rounds, on_run=on_run)

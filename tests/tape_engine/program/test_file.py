@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -44,7 +45,8 @@ def through(program: te.Program, path: Path, **options: Any) -> te.Program:
     """The program saved and loaded; it must say the same of itself."""
     program.save(path)
     loaded = te.load(path, **options)
-    assert str(loaded) == str(program)
+    ready = re.compile(r"; [^;\n]*ready in .* s$", re.MULTILINE)  # the second has nothing left to compile
+    assert ready.sub("", str(loaded)) == ready.sub("", str(program))
     assert loaded.code == program.code
     assert list(loaded.params) == list(program.params)
     return loaded

@@ -589,7 +589,7 @@ def test_a_replay_inside_nested_blocks() -> None:
 def test_a_replay_under_a_dispatch_mode() -> None:
     """A counter of operations, a profiler of the user's: it sees what runs, and disturbs nothing."""
     x, w = draw(4, 3), draw(3, 2)
-    program = freeze(half_square, [x], [w])
+    program = freeze(half_square, [x], [w], backend="python")
     with Spy() as spy:
         first = program.step(x)
     close(first, half_square(x, w))
@@ -662,7 +662,7 @@ def test_print() -> None:
     with te.record() as tape:
         Z = te.lin(images, w, b)
         loss = te.mse(te.relu(Z), labels)
-    program = tape.program(inputs=(images, labels), outputs=loss)
+    program = tape.program(inputs=(images, labels), outputs=loss, backend="python")
     text = str(program)
     for name, shape in (("images", "(4, 3)"), ("labels", "(4, 2)"), ("w", "(3, 2)"), ("b", "(2,)"), ("loss", "()")):
         assert re.search(rf"\b{name}\b.*{re.escape(shape)}", text), (name, text)

@@ -44,7 +44,7 @@ def names_in(code: str) -> set[str]:
 
 def test_code_is_python_that_names_the_users_variables() -> None:
     tape, X, Y, _, _, C = article()
-    program = tape.program(inputs=(X, Y), outputs=C)
+    program = tape.program(inputs=(X, Y), outputs=C, backend="python")
     function = definition(program.code)
     assert [a.arg for a in function.args.args][:2] == ["X", "Y"]
     assert {"X", "Y", "w", "b", "Z", "U", "C"} <= names_in(program.code)
@@ -54,7 +54,7 @@ def test_code_is_python_that_names_the_users_variables() -> None:
 
 def test_code_shows_the_users_lines() -> None:
     tape, X, Y, _, _, C = article()
-    code = tape.program(inputs=(X, Y), outputs=C).code
+    code = tape.program(inputs=(X, Y), outputs=C, backend="python").code
     line = article.__code__.co_firstlineno
     for offset, text in ((3, "Z = te.lin(X, w, b)"), (4, "U = te.relu(Z)"), (5, "C = te.mse(U, Y)")):
         assert code.count(text) == 1, code
@@ -67,7 +67,7 @@ def test_code_names_what_modules_hold() -> None:
     x = draw(4, 3, dtype=torch.float32)
     with te.record() as tape:
         y = net(x).sum()
-    code = tape.program(inputs=x, outputs=y).code
+    code = tape.program(inputs=x, outputs=y, backend="python").code
     assert "0_weight" in code
     assert "2_bias" in code
     definition(code)
@@ -77,14 +77,14 @@ def test_code_of_a_program_without_a_sweep() -> None:
     k = torch.arange(4)
     with te.record() as tape:
         total = (k * 2).sum()
-    code = tape.program(inputs=k, outputs=total).code
+    code = tape.program(inputs=k, outputs=total, backend="python").code
     assert [a.arg for a in definition(code).args.args] == ["k"]
     assert "sweep" not in code
 
 
 def test_every_line_is_short_enough_to_read() -> None:
     tape, X, Y, _, _, C = article()
-    assert max(map(len, tape.program(inputs=(X, Y), outputs=C).code.splitlines())) < 120
+    assert max(map(len, tape.program(inputs=(X, Y), outputs=C, backend="python").code.splitlines())) < 120
 
 
 ODD_NAMES = [
@@ -109,7 +109,7 @@ def run(te, torch, x, {name}):
     exec(compile(source, f"<{name}>", "exec"), space)
     x, w = torch.rand(3, dtype=F64), draw(3)
     tape, y, _, _ = space["run"](te, torch, x, w)
-    program = tape.program(inputs=x, outputs=y)
+    program = tape.program(inputs=x, outputs=y, backend="python")
     definition(program.code)
     follows(program, lambda x, w: (x * w).sum() + ((x * w) @ w).tanh(), [torch.rand(3, dtype=F64)], [w])
 
@@ -124,7 +124,7 @@ def test_one_name_for_many_values() -> None:
             h = h + x
         return h.sum()
 
-    program = freeze(function, [x], [w])
+    program = freeze(function, [x], [w], backend="python")
     definition(program.code)
     follows(program, function, [draw(3)], [w])
 
@@ -137,7 +137,7 @@ def test_a_line_break_in_the_source_line() -> None:
     x = draw(3)
     with te.record() as tape:
         y, _ = space["run"](x)
-    program = tape.program(inputs=x, outputs=y)
+    program = tape.program(inputs=x, outputs=y, backend="python")
     definition(program.code)
     close(program(x), 2 * x.sum())
 
@@ -147,8 +147,8 @@ def test_a_line_break_in_the_source_line() -> None:
 
 def test_gradients_that_nobody_asked_for_are_not_computed() -> None:
     tape, X, Y, w, b, C = article()
-    everything = tape.program(inputs=(X, Y), outputs=C)
-    one = tape.program(inputs=(X, Y), outputs=C, wrt=[w])
+    everything = tape.program(inputs=(X, Y), outputs=C, backend="python")
+    one = tape.program(inputs=(X, Y), outputs=C, wrt=[w], backend="python")
     assert "w_g" in names_in(one.code)
     assert not {"X_g", "b_g", "Y_g"} & names_in(one.code)
     assert ran(lambda: everything.step(X, Y)).names.count("mm") == 3
@@ -156,7 +156,7 @@ def test_gradients_that_nobody_asked_for_are_not_computed() -> None:
     assert spy.names.count("mm") == 2
     assert spy.names.count("sum") == 0, "b.g was computed"
     assert spy.names.count("neg") == 0, "Y.g was computed"
-    only_b = tape.program(inputs=(X, Y), outputs=C, wrt=b)
+    only_b = tape.program(inputs=(X, Y), outputs=C, wrt=b, backend="python")
     assert ran(lambda: only_b.step(X, Y)).names.count("mm") == 1
 
 
@@ -168,17 +168,17 @@ def test_of_a_deep_net_only_the_last_layer() -> None:
         for w in weights:
             h = torch.tanh(h @ w)
         y = h.sum()
-    program = tape.program(inputs=x, outputs=y, wrt=weights[-1])
+    program = tape.program(inputs=x, outputs=y, wrt=weights[-1], backend="python")
     assert ran(lambda: program.step(x)).names.count("mm") == 6 + 1
-    program = tape.program(inputs=x, outputs=y, wrt=weights[0])
+    program = tape.program(inputs=x, outputs=y, wrt=weights[0], backend="python")
     assert ran(lambda: program.step(x)).names.count("mm") == 6 + 5 + 1
-    program = tape.program(inputs=x, outputs=y, wrt=x)
+    program = tape.program(inputs=x, outputs=y, wrt=x, backend="python")
     assert ran(lambda: program.step(x)).names.count("mm") == 6 + 6
 
 
 def test_calling_runs_no_sweep() -> None:
     tape, X, Y, _, _, C = article()
-    program = tape.program(inputs=(X, Y), outputs=C)
+    program = tape.program(inputs=(X, Y), outputs=C, backend="python")
     assert ran(lambda: program(X, Y)).names.count("mm") == 1
     assert g_of(X) is None
 
@@ -189,13 +189,13 @@ def test_what_the_outputs_do_not_need_is_not_computed() -> None:
         h = x @ w
         more = (h @ w).exp()
         more.sum()
-    program = tape.program(inputs=x, outputs=h)
+    program = tape.program(inputs=x, outputs=h, backend="python")
     assert ran(lambda: program(x)).names == ["mm"]
 
 
 def test_a_forward_pass_of_the_article_is_six_operations() -> None:
     tape, X, Y, _, _, C = article()
-    program = tape.program(inputs=(X, Y), outputs=C)
+    program = tape.program(inputs=(X, Y), outputs=C, backend="python")
     assert ran(lambda: program(X, Y)).names == ["mm", "add", "clamp_min", "sub", "pow", "mean"]
 
 
@@ -233,7 +233,7 @@ def batched(x: Tensor, w: Tensor) -> Tensor:
 def test_results_go_into_kept_memory(function: Callable[..., Tensor]) -> None:
     """No operation allocates its result where torch has a kernel that writes it into memory given."""
     x, w = draw(3, 3), draw(3, 3)
-    program = freeze(function, [x], [w])
+    program = freeze(function, [x], [w], backend="python")
     spy = ran(lambda: program.step(x))
     allocating = [f"{o}" for o in spy.seen if not is_view(o) and not o._schema.is_mutable and out_kernel(o)]
     assert not allocating, f"{allocating}\n{program.code}"
@@ -249,7 +249,7 @@ def test_views_written_through_allocate_nothing() -> None:
         h[:, 1] += x[:, 0]
         return h.square().sum()
 
-    program = freeze(function, [x], [w])
+    program = freeze(function, [x], [w], backend="python")
     spy = ran(lambda: program(x))
     assert not {"empty_strided", "clone", "zeros", "empty", "new_empty_strided"} & set(spy.names), program.code
     follows(program, function, [draw(3, 3)], [w])
@@ -258,7 +258,7 @@ def test_views_written_through_allocate_nothing() -> None:
 def test_common_calls_are_the_quick_ones() -> None:
     """The builtins of torch, not overloads, which take twice as long."""
     x, w = draw(3, 3), draw(3, 3)
-    code = freeze(mlp, [x], [w]).code
+    code = freeze(mlp, [x], [w], backend="python").code
     lines = [s.strip() for s in code.splitlines() if "(" in s and not s.strip().startswith(("#", "def", "return"))]
     calls = [s for s in lines if not re.match(r"^\w+ = new_\w+\(\)$|^\w+ = \w+\.\w+\(", s)]
     assert calls
@@ -286,7 +286,7 @@ def test_nothing_of_the_engine_runs_between_the_calls() -> None:
                 x = x * w
             return x.sum()
 
-        program = freeze(function, [x], [w])
+        program = freeze(function, [x], [w], backend="python")
         program(x)
         with counted() as lines:
             program(x)
@@ -313,7 +313,7 @@ def test_a_replay_that_raised_leaves_the_program_usable() -> None:
     with te.record() as tape:
         n.add_(1)
         y = picky(x).sum()
-    program = tape.program(inputs=x, outputs=y)
+    program = tape.program(inputs=x, outputs=y, backend="python")
     program.step(x)
     before = g_of(x)
     with pytest.raises(ValueError, match="negative"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tape_engine as te
+from tape_engine.program.backends import native
 from tests.helpers import close, g_of, plain
 from tests.tape_engine.program.common import F64, draw
 
@@ -158,13 +159,13 @@ def copied(tensors: list[Tensor], how: str) -> list[Tensor]:
     return [plain(t) for t in tensors]
 
 
-def check(seed: int, writes: str, how: str = "apart") -> None:
+def check(seed: int, writes: str, how: str = "apart", backend: str = "auto") -> None:
     function = put_together(seed, writes=writes)
     torch.manual_seed(seed)
     given, live = pair(how), [draw(3, 3), draw(3, 3)]
     with te.record() as tape:
         out = function([*given, *live])
-    program = tape.program(inputs=given, outputs=out)
+    program = tape.program(inputs=given, outputs=out, backend=backend)
     for turn in range(2):
         given = pair(how)
         before = [plain(t) for t in live]
@@ -227,9 +228,27 @@ def test_many_random_programs(writes: str, hundreds: int) -> None:
     many(range(100 * hundreds, 100 * hundreds + 100), writes)
 
 
-def many(seeds: range, writes: str, how: str = "apart") -> None:
+@pytest.mark.skipif(not native.available(), reason="numba, an extra, is not installed")
+@pytest.mark.parametrize("writes", ["none", "fresh", "all"])
+def test_random_programs_in_segments(monkeypatch: pytest.MonkeyPatch, writes: str) -> None:
+    """Of however few operations a segment consists."""
+    monkeypatch.setattr("tape_engine.program.backends.native.plan.LEAST", 1)
+    many(range(5000, 5040), writes, backend="native")
+
+
+@pytest.mark.skipif(not native.available(), reason="numba, an extra, is not installed")
+def test_random_programs_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where three rows are many: blocks of two and one left over."""
+    for name, least in (("LEAST", 1), ("ROWS", 3), ("ROW_BYTES", 1), ("ROW_WORK", 1 << 20), ("FLAT", 0)):
+        monkeypatch.setattr(f"tape_engine.program.backends.native.plan.{name}", least)
+    monkeypatch.setattr("tape_engine.program.backends.native.compiler.SMALLEST", 2)
+    many(range(6000, 6060), "none", backend="native")
+    many(range(6100, 6120), "fresh", backend="native")
+
+
+def many(seeds: range, writes: str, how: str = "apart", backend: str = "auto") -> None:
     for seed in seeds:
         try:
-            check(seed, writes, how)
+            check(seed, writes, how, backend)
         except Exception as error:
             raise AssertionError(f"program {seed}, writes to {writes}: {type(error).__name__}: {error}") from error

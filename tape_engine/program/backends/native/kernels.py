@@ -1,0 +1,299 @@
+"""The kernels: what a program's instructions call, each a loop in plain Python that numba compiles.
+
+A *map* works on `n` elements of up to four operands, the first of which is its result; each operand has an
+address and the distance from one element to the next, and for every combination of those there is a map of its own.
+A *driver* reads an instruction: it finds the operands' addresses, and calls a map for each line of elements, or does
+the work itself (products, rows picked by indices).
+
+An instruction is a row of 64-bit words::
+
+    driver, how many words, the driver's own ...
+
+and an operand in it a register (the address of a tensor, or of memory of the program's own) with an offset in
+bytes. So the same words serve whatever tensors a replay is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["DRIVERS", "KINDS", "MAPS", "parts_of", "sources"]
+
+#: Letters for the dtypes that kernels know, with numba's names; a bool is a byte, nought or one.
+SIZES = {"f": "4", "d": "8", "l": "8", "b": "1"}
+LANES = {"f": "16", "d": "8", "l": "8", "b": "64"}  # elements in 64 bytes
+KINDS = {"f": "float32", "d": "float64", "l": "int64", "b": "uint8"}
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map: the expression of an element, of operands `a`, `b`, `c` of one kind each.
+
+    Attributes:
+        text: the expression; `o` is what the result holds already.
+        operands: how many it reads.
+        masks: which of them are bytes, whatever the others are.
+        result: the kind of its result, if not that of its operands.
+        gathers: whether it adds to what is there: over a line with one result, it runs up a total.
+    """
+
+    text: str
+    operands: int
+    masks: str = ""
+    result: str = ""
+    gathers: bool = False
+
+
+UNARY = {
+    "copy": "a", "neg": "-a", "square": "a * a", "cube": "a * a * a", "exp": "exp(a)", "expm1": "expm1(a)",
+    "log": "log(a)", "log1p": "log1p(a)", "tanh": "tanh(a)", "sigmoid": "sigmoid(a)", "sqrt": "math.sqrt(a)",
+    "rsqrt": "one / math.sqrt(a)", "reciprocal": "one / a", "sin": "math.sin(a)", "cos": "math.cos(a)",
+    "abs": "abs(a)", "erf": "math.erf(a)",
+    "sign": "one if a > zero else (-one if a < zero else zero)",
+    "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "math.atan(a)", "tan": "math.tan(a)",
+    "relu_whole": "a if a > 0 else 0",
+}  # fmt: skip
+
+BINARY = {
+    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "math.pow(a, b)",
+    "atan2": "math.atan2(a, b)",
+    "maximum": "a if (a > b or a != a) else b", "minimum": "a if (a < b or a != a) else b",
+    "tanh_backward": "a * (one - b * b)", "sigmoid_backward": "a * ((one - b) * b)",
+    "and": "a & b", "or": "a | b", "xor": "a ^ b",
+    "silu_backward": "a * sigmoid(b) * (one + b * (one - sigmoid(b)))",
+}  # fmt: skip
+
+COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+
+TERNARY = {
+    "threshold_backward": "zero if b <= c else a",
+    "clamp": "lower(higher(a, b), c)",
+}
+
+MAPS: dict[str, Map] = {
+    **{name: Map(text, 1) for name, text in UNARY.items()},
+    **{name: Map(text, 2) for name, text in BINARY.items()},
+    **{name: Map(f"1 if a {sign} b else 0", 2, result="b") for name, sign in COMPARISONS.items()},
+    **{name: Map(text, 3) for name, text in TERNARY.items()},
+    "where": Map("b if a != 0 else c", 3, masks="a"),
+    "masked_fill": Map("c if b != 0 else a", 3, masks="b"),
+    "not": Map("1 if a == 0 else 0", 1, result="b"),
+    "isnan": Map("1 if a != a else 0", 1, result="b"),
+    "softplus": Map("a if a * b > c else log1p(exp(a * b)) / b", 3),
+    "softplus_backward": Map("a if b > c else a * (exp(b) / (exp(b) + one))", 3),
+    "sum": Map("o + a", 1, gathers=True),
+    "largest": Map("a if (a > o or a != a) else o", 1, gathers=True),
+    "smallest": Map("a if (a < o or a != a) else o", 1, gathers=True),
+    **{f"to_{kind}": Map("1 if a != 0 else 0" if kind == "b" else "a", 1, result=kind) for kind in KINDS},
+}
+
+
+def map_source(name: str, kind: str, pattern: str) -> str:
+    """The source of a map for operands of a kind.
+
+    The pattern tells the distances of the result and the operands, a letter each: ``0`` where all is one element, ``1``
+    where elements follow each other, ``s`` for any other. So the loop is one that the compiler knows all about.
+    """
+    each = MAPS[name]
+    letters = "abc"[: each.operands]
+    steps = dict(zip("o" + letters, pattern, strict=True))
+    places = {x: {"0": "0", "1": "i", "s": f"i * s{x}"}[step] for x, step in steps.items()}
+    total = each.gathers and steps["o"] == "0"
+    fixed = [f"{x} = p{x}[0]" for x in letters if steps[x] == "0"]
+    inside = [f"{x} = p{x}[{places[x]}]" for x in letters if steps[x] != "0"]
+    if total:
+        fixed.append("o = p[0]")
+        inside.append(f"o = {each.text}")
+    else:
+        inside += [f"o = p[{places['o']}]"] if each.gathers else []
+        inside.append(f"p[{places['o']}] = {KINDS[each.result or kind]}({each.text})")
+    lines = [
+        f"def {name}_{kind}_{pattern}(n, o_, so, a_, sa, b_, sb, c_, sc):",
+        f"    p = pointer_{each.result or kind}(o_)",
+        *(f"    p{x} = pointer_{'b' if x in each.masks else kind}({x}_)" for x in letters),
+        *(f"    {line}" for line in fixed),
+        "    for i in range(n):",
+        *(f"        {line}" for line in inside),
+        *(["    p[0] = o"] if total else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# -- the drivers: plain functions of an instruction's words and the registers ---------------------------------
+
+MAP_FLAT = """
+def map_flat(w, regs):
+    call_map(w[2], w[3], regs[w[4]] + w[5], w[6], regs[w[7]] + w[8], w[9], regs[w[10]] + w[11], w[12],
+             regs[w[13]] + w[14], w[15])
+"""
+
+MAP_LINES = """
+def map_lines(w, regs):
+    o0 = regs[w[7]] + w[8]
+    a0 = regs[w[13]] + w[14]
+    b0 = regs[w[19]] + w[20]
+    c0 = regs[w[25]] + w[26]
+    for i in range(w[3]):
+        o1 = o0; a1 = a0; b1 = b0; c1 = c0
+        for j in range(w[4]):
+            o2 = o1; a2 = a1; b2 = b1; c2 = c1
+            for k in range(w[5]):
+                call_map(w[2], w[6], o2, w[12], a2, w[18], b2, w[24], c2, w[30])
+                o2 += w[11]; a2 += w[17]; b2 += w[23]; c2 += w[29]
+            o1 += w[10]; a1 += w[16]; b1 += w[22]; c1 += w[28]
+        o0 += w[9]; a0 += w[15]; b0 += w[21]; c0 += w[27]
+"""
+
+#: C = A B or C += A B, for a stack of matrices. Words: [2] stack, [3] M, [4] N, [5] K, [6] whether to add, then for
+#: C, A, B: register, offset, distance in the stack (bytes), from row to row, from column to column (elements); [22]
+#: whether C is so large that it is written past the cache.
+#: ``product_lines`` wants lines of B and C without gaps, ``product_dots`` lines of A and columns of B.
+PRODUCT_LINES = """
+def product_lines_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10]; ra = w[15]; ca = w[16]; rb = w[20]
+    for s in range(w[2]):
+        C0 = regs[w[7]] + w[8] + s * w[9]
+        A = pointer_K(regs[w[12]] + w[13] + s * w[14])
+        B0 = regs[w[17]] + w[18] + s * w[19]
+        for i in range(M):
+            C = pointer_K(C0 + i * rc * SIZE)
+            k = 0
+            if w[6] == 0:
+                B = pointer_K(B0)
+                if K == 0:
+                    for j in range(N):
+                        C[j] = zero
+                elif w[22] != 0 and K == 1:
+                    x0 = A[i * ra]
+                    C1 = C0 + i * rc * SIZE
+                    j = 0
+                    while j < N and (C1 + j * SIZE) & 63 != 0:
+                        C[j] = x0 * B[j]
+                        j += 1
+                    while (j + LANES) <= N:
+                        stream_K(C1 + j * SIZE, B0 + j * SIZE, x0)
+                        j += LANES
+                    while j < N:
+                        C[j] = x0 * B[j]
+                        j += 1
+                    k = 1
+                elif K >= 4:
+                    x0 = A[i * ra]; x1 = A[i * ra + ca]; x2 = A[i * ra + 2 * ca]; x3 = A[i * ra + 3 * ca]
+                    for j in range(N):
+                        C[j] = x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
+                    k = 4
+                else:
+                    x0 = A[i * ra]
+                    for j in range(N):
+                        C[j] = x0 * B[j]
+                    k = 1
+            while k + 4 <= K:
+                B = pointer_K(B0 + k * rb * SIZE)
+                x0 = A[i * ra + k * ca]; x1 = A[i * ra + (k + 1) * ca]
+                x2 = A[i * ra + (k + 2) * ca]; x3 = A[i * ra + (k + 3) * ca]
+                for j in range(N):
+                    C[j] += x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
+                k += 4
+            while k < K:
+                B = pointer_K(B0 + k * rb * SIZE)
+                x0 = A[i * ra + k * ca]
+                for j in range(N):
+                    C[j] += x0 * B[j]
+                k += 1
+"""
+
+PRODUCT_DOTS = """
+def product_dots_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10]; cc = w[11]; ra = w[15]; cb = w[21]
+    for s in range(w[2]):
+        C = pointer_K(regs[w[7]] + w[8] + s * w[9])
+        A0 = regs[w[12]] + w[13] + s * w[14]
+        B0 = regs[w[17]] + w[18] + s * w[19]
+        for i in range(M):
+            A = pointer_K(A0 + i * ra * SIZE)
+            for j in range(N):
+                B = pointer_K(B0 + j * cb * SIZE)
+                total = zero
+                for k in range(K):
+                    total += A[k] * B[k]
+                if w[6] != 0:
+                    total += C[i * rc + j * cc]
+                C[i * rc + j * cc] = total
+"""
+
+#: Words: [2] how many indices, [3] how many lines there are, [4] elements of a line, then register and offset of
+#: the result, its distance from line to line (bytes), the same of the argument, register and offset of the indices
+#: and their distance. A wrong index is told in the register nought.
+TAKE = """
+def take_K(w, regs):
+    I = pointer_l(regs[w[11]] + w[12])
+    for n in range(w[2]):
+        i = I[n * w[13]]
+        if i < 0:
+            i += w[3]
+        if i < 0 or i >= w[3]:
+            regs[0] = 1
+            return
+        O = pointer_K(regs[w[5]] + w[6] + n * w[7])
+        A = pointer_K(regs[w[8]] + w[9] + i * w[10])
+        for j in range(w[4]):
+            O[j] = A[j]
+"""
+
+ADD_AT = """
+def add_at_K(w, regs):
+    I = pointer_l(regs[w[11]] + w[12])
+    for n in range(w[2]):
+        i = I[n * w[13]]
+        if i < 0:
+            i += w[3]
+        if i < 0 or i >= w[3]:
+            regs[0] = 1
+            return
+        O = pointer_K(regs[w[5]] + w[6] + i * w[7])
+        A = pointer_K(regs[w[8]] + w[9] + n * w[10])
+        for j in range(w[4]):
+            O[j] += A[j]
+"""
+
+#: The instructions one by one, and the same for one block of rows after the other: each block, registers move on.
+RUN = """
+def run(w, count, regs, steps, many, blocks):
+    for block in range(blocks):
+        here = w
+        for i in range(count):
+            call_driver(here[0], here, regs)
+            here = moved(here, here[1])
+        for r in range(many):
+            regs[r] += steps[r]
+"""
+
+#: Drivers by name; those with a K in the source are made for each kind.
+DRIVERS = {
+    "map_flat": MAP_FLAT, "map_lines": MAP_LINES, "product_lines": PRODUCT_LINES, "product_dots": PRODUCT_DOTS,
+    "take": TAKE, "add_at": ADD_AT, "run": RUN,
+}  # fmt: skip
+
+
+def parts_of(name: str) -> tuple[str, str, str]:
+    """The parts of a kernel's name: ``add_f_110`` is a map, its kind and pattern, ``take_f`` a driver and its kind."""
+    if name in DRIVERS:
+        return name, "", ""
+    stem, _, kind = name.rpartition("_")
+    if stem in DRIVERS:
+        return stem, kind, ""
+    stem, _, pattern = name.rpartition("_")
+    stem, _, kind = stem.rpartition("_")
+    return stem, kind, pattern
+
+
+def sources(name: str) -> str:
+    """The source of the kernel of that name."""
+    stem, kind, pattern = parts_of(name)
+    if stem not in DRIVERS:
+        return map_source(stem, kind, pattern)
+    if not kind:
+        return DRIVERS[stem]
+    return DRIVERS[stem].replace("_K", f"_{kind}").replace("SIZE", SIZES[kind]).replace("LANES", LANES[kind])

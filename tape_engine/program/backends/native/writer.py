@@ -1,0 +1,146 @@
+"""The replay function of the native backend: straight-line Python, with calls of segments among those of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ....tape import Node, Value
+from ...buffers import overlapping
+from ...data import Frozen
+from ..python import Source, _Name, _Writer
+from . import objects
+from .compiler import compiled
+from .machine import Unfit, dense
+from .plan import Part, planned
+from .segment import Loop, Segment
+
+__all__ = ["Told", "generate"]
+
+PAYS = 6  # operations in a segment, on the average, from which on it is worth its call
+
+
+@dataclass
+class Told:
+    """What a plan comes to, for `print(program)`."""
+
+    nodes: int = 0
+    segments: int = 0
+    loops: int = 0
+    torch: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    compiled: int = 0
+    kernels: int = 0
+
+    @property
+    def pays(self) -> bool:
+        """Whether a replay gains more than the calls of the segments cost."""
+        return self.loops > 0 or self.nodes >= PAYS * max(self.segments, 1)
+
+    def __str__(self) -> str:
+        rows = f", {self.loops} of them by blocks of rows" if self.loops else ""
+        made = f"{self.compiled} of {self.kernels} kernels compiled" if self.compiled else f"{self.kernels} kernels"
+        return (
+            f"{self.nodes} operations in {self.segments} compiled segments{rows}, {self.torch} calls of torch; "
+            f"{self.bytes:,} bytes between; {made}, ready in {self.seconds:.2f} s"
+        )
+
+
+class _Poor(Exception):
+    """The segments of a plan are not worth their calls."""
+
+
+def generate(frozen: Frozen, *, with_sweep: bool, always: bool = True) -> tuple[Source, Told] | None:
+    """The function that replays a frozen tape, with what it is made of.
+
+    ``None``, before anything was compiled, if it does not pay and is not wanted `always`.
+    """
+    writer = _Native(frozen, with_sweep, always)
+    try:
+        source = writer.write()
+    except _Poor:
+        return None
+    return source, writer.told
+
+
+class _Native(_Writer):
+    def __init__(self, frozen: Frozen, with_sweep: bool, always: bool) -> None:
+        super().__init__(frozen, with_sweep)
+        self.always = always
+        self.told = Told()
+
+    def _results(self, wanted: set[Value]) -> set[Value]:
+        frozen = self.frozen
+        read = wanted | {frozen.canonical(after) for _, after in frozen.writes}
+        refused: set[Node] = set()
+        while True:
+            self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose, refused)
+            try:
+                self.segments = [self._compiled(part) for part in self.plan.parts]
+                break
+            except Unfit as error:
+                if error.node is None or error.node in refused:
+                    raise
+                refused.add(error.node)
+        self.told.nodes = sum(segment.nodes for segment in self.segments)
+        self.told.segments = len(self.segments)
+        self.told.loops = sum(any(isinstance(s, Loop) for s in segment.steps) for segment in self.segments)
+        self.told.bytes = sum(segment.shared + segment.local for segment in self.segments)
+        if not (self.always or self.told.pays):
+            raise _Poor
+        taken = {node for part in self.plan.parts for node in part.nodes}
+        everything = self.nodes
+        self.nodes = [node for node in everything if node not in taken]
+        mine = super()._results(wanted)
+        self.nodes = everything
+        return mine | {v for part in self.plan.parts for v in part.outputs if v in wanted}
+
+    def _compiled(self, part: Part) -> Segment:
+        return compiled(part, self.plan, {v: _strides(v) for v in (*part.inputs, *part.outputs)})
+
+    def _nodes(self) -> None:
+        before, start = objects.loaded().compiled, objects.loaded().seconds
+        used: set[str] = set()
+        segments = iter(self.segments)
+        for item in self.plan.items:
+            if isinstance(item, Part):
+                segment = next(segments)
+                used |= segment.kernels
+                self.segment(item, segment)
+            else:
+                self.node(item)
+                self.told.torch += item not in self.folded
+        self.told.kernels = len(used)
+        self.told.compiled = objects.loaded().compiled - before
+        self.told.seconds = objects.loaded().seconds - start
+
+    def segment(self, part: Part, segment: Segment) -> None:
+        """The line that runs a segment."""
+        names = [self.name(v) for v in part.inputs]
+        fixed = [v in self.static for v in part.inputs]
+        for value in part.outputs:
+            names.append(self.target(value, "v"))
+            fixed.append(value not in self.mine)
+        addresses = objects.load(segment.kernels)
+        title = self.unused("native")
+        arguments = [_Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
+        self.views.append((title, segment.bind, (addresses, arguments), {}))
+        changing = [name for name, still in zip(names, fixed, strict=True) if not still]
+        self.lines.append(f"# {_in_words(part.nodes)}")
+        self.lines.append(f"{title}({', '.join(changing)})")
+
+
+def _strides(value: Value) -> tuple[int, ...]:
+    """How the elements of a tensor that stands for a value must lie."""
+    if value.strides and not overlapping(value.shape, value.strides):
+        return tuple(value.strides)
+    return dense(value.shape)
+
+
+def _in_words(nodes: list[Node]) -> str:
+    """What a segment does: ``3 mul, 2 tanh, ...``."""
+    counts: dict[str, int] = {}
+    for node in nodes:
+        name = node.op.name.partition(".")[0]
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())

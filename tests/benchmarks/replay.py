@@ -1,0 +1,151 @@
+"""What a replay takes, by every backend that is there: tiny operations, a sampler's gradient, the first result."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import tape_engine as te
+from tape_engine.program.backends import native
+
+from .timing import Case, Table, Timing, measure
+
+__all__ = ["BACKENDS", "first_result", "posterior", "replays", "tiny"]
+
+Tensor = torch.Tensor
+
+BACKENDS = ("python", "native") if native.available() else ("python",)
+ROOT = Path(__file__).parents[2]
+
+
+def replays(
+    made: Callable[[str], te.Program], inputs: Sequence[Tensor], *, number: int = 1, units: int = 1,
+    then: Callable[[], object] = lambda: None,
+) -> list[Case]:  # fmt: skip
+    """A case for each backend; `made` gives its program, `then` is done after each step."""
+
+    def case(backend: str) -> Case:
+        program = made(backend)
+
+        def run() -> object:
+            program.step(*inputs)
+            return then()
+
+        return Case(f"tape_engine, replay ({backend})", run, number=number, units=units)
+
+    return [case(backend) for backend in BACKENDS]
+
+
+def tiny(count: int, rounds: int, *, products: bool = False, on_run: Callable[[str], None] = lambda _: None) -> Table:
+    """`count` operations on 8 x 8 elements, forward and back; with `products` a third of them are of matrices."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(8, 8, generator=generator), torch.randn(8, 8, generator=generator) / 3
+    leaves = [each.clone().requires_grad_() for each in (x, w)]
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        for _ in range(count // (3 if products else 2)):
+            x = torch.tanh(x @ w) * w if products else torch.tanh(x * w)
+        return x.sum()
+
+    def program(backend: str) -> te.Program:
+        with te.record() as tape:
+            C = function(x, w)
+        made: te.Program = tape.program(inputs=(x,), outputs=C, wrt=(x, w), backend=backend)
+        return made
+
+    cases = [
+        Case("torch.autograd, eager", lambda: torch.autograd.grad(function(*leaves), leaves), units=count),
+        *replays(program, [x], number=5, units=count),
+    ]
+    what = "products and element-wise" if products else "element-wise"
+    title = f"{count:,} tiny operations ({what}, 8 x 8), forward and back, for each of them"
+    return measure(title, cases, rounds, unit="operation", on_run=on_run)
+
+
+def posterior(rows: int, rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
+    """The gradient of a log posterior, as a sampler calls it: logistic regression, 8 groups, 5 features, float64."""
+    generator = torch.Generator().manual_seed(0)
+    kind = {"dtype": torch.float64, "generator": generator}
+    features = torch.randn(rows, 5, **kind)  # type: ignore[call-overload]
+    group = torch.randint(0, 8, (rows,), generator=generator)
+    outcome = torch.rand(rows, **kind).round()  # type: ignore[call-overload]
+    mean, log_scale = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    offset, slope = (torch.randn(n, **kind) for n in (8, 5))  # type: ignore[call-overload]
+    given = (mean, log_scale, offset, slope)
+    leaves = [each.clone().requires_grad_() for each in given]
+
+    def log_posterior(mean: Tensor, log_scale: Tensor, offset: Tensor, slope: Tensor) -> Tensor:
+        of_group = mean + log_scale.exp() * offset
+        logit = of_group[group] + features @ slope
+        likelihood = (outcome * logit - F.softplus(logit)).sum()
+        prior = 0.5 * (offset**2).sum() + 0.5 * (slope / 2.5).pow(2).sum() + 0.5 * mean**2 + 0.5 * log_scale**2
+        found: Tensor = likelihood - prior
+        return found
+
+    def program(backend: str) -> te.Program:
+        with te.record() as tape:
+            C = log_posterior(*given)
+        made: te.Program = tape.program(inputs=given, outputs=C, wrt=given, backend=backend)
+        return made
+
+    cases = [
+        Case("torch.autograd, eager", lambda: torch.autograd.grad(log_posterior(*leaves), leaves), number=10),
+        *replays(program, given, number=10),
+    ]
+    title = f"the gradient of a hierarchical logistic regression's log posterior, {rows:,} rows"
+    return measure(title, cases, rounds, on_run=on_run)
+
+
+FIRST = """
+import sys, time
+import torch, tape_engine as te
+rows, count = int(sys.argv[1]), int(sys.argv[2])
+if rows:
+    X, Y, w, b = torch.rand(rows, 784), torch.rand(rows), torch.randn(784, 1) / 28, torch.zeros(1)
+    inputs = (X, Y)
+    with te.record() as tape:
+        C = te.mse(te.relu(te.lin(X, w, b)), Y)
+else:
+    x, w = torch.randn(8, 8), torch.randn(8, 8)
+    inputs = (x,)
+    with te.record() as tape:
+        y = x
+        for _ in range(count // 2):
+            y = torch.tanh(y * w)
+        C = y.sum()
+start = time.perf_counter()
+tape.program(inputs=inputs, outputs=C).step(*inputs)
+print(time.perf_counter() - start)
+"""
+
+
+def first_result(rows: int, count: int, rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
+    """From a recording to its first replay, in a process of its own: with nothing compiled yet, and the second time."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for when in ("nothing compiled yet", "a second process"):
+                for what, arguments in (("the article", (rows, 0)), (f"{count:,} tiny operations", (0, count))):
+                    name = f"{what}, {when}"
+                    on_run(name)
+                    taken.setdefault(name, []).append(_seconds(arguments, Path(folder) / what))
+    timings = [Timing(name, statistics.median(each), min(each), max(each), len(each)) for name, each in taken.items()]
+    return Table("from the recording to the first result of a replay", "program", tuple(timings))
+
+
+def _seconds(arguments: Sequence[Any], cache: Path) -> float:
+    """What a process with this folder for its kernels tells."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TAPE_ENGINE_CACHE": str(cache)}
+    command = [sys.executable, "-c", FIRST, *map(str, arguments)]
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
