@@ -125,25 +125,34 @@ class Replayable:
         with quietly():
             facts = facts_of(self._function, args, kwargs, named=False)
             key = tuple(facts.key)
+        tried: list[_Made] = []
+        failed: GuardError | None = None
+        while True:
+            for each in self._known(key, tried):
+                tried.append(each)
+                try:
+                    result = self._replay(each, args, kwargs, facts.inputs, options)
+                except GuardError as error:
+                    if each.program is None:
+                        raise
+                    failed = error
+                    continue
+                except InputError:  # memory shared in another way, say: the function decides what is right
+                    continue
+                self._in_a_row = 0
+                return result
+            with self._lock:
+                if not self._known(key, tried):  # else another thread has recorded this kind of call meanwhile
+                    return self._record(key, args, kwargs, options, failed)
+
+    def _known(self, key: tuple[Any, ...], tried: list[_Made]) -> list[_Made]:
+        """What was made for one kind of call, beside what was tried already."""
         with self._lock:
             entry = self._entries.get(key)
-            made = [] if entry is None else list(entry.made)
-            if entry is not None:
-                self._entries.move_to_end(key)
-        failed: GuardError | None = None
-        for each in made:
-            try:
-                result = self._replay(each, args, kwargs, facts.inputs, options)
-            except GuardError as error:
-                if each.program is None:
-                    raise
-                failed = error
-                continue
-            except InputError:  # memory shared in another way, say: the function decides what is right
-                continue
-            self._in_a_row = 0
-            return result
-        return self._record(key, args, kwargs, options, failed)
+            if entry is None:
+                return []
+            self._entries.move_to_end(key)
+            return [each for each in entry.made if not any(each is other for other in tried)]
 
     def _replay(
         self, made: _Made, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], options: Any
