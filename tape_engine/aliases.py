@@ -109,16 +109,17 @@ def write_view_grad(g, out, base, part, size, stride, offset):  # type: ignore[n
 class Aliases:
     """The values that live in one storage: those that a tensor holds now, and those kept for a rule."""
 
-    __slots__ = ("__weakref__", "members")
+    __slots__ = ("__weakref__", "_drop_at", "members")
 
     def __init__(self) -> None:
         self.members: list[weakref.ref[Value]] = []
+        self._drop_at = 16  # how many there are when the dead ones are next dropped
 
     def add(self, value: Value) -> None:
-        """Enters a value; at each power of two the dead ones are dropped."""
+        """Enters a value; whenever they have doubled, the dead ones are dropped."""
         self.members.append(weakref.ref(value))
-        if len(self.members) & (len(self.members) - 1) == 0:
-            self.alive()
+        if len(self.members) >= self._drop_at:
+            self._drop_at = max(16, 2 * len(self.alive()))
 
     def alive(self) -> list[Value]:
         """The members that still matter; the others are dropped."""

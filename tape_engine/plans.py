@@ -31,6 +31,9 @@ HIDDEN_VIEWS = {
     aten._reshape_alias.default,
 }
 
+#: Views that mean more than what they compute: a cut, and a tensor made of Python numbers.
+APART = {aten.detach.default, aten.lift_fresh.default}
+
 #: Overloads by which a value leaves the tensors for Python.
 GUARDS = {
     aten._local_scalar_dense.default,
@@ -62,7 +65,7 @@ class Plan:
         known: whether a functional twin was found, if it writes.
         defaults: for each argument the default that its twin does not have, where one was found.
         statistics: whether what it writes are statistics, through which no gradient passes.
-        plain: whether it makes one fresh tensor of others, in no list, and does nothing else, as most do.
+        plain: whether it makes one tensor or view of others, in no list, and does nothing else, as most do.
         call: runs it; torch's own callable, without the overload's wrapping.
         order: which of its arguments the twin takes at each place, if in another order (``polygamma_(x, n)``).
     """
@@ -113,7 +116,7 @@ def _make(overload: OpOverload) -> Plan:
         views=views,
         guard=guard,
         random=random,
-        plain=one and flat and not (written or views or guard or random),
+        plain=one and flat and not (written or guard or random or overload in APART),
         call=overload._op,
         known=twin is not None,
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),

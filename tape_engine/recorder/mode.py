@@ -20,7 +20,7 @@ from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
 from .state import DETACH, LIFT, gaps, state, tensors_in
-from .writing import Taken, call, enter, join_views, refuse_without_rule, stays_closed, undo, write
+from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
 
 __all__ = ["Mode", "quietly", "recording"]
 
@@ -54,15 +54,16 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return self.__torch_dispatch__(func, types, args, kwargs)
         if plan.writes:
             return record_write(tape, func, plan, args, kwargs)
+        if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
+            value = read(args[0], tape)
+            result = plan.call(args[0])
+            bind(result, value, value.node)
+            return result
         taken = Taken(plan.op, tape, args, kwargs)
         if tape.strict:
             refuse_without_rule(plan.op, taken.inputs)
         if func is LIFT:
             return _lift(tape, func, args[0])
-        if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
-            result = func(*args, **kwargs)
-            bind(result, taken.inputs[0], taken.sources[0])
-            return result
         try:
             result = call(func, args, kwargs, lazily=taken.complex)
         except BaseException:

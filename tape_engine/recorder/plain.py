@@ -1,8 +1,8 @@
-"""Recording what programs do most: an operation that makes one fresh tensor of others, and does nothing else.
+"""Recording what programs do most: an operation that makes one tensor or view of others, and does nothing else.
 
 It is `Taken` and `write` in one, written out, with their calls put in place: what is saved here is saved at every
 operation of a program (`tests/benchmarks` has the figures). Whatever is out of the ordinary (a list of tensors, a
-view, a write, a keyword argument) goes through those.
+write, a keyword argument) goes through those.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..names import user_frame
 from ..plans import Plan
 from ..tape import Kept, Node, Tape, Value, bind, values_by_tensor
 from .state import state
-from .writing import ALIAS, call, read, refuse_without_rule, stays_closed, undo
+from .writing import ALIAS, call, join_view, read, refuse_without_rule, stays_closed, undo
 
 __all__ = ["record_plain"]
 
@@ -78,14 +78,17 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
     except BaseException:
         undo(tape, length)
         raise
+    given = args
+    if plan.views and any(result is each for each in given):
+        return result  # nothing was done: it is the argument itself
     if not tape.strong and stays_closed(tape, op, inputs, [result]):
         return result
 
-    given = tuple(inputs)
-    args = given if only_tensors else _refilled(args, inputs)
+    read_values = tuple(inputs)
+    args = read_values if only_tensors else _refilled(args, inputs)
     frame = user_frame(sys._getframe(2))
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
-    node = Node(op, args, _WITHOUT, given, tuple(sources), code, lasti, modules.path())
+    node = Node(op, args, _WITHOUT, read_values, tuple(sources), code, lasti, modules.path())
     value = Value(result)
     value._node = weakref.ref(node)
     bind(result, value, node)
@@ -96,6 +99,9 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
         if op.reads_output:
             saved.append(value.keep(ALIAS(result), own=True))  # below autograd: the count is not shared
         node.saved = tuple(saved)
+    if plan.views:
+        owners = [each for each in given if isinstance(each, Tensor)]
+        any(join_view(value, result, owner, each) for owner, each in zip(inputs, owners, strict=True))
     if tape.strong:
         node.tape = token
         tape._nodes.append(node)

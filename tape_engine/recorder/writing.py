@@ -31,6 +31,7 @@ __all__ = [
     "enter",
     "in_units_of",
     "is_update",
+    "join_view",
     "join_views",
     "read",
     "refuse_without_rule",
@@ -316,10 +317,17 @@ def join_views(outputs: Sequence[Value], made: Sequence[Tensor], taken: Taken) -
     """Enters outputs that share an input's storage among its aliases."""
     for value, tensor in zip(outputs, made, strict=True):
         for owner, given in zip(taken.inputs, taken.tensors, strict=True):
-            if aliases.same_storage(tensor, given):
-                aliases.share(value, owner)
-                rebind(tensor, version_of(given))
+            if join_view(value, tensor, owner, given):
                 break
+
+
+def join_view(value: Value, tensor: Tensor, owner: Value, given: Tensor) -> bool:
+    """Enters the output `value` among the aliases of the input `owner`, if their tensors share a storage."""
+    if not aliases.same_storage(tensor, given):
+        return False
+    aliases.share(value, owner)
+    rebind(tensor, version_of(given))
+    return True
 
 
 def as_constants(made: Sequence[Tensor]) -> None:
