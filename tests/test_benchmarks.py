@@ -16,8 +16,8 @@ from tests.helpers import g_of
 
 @pytest.mark.slow
 def test_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "figures.json"
-    assert main(["--quick", "--rows", "40", "--rounds", "1", "--json", str(path)]) == 0
+    path, told = tmp_path / "figures.json", tmp_path / "speed.md"
+    assert main(["--quick", "--rows", "40", "--rounds", "1", "--json", str(path), "--markdown", str(told)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(path.read_text(encoding="utf-8"))
     assert report["machine"]["torch"] == torch.__version__

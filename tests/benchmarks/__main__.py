@@ -22,6 +22,7 @@ import tape_engine as te
 from tape_engine import data
 
 from . import article, models, replay, steps
+from .report import figure, page
 from .timing import Table, Timing
 
 
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__, allow_abbrev=False)
     made.add_argument("--quick", action="store_true", help="small sizes and few rounds: seconds, and rough figures")
     made.add_argument("--json", type=Path, metavar="PATH", help="writes every figure to a file as well")
+    made.add_argument("--markdown", type=Path, metavar="PATH", help="writes the tables to a page of the documentation")
     made.add_argument("--data", metavar="mnist|FOLDER", help="real MNIST for the first tables, not random numbers")
     made.add_argument("--rows", type=int, metavar="N", help="rows of X in the first tables (default: 50,000)")
     made.add_argument("--rounds", type=int, metavar="N", help="measurements of each of the quick ways (default: 15)")
@@ -112,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["memory"] = [each.as_data() for each in peaks]
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         console.print(f"\n{options.json}")
+    if options.markdown:
+        options.markdown.write_text(page(about, tables, peaks), encoding="utf-8")
+        console.print(f"\n{options.markdown}")
     return 0
 
 
@@ -148,18 +153,13 @@ def held(peaks: Sequence[models.Memory]) -> RichTable:
     for column in ("torch.autograd, MB", "te.record() and sweep, MB", "of eager torch"):
         made.add_column(column, justify="right", no_wrap=True)
     for each in peaks:
-        made.add_row(each.name, _short(each.autograd / 1e6), _short(each.recorded / 1e6), f"{each.ratio:.2f} x")
+        made.add_row(each.name, figure(each.autograd / 1e6), figure(each.recorded / 1e6), f"{each.ratio:.2f} x")
     return made
 
 
 def _figures(timing: Timing, scale: float) -> tuple[str, str, str]:
-    low, high = (_short(scale * each) for each in (timing.low, timing.high))
-    return _short(scale * timing.median), f"{low} to {high}", str(timing.measurements)
-
-
-def _short(figure: float) -> str:
-    """Three digits, and all of those before the point."""
-    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+    low, high = (figure(scale * each) for each in (timing.low, timing.high))
+    return figure(scale * timing.median), f"{low} to {high}", str(timing.measurements)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""The figures of a run as a page of the documentation: tables in Markdown, with the machine and the versions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .models import Memory
+from .timing import Table
+
+__all__ = ["figure", "page"]
+
+HEAD = """# How fast it is
+
+Every figure of a table comes from one run, in which the ways took turns; the last column is the ratio of medians to the
+first line. Written by `python3 dev.py bench --markdown docs/explanation/speed.md`; [](replay.md) tells what is behind
+the replays.
+
+Measured with {machine}.
+"""
+
+
+def page(about: dict[str, Any], tables: Sequence[Table], peaks: Sequence[Memory]) -> str:
+    """The page: what the figures depend on, a table a benchmark, then the table of memory."""
+    parts = [HEAD.format(machine=", ".join(f"{name} {value}" for name, value in about.items()))]
+    parts += [_timed(table) for table in tables]
+    parts.append(_held(peaks))
+    return "\n".join(parts)
+
+
+def _timed(table: Table) -> str:
+    scale, unit = next((s, u) for s, u in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")) if _fits(table, s) or u == "µs")
+    rows = [
+        [
+            each.name,
+            figure(scale * each.median),
+            f"{figure(scale * each.low)} to {figure(scale * each.high)}",
+            f"{table.ratio(each):.2f} x",
+        ]
+        for each in table.timings
+    ]
+    heads = ["", f"median, {unit} a {table.unit}", "least to most", "of the first"]
+    return f"## {table.title[:1].upper()}{table.title[1:]}\n\n{_table(heads, rows)}"
+
+
+def _fits(table: Table, scale: float) -> bool:
+    return table.timings[0].median * scale >= 1
+
+
+def _held(peaks: Sequence[Memory]) -> str:
+    rows = [
+        [each.name, figure(each.autograd / 1e6), figure(each.recorded / 1e6), f"{each.ratio:.2f} x"] for each in peaks
+    ]
+    heads = ["", "torch.autograd, MB", "te.record() and sweep, MB", "of torch.autograd"]
+    title = "The most memory that tensors hold in a step, beyond the parameters"
+    return f"## {title}\n\n{_table(heads, rows)}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def figure(number: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
