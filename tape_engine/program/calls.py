@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from ..tape import Node, Value
+from ..tape import Node, Value, address_of
 from .data import sized_by_elements
 
 __all__ = ["Call", "call_of"]
@@ -109,7 +109,9 @@ def _find(node: Node, forward: OpOverload) -> Call:
     shares = any(r.alias_info is not None for r in schema.returns) or name == "_unsafe_view"
     if not schema.name.startswith("aten::") or node.random:
         return Call(forward, f"torch.ops.{forward}", view=shares)
-    out = None if shares or node.gaps or sized_by_elements(node) else _out_variant(forward)
+    # A loss that torch reduces takes given memory for its terms first, and moves it to where they have room.
+    reduced = "reduction" in node.op.parameters and [v.ndim for v in node.outputs] == [0]
+    out = None if shares or node.gaps or reduced or sized_by_elements(node) else _out_variant(forward)
     ways: list[Call] = []
     for owner, place in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
         function = getattr(owner, name, None)
@@ -120,8 +122,10 @@ def _find(node: Node, forward: OpOverload) -> Call:
     method = getattr(Tensor, name, None)
     if shares and method is not None:
         ways.append(Call(method, f"torch.Tensor.{name}", view=True))
-    if not shares and getattr(torch, name, None) is not None:
-        ways.append(Call(getattr(torch, name), f"torch.{name}"))
+    for owner, place in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
+        function = getattr(owner, name, None)
+        if not shares and function is not None:
+            ways.append(Call(function, f"{place}.{name}"))
     return next(
         (way for way in ways if _gives_the_same(way, node, forward)), Call(forward, f"torch.ops.{forward}", view=shares)
     )
@@ -155,8 +159,9 @@ def _gives_the_same(way: Call, node: Node, forward: OpOverload) -> bool:
             expected = _listed(forward(*args, **kwargs))
             if way.outs:
                 buffers = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in expected]
+                places = [address_of(each) for each in buffers]
                 way.function(*args, **kwargs, **dict(zip(way.outs, buffers, strict=True)))
-                got = buffers
+                got = buffers if places == [address_of(each) for each in buffers] else []  # it may not move them
             else:
                 got = _listed(way.function(*args, **kwargs))
             return len(got) == len(expected) and all(
