@@ -204,10 +204,11 @@ def _setting(original: Any) -> Any:
 
 
 def _subclassing(original: Any) -> Any:
-    def make_subclass(cls: Any, data: Tensor, *rest: Any, **kwargs: Any) -> Any:
-        if not _heard() or kwargs:
-            return original(cls, data, *rest, **kwargs)
-        return _parameter(original, cls, data, *rest)
+    # Of no signature, as torch's own: torch._dynamo compares it when it is first imported, inside a block perhaps.
+    def make_subclass(*args: Any, **kwargs: Any) -> Any:
+        if len(args) < 2 or kwargs or not _heard():
+            return original(*args, **kwargs)
+        return _parameter(original, *args)
 
     return make_subclass
 

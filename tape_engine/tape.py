@@ -95,6 +95,8 @@ class Value:
         node: the node that made it; ``None`` for a leaf, and once that node has left its tape.
         index: which of that node's outputs it is.
         constant: true where the sweep stops (``detach``, ``no_grad``, ``te.stop_gradient``).
+        detached: its tensor was made by ``detach`` or ``.data``: writes to it are no writes to the others, as a
+            gradient sees it.
         closed: why no gradient may pass into it (its tape was swept; a write went unseen), or "".
         name: the name under which a module holds it (``net.0.weight``), if any is known.
         aliases: the group of values that share its storage; ``None`` while it is alone there.
@@ -106,6 +108,7 @@ class Value:
     # What most values share stands here, and on a value only where it differs: a value is made at each operation.
     index = 0
     constant = False
+    detached = False
     closed = ""
     name: str | None = None
     aliases: Any = None

@@ -15,7 +15,19 @@ from .. import aliases
 from ..plans import MISSING, Plan
 from ..tape import Tape, Value, bind, bound, rebind, unbind, version_of
 from .state import LIFT, UNSEEN, tensors_in
-from .writing import AS_COMPLEX, Taken, as_constants, enter, in_units_of, read, refuse_without_rule, stays_closed, write
+from .writing import (
+    AS_COMPLEX,
+    Taken,
+    as_constants,
+    as_stored,
+    enter,
+    in_units_of,
+    read,
+    refuse_without_rule,
+    stays_closed,
+    turned,
+    write,
+)
 
 __all__ = ["record_write", "unrecorded"]
 
@@ -56,6 +68,8 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
         new.constant = old.constant if node.cut else plan.statistics
         new.name = old.name if old.leaf else None
+        if old.detached:
+            new.detached = True
         aliases.share(new, old)
         rebind(tensor, version_of(tensor) + 1)
         _spread(tape, tensor, new, wholes[k], untouched, node.cut)
@@ -83,6 +97,7 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
     """What a write to `tensor` means to the other tensors that look into its storage."""
     neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
     base, of_base = tensor, new
+    detached = (new if whole is None else whole).detached
     if whole is not None and tensor._base is not None:
         target, old = in_units_of(tensor, tensor._base, whole, tape)
         if aliases.covers(target, tensor):
@@ -95,8 +110,8 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
         if other._base is base:
             if held is not None:
                 held.stale = True  # read off the base when it is next needed
-        elif aliases.covers(base, other):
-            _read_off(tape, base, of_base, other, held)
+        elif aliases.covers(base, other) and as_stored(other, base) is other:
+            _read_off(tape, base, of_base, other, held, detached)
         else:
             lost = Value(other)
             lost.closed = UNSEEN
@@ -110,10 +125,14 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
     assert base is not None
     place = aliases.place_of(tensor, target)
     made = base if target is base else target
-    node = write(tape, aliases.write_view, (old, new, *place), {}, [old, new], [None, None], [made], cut=cut)
+    stored = as_stored(tensor, target)  # a conjugated view writes the conjugate of what it shows
+    part = turned(tape, new, tensor, target, stored)
+    node = write(tape, aliases.write_view, (old, part, *place), {}, [old, part], [None, None], [made], cut=cut)
     if cut:
         node.mutates = ((0, 0),)
     node.outputs[0].constant = old.constant and (cut or new.constant)
+    if old.detached:
+        node.outputs[0].detached = True
     if target is not base:
         pairs = node.outputs[0]
         node = write(tape, AS_COMPLEX, (pairs,), {}, [pairs], [None], [base])
@@ -123,10 +142,10 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
     return node.outputs[0]
 
 
-def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Value | None) -> None:
+def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Value | None, detached: bool) -> None:
     """Records what `other`, which is no view of `base`, holds after a write to that."""
     place = aliases.place_of(other, base)
-    past = of_base.constant and held is not None and not held.constant
+    past = (of_base.constant or detached) and held is not None and not held.constant
     # A write through a detached alias changes the contents; the gradient passes over it, as in torch.
     inputs = [of_base, held] if past and held is not None else [of_base]
     node = write(tape, aliases.read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)

@@ -20,7 +20,7 @@ from .. import aliases, exits
 from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
 from .decisions import observe_from, record_tolist
 from .mode import quietly, recording
-from .state import current_tape_is_global, detaching, state, tensors_in
+from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in
 
 __all__ = ["Recorded", "RecordedParameter", "forget_leaves", "listen", "listen_to", "mark"]
 
@@ -48,6 +48,8 @@ class Recorded(Tensor):
                 return func(*args, **kwargs)
             if _writes(func) and _leaves_only(args, kwargs):
                 return _update_leaf(func, args, kwargs)
+            if (func in _DETACHES or is_cut()) and not (kwargs or _writes(func)) and _all_swept(args):
+                return func(*args)  # no gradient, and no decision, has to do with it: a running total of losses
             tape = current_tape()
             if func is _TOLIST:
                 listed = func(*args, **kwargs)
@@ -171,6 +173,12 @@ def _update_leaf(func: Any, args: Any, kwargs: Any) -> Any:
     result = func(*args, **kwargs)
     aliases.refresh(spared)
     return result
+
+
+def _all_swept(args: Any) -> bool:
+    """Whether what is known of the arguments of a call belongs to tapes that were swept."""
+    known = [v for t in tensors_in(args) if (v := bound(t)) is not None]
+    return bool(known) and all(v.closed == SWEPT or ((node := v.node) is not None and node.closed) for v in known)
 
 
 #: How many operations without a gradient are heard in a row outside a block: a running count must not keep each turn.

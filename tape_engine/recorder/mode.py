@@ -81,7 +81,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if plan.views:
                 join_views(node.outputs, made, taken)
                 if func is DETACH:
-                    node.outputs[0].constant = True
+                    node.outputs[0].constant = node.outputs[0].detached = True
             if plan.guard:
                 node.result = result
                 if not tape.strong:

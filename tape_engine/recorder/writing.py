@@ -26,6 +26,7 @@ __all__ = [
     "AS_COMPLEX",
     "Taken",
     "as_constants",
+    "as_stored",
     "begin",
     "call",
     "enter",
@@ -37,6 +38,7 @@ __all__ = [
     "refuse_without_rule",
     "rule_to_add",
     "stays_closed",
+    "turned",
     "undo",
     "write",
 ]
@@ -133,7 +135,9 @@ def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     if not aliases.covers(base, tensor):
         return _leaf(tensor, tape, closed=UNSEEN)
     place = aliases.place_of(tensor, base)
-    value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [tensor]).outputs[0]
+    raw = as_stored(tensor, base)
+    value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [raw]).outputs[0]
+    value = turned(tape, value, tensor, base, tensor)
     value.constant = constant
     aliases.share(value, whole)
     return value
@@ -147,7 +151,25 @@ def in_units_of(tensor: Tensor, base: Tensor, whole: Value, tape: Tape) -> tuple
     return pairs, write(tape, _AS_REAL, (whole,), {}, [whole], [None], [pairs]).outputs[0]
 
 
+def as_stored(tensor: Tensor, base: Tensor) -> Tensor:
+    """`tensor`, or a view of it that is conjugated and negated as `base` is: it shows what its storage holds."""
+    if tensor.is_conj() != base.is_conj():
+        tensor = torch.conj(tensor)
+    return torch._neg_view(tensor) if tensor.is_neg() != base.is_neg() else tensor
+
+
+def turned(tape: Tape, value: Value, tensor: Tensor, base: Tensor, made: Tensor) -> Value:
+    """Between what `tensor` shows and what its storage holds, as `base` shows it: conjugated or negated, as `made`."""
+    if tensor.is_conj() != base.is_conj():
+        value = write(tape, _CONJ, (value,), {}, [value], [None], [made]).outputs[0]
+    if tensor.is_neg() != base.is_neg():
+        value = write(tape, _NEG, (value,), {}, [value], [None], [made]).outputs[0]
+    return value
+
+
 _AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
+
+_CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._neg_view.default)
 
 
 _DETACH = registry.find(DETACH)

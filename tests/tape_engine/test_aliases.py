@@ -1034,6 +1034,124 @@ def test_more_random_programs_of_writes(way: str, commands: list[tuple[str, int,
 # -- the two operations of the room ----------------------------------------------------------------
 
 
+# -- conjugated and negated views ------------------------------------------------------------------------
+
+
+def writes_through_a_conjugated_view(x: Tensor) -> Tensor:
+    y = x.clone()
+    z = y.conj()
+    z[2] *= 2j
+    z[1] = x[0] * 3j
+    return (y * z).abs().sum() + (y * y).real.sum()
+
+
+def writes_through_the_imaginary_part_of_a_conjugated_view(x: Tensor) -> Tensor:
+    y = x.clone()
+    z = y.conj()
+    z.imag.mul_(x.real)  # negated, seen from y
+    z.real[1] = x[0].abs()
+    return (y * y * x).abs().sum() + (z * x).real.sum()
+
+
+def conjugated_and_negated_views_read_after_a_write_to_their_base(x: Tensor) -> Tensor:
+    y = x.clone()
+    z = y.conj()
+    w = z.imag
+    y.mul_(x)
+    y[0] = x[2] * 3
+    return (w * x.real).sum() + (z * x).abs().sum() + (z * z).imag.sum()
+
+
+def writes_through_an_adjoint_matrix(x: Tensor) -> Tensor:
+    y = x.clone().view(2, 2)
+    z = y.mH
+    z[0, 1] *= x[1]
+    z.add_(x.view(2, 2) * 1j)
+    v = y.t()
+    v[1].mul_(2j)
+    return (y @ z * x.view(2, 2)).real.sum()
+
+
+def writes_through_a_conjugated_view_under_no_grad(x: Tensor) -> Tensor:
+    y = x * x
+    with torch.no_grad():
+        y.conj().mul_(2j)
+    return (y * y).real.sum()
+
+
+CONJUGATED = [
+    writes_through_a_conjugated_view,
+    writes_through_the_imaginary_part_of_a_conjugated_view,
+    conjugated_and_negated_views_read_after_a_write_to_their_base,
+    writes_through_an_adjoint_matrix,
+    writes_through_a_conjugated_view_under_no_grad,
+]
+
+
+@pytest.mark.parametrize("f", CONJUGATED, ids=lambda f: f.__name__)
+def test_conjugated_views(f: Callable[[Tensor], Tensor]) -> None:
+    x, other = rand(4, dtype=torch.complex128), rand(4, dtype=torch.complex128)
+    with te.record() as tape:
+        C = f(x)
+    te.backward(C, keep=True)
+    close(x.g, reference(f, x)[0], 1e-12)
+    close(tape.program(inputs=(x,), outputs=C)(other), f(other), 1e-12)
+
+
+# -- writes through a detached alias: the contents change, and the gradient passes over them, as in torch --------
+
+
+def added_to_a_detached_alias(x: Tensor) -> Tensor:
+    y = x * 2
+    y.detach().add_(1)
+    return (y * x).sum()
+
+
+def a_view_of_a_detached_alias_written(x: Tensor) -> Tensor:
+    y = x * 2
+    v = y[1:]
+    y.detach()[0] = 5
+    return (y * x).sum() + (v * v).sum()
+
+
+def a_mask_written_into_data(x: Tensor) -> Tensor:
+    y = x * 2
+    y.data[y.data > 0] = 0
+    return (y * x).sum()
+
+
+def a_leaf_read_and_scaled_in_its_data(x: Tensor) -> Tensor:
+    a = (x * 2).sum()
+    x.data.mul_(3)
+    return a + (x * x).sum()
+
+
+def stop_gradient_written(x: Tensor) -> Tensor:
+    y = x * 2
+    (te.stop_gradient(y) if te.current_tape().strong else y.detach()).add_(1)
+    return (y * x).sum()
+
+
+DETACHED = [
+    added_to_a_detached_alias,
+    a_view_of_a_detached_alias_written,
+    a_mask_written_into_data,
+    a_leaf_read_and_scaled_in_its_data,
+    stop_gradient_written,
+]
+
+
+@pytest.mark.parametrize("f", DETACHED, ids=lambda f: f.__name__)
+def test_writes_through_a_detached_alias(f: Callable[[Tensor], Tensor]) -> None:
+    x = rand(4)
+    wanted = reference(f, x)[0]
+    mine = plain(x)
+    with te.record():
+        C = f(mine)
+    te.backward(C)
+    close(mine.g, wanted, 1e-12)
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "stride", "offset"),
     [

@@ -30,6 +30,21 @@ def rand(*shape: int) -> Any:
 # Each makes what it needs, and returns one turn of itself.
 
 
+def trains_and_adds_up_detached_losses() -> Callable[[], None]:
+    X, w, total, average = rand(4, 3), nn.Parameter(rand(3)), torch.zeros((), dtype=torch.float64), 0.0
+
+    def turn() -> None:
+        nonlocal total, average
+        with te.record():
+            C = (X @ w).pow(2).sum()
+        te.backward(C)
+        total = total + C.detach()
+        with torch.no_grad():
+            average = average + C
+
+    return turn
+
+
 def trains_with_named_operations() -> Callable[[], None]:
     X, w, b, Y = rand(4, 3), rand(3, 1), rand(1), rand(4)
 
@@ -299,6 +314,7 @@ def keeps_the_last_loss() -> Callable[[], None]:
 
 LOOPS: list[Callable[[], Callable[[], None]]] = [
     trains_with_named_operations,
+    trains_and_adds_up_detached_losses,
     trains_parameters_with_an_optimizer,
     records_and_never_sweeps,
     evaluates_under_no_grad,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -748,3 +750,22 @@ def test_models_trained_in_several_threads_at_once() -> None:
     assert together.keys() == alone.keys()
     for seed in range(6):
         assert all(torch.equal(a, b) for a, b in zip(alone[seed], together[seed], strict=True))
+
+
+@pytest.mark.slow
+def test_torch_s_compiler_may_first_be_imported_inside_a_block() -> None:
+    # Checkpoints and optimizers import it, and it looks at torch's functions: at those that a block has wrapped too.
+    code = """
+import sys, torch, tape_engine as te
+from torch.utils.checkpoint import checkpoint
+m, X = torch.nn.Linear(3, 2), torch.randn(4, 3)
+assert "torch._dynamo" not in sys.modules
+with te.record():
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+    C = checkpoint(m, X, use_reentrant=False).sum()
+te.backward(C)
+assert "torch._dynamo" in sys.modules
+print(m.bias.g.tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[4.0, 4.0]"
