@@ -265,7 +265,7 @@ def check_first(op: Any, function: Callable[..., Any], sample: Any, layout: Call
     te.backward(loss)
     if title(op) not in UNDEFINED:
         for out, expected in zip(outs, plain, strict=True):
-            compare(out, expected, "result", 0)
+            compare(out, expected, "result", 1e-12 if title(op).startswith(BY_ALIGNMENT) else 0)
     for place, (leaf, wanted) in enumerate(zip(call.leaves, theirs.gradients, strict=True)):
         compare(getattr(leaf, "g", None), wanted, f"gradient {place}", 1e-9)
 
@@ -324,6 +324,10 @@ def check_second(op: Any, function: Callable[..., Any], sample: Any, layout: Cal
 #: What torch computes for them depends on whether a gradient will be asked for: then with the vectors. Recorded
 #: they equal, bit for bit, what torch gives for tensors that require a gradient.
 FACTORISED = "linalg.cond linalg.eigvalsh linalg.matrix_norm linalg.norm linalg.svdvals norm.nuc".split()
+
+#: What torch computes for them differs in the last bit from call to call on the same numbers, by where in memory
+#: they lie (plain `torch.linalg.lstsq` of 300 systems, each twice: 50 differed).
+BY_ALIGNMENT = ("linalg.", "lu", "ormqr", "pinverse", "qr", "svd", "cholesky", "triangular_solve", "geqrf")
 
 #: Whose contents are whatever lay in memory.
 UNDEFINED = "empty empty_like empty_permuted empty_strided new_empty new_empty_strided".split()
