@@ -36,7 +36,13 @@ def fresh() -> Iterator[None]:
 
 #: Suites that are generated or run through whole programs: `dev.py check` leaves them out, `dev.py test` does not.
 THOROUGH = (
+    "program/test_boundaries.py",
     "program/test_calls.py",
+    "program/test_faithful.py",
+    "program/test_file.py",
+    "program/test_native_objects.py",
+    "program/test_native_ops.py",
+    "program/test_native_rows.py",
     "program/test_random_programs.py",
     "program/test_training.py",
     "program/test_values.py",
