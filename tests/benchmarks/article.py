@@ -39,11 +39,12 @@ def all_gradients(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str], 
     """Every gradient, those of `X`, `w`, `b`, `Z` and `U`, as the article's code has them."""
     w, b = _weights(X.shape[1])
     leaf_X, leaf_w, leaf_b = leaves = [each.clone().requires_grad_() for each in (X, w, b)]
+    labels = Y.clone()  # on tensors of a living tape eager torch would be recorded
 
     def autograd() -> article.Gradients:
         for leaf in leaves:
             leaf.grad = None
-        Z, U, C = article.forward(leaf_X, leaf_w, leaf_b, Y)
+        Z, U, C = article.forward(leaf_X, leaf_w, leaf_b, labels)
         Z.retain_grad()
         U.retain_grad()
         C.backward()  # type: ignore[no-untyped-call]
@@ -121,10 +122,9 @@ def parameters_only(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str]
     def eager() -> None:
         te.backward(te.mse(te.relu(te.lin(X, w, b)), Y), wrt=(w, b))
 
-    with te.record() as tape:
-        C = te.mse(te.relu(te.lin(X, w, b)), Y)
-
     def program(backend: str) -> te.Program:
+        with te.record() as tape:
+            C = te.mse(te.relu(te.lin(X, w, b)), Y)
         made: te.Program = tape.program(inputs=(X, Y), outputs=C, wrt=(w, b), backend=backend)
         return made
 

@@ -114,10 +114,9 @@ def perceptron(batch: int, rounds: int, *, on_run: Callable[[str], None] = lambd
             C = plain(*parameters)
         te.backward(C, wrt=parameters)
 
-    with te.record() as tape:
-        C = named()
-
     def program(backend: str) -> te.Program:
+        with te.record() as tape:  # while it lives, operations on X and Y are recorded: eager torch's too
+            C = named()
         made: te.Program = tape.program(inputs=(X, Y), outputs=C, wrt=parameters, backend=backend)
         return made
 
