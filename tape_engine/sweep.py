@@ -183,29 +183,25 @@ def root_of(C: Tensor, caller: str) -> tuple[Value, Node | None]:
             message(f"{caller} takes a recorded tensor, not {type(C).__name__}.", where=call_site(user_frame()))
         )
 
-    def refusal(kind: type[TapeError], what: str, fix: str | None = None) -> TapeError:
-        frame = user_frame()
-        name = local_name(frame, C) or "the tensor"
-        fix = fix and fix.format(name=name)
-        text = f"{caller}: {name} {what}"
-        return kind(message(text, where=call_site(frame), operands=[(name, describe(C))], fix=fix))
-
     binding = values_by_tensor.get(id(C))
     if binding is None:
-        raise refusal(
+        raise _refusal(
             NotRecordedError,
-            "is on no tape, so there is nothing to sweep.",
+            C,
+            f"{caller}: {{name}} is on no tape, so there is nothing to sweep.",
             "compute {name} inside `with te.record():`, or with named operations such as te.mse",
         )
     value = recorder.read(C, current_tape()) if binding.value.stale else binding.value
     node = values_by_tensor[id(C)].node
     if C.dtype not in DIFFERENTIABLE:
-        what = f"has the dtype {C.dtype}, and only floating or complex numbers have a gradient."
-        raise refusal(DTypeError, what)
+        what = f"{caller}: {{name}} has the dtype {C.dtype}, and only floating or complex numbers have a gradient."
+        raise _refusal(DTypeError, C, what)
     if value.constant:
-        raise refusal(
+        raise _refusal(
             NotRecordedError,
-            "is a constant: it was computed under torch.no_grad(), te.pause() or te.stop_gradient().",
+            C,
+            f"{caller}: {{name}} is a constant: it was computed under torch.no_grad(), te.pause() "
+            "or te.stop_gradient().",
             "compute {name} outside that block",
         )
     if value.closed:
@@ -213,20 +209,24 @@ def root_of(C: Tensor, caller: str) -> tuple[Value, Node | None]:
     return value, node
 
 
+def _refusal(
+    kind: type[TapeError], C: Tensor, what: str, fix: str | None = None, seed: Tensor | None = None
+) -> TapeError:
+    """What says that no sweep can begin at `C`, with this seed; ``{name}`` stands for what the user calls `C`."""
+    frame = user_frame()
+    name = local_name(frame, C) or "the tensor"
+    operands = [(name, describe(C)), *([] if seed is None else [("seed", describe(seed))])]
+    fix = fix and fix.format(name=name)
+    return kind(message(what.format(name=name), where=call_site(frame), operands=operands, fix=fix))
+
+
 def _seed(C: Tensor, seed: Tensor | None) -> Tensor:
     """The gradient with which the sweep from `C` begins, in its dtype and on its device."""
-
-    def refusal(kind: type[TapeError], what: str, fix: str) -> TapeError:
-        frame = user_frame()
-        name = local_name(frame, C) or "the tensor"
-        operands = [(name, describe(C)), *([] if seed is None else [("seed", describe(seed))])]
-        text = what.format(name=name)
-        return kind(message(text, where=call_site(frame), operands=operands, fix=fix.format(name=name)))
-
     if seed is None:
         if C.numel() != 1:
-            raise refusal(
+            raise _refusal(
                 ShapeError,
+                C,
                 f"{{name}} has {C.numel()} elements; its gradient needs a seed of the same shape.",
                 "te.backward({name}, torch.ones_like({name})), or sweep from a sum or a mean of {name}",
             )
@@ -236,9 +236,11 @@ def _seed(C: Tensor, seed: Tensor | None) -> Tensor:
             message(f"the seed must be a tensor, not {type(seed).__name__}.", where=call_site(user_frame()))
         )
     if seed.shape != C.shape:
-        raise refusal(ShapeError, "the seed has another shape than {name}.", f"give a seed of shape {tuple(C.shape)}")
+        fix = f"give a seed of shape {tuple(C.shape)}"
+        raise _refusal(ShapeError, C, "the seed has another shape than {name}.", fix, seed)
     if seed.is_complex() and not C.is_complex():
-        raise refusal(DTypeError, "the seed is complex, and {name} is real.", "give a real seed, such as seed.real")
+        fix = "give a real seed, such as seed.real"
+        raise _refusal(DTypeError, C, "the seed is complex, and {name} is real.", fix, seed)
     return seed if seed.dtype == C.dtype and seed.device == C.device else seed.to(C.device, C.dtype)
 
 

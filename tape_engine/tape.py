@@ -24,6 +24,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import CodeType
 from typing import Any
 
@@ -221,11 +222,8 @@ _FEW = tuple((count,) for count in range(32))
 
 def versions_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """`version_of` alone in a tuple; for small counts always the same one, as this is asked at each operation."""
-    try:
-        count = tensor._version
-    except RuntimeError:
-        count = 0
-    return _FEW[count] if count < 32 else (count,)
+    count = version_of(tensor)
+    return _FEW[count] if count < len(_FEW) else (count,)
 
 
 def address_of(tensor: torch.Tensor) -> int:
@@ -366,6 +364,21 @@ def _holds_value(argument: Any) -> bool:
     if isinstance(argument, Value):
         return True
     return isinstance(argument, (tuple, list)) and any(isinstance(each, Value) for each in argument)
+
+
+def ancestors(node: Node, through: Callable[[Node], Sequence[Node | None]] = attrgetter("sources")) -> list[Node]:
+    """`node` and every node it was computed from, in the order of recording.
+
+    `through` gives the nodes before one; by default all those that made its inputs.
+    """
+    seen = {node}
+    stack = [node]
+    while stack:
+        for source in through(stack.pop()):
+            if source is not None and source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return sorted(seen, key=attrgetter("seq"))
 
 
 class Token:
@@ -553,11 +566,7 @@ def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     made.key = key = id(tensor)
     made.value = value
     made.node = node
-    try:
-        count = tensor._version
-    except RuntimeError:
-        count = 0
-    made.versions = _FEW[count] if count < 32 else (count,)
+    made.versions = versions_of(tensor)
     values_by_tensor[key] = made
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tape_engine.errors import DTypeError, NotRecordedError, message
 from tape_engine.names import local_name
-from tape_engine.tape import Node, Tape, Value, describe, values_by_tensor
+from tape_engine.tape import Node, Tape, Value, ancestors, describe, values_by_tensor
 
 from .errors import caller, user_line
 from .roles import roles_of
@@ -56,7 +56,7 @@ def recording(root: Any) -> Recording:
                     fix="compute it inside `with te.record() as tape:`, or draw the tape itself: viz.draw(tape)",
                 )
             )
-        nodes, planned = _ancestors(binding.node), False
+        nodes, planned = ancestors(binding.node), False
     else:
         tape = root if isinstance(root, Tape) else getattr(root, "tape", None)
         if not isinstance(tape, Tape):
@@ -70,17 +70,6 @@ def recording(root: Any) -> Recording:
         nodes, planned = tape.nodes, tape is not root
     gradients, passed = _planned(nodes, getattr(root, "outputs", None)) if planned else _written(nodes)
     return Recording(nodes, gradients, passed, roles_of(nodes), planned and bool(gradients))
-
-
-def _ancestors(node: Node) -> list[Node]:
-    """`node` and every node it depends on, in the order of recording."""
-    found, stack = {id(node): node}, [node]
-    while stack:
-        for source in stack.pop().sources:
-            if source is not None and id(source) not in found:
-                found[id(source)] = source
-                stack.append(source)
-    return sorted(found.values(), key=lambda each: each.seq)
 
 
 # -- gradients -----------------------------------------------------------------------------------------

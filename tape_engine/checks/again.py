@@ -10,7 +10,7 @@ import torch
 from ..errors import NotRecordedError, OverwrittenError, message
 from ..gradients import refill
 from ..names import call_site, user_frame
-from ..tape import Kept, Node, Value, describe, unwritten
+from ..tape import Kept, Node, Value, ancestors, describe, unwritten
 from ..walk import Sweep
 from .case import DOUBLE, SEED, Case, doubled, reads_of, run
 
@@ -222,17 +222,7 @@ def _behind(node: Node | None) -> list[Node]:
     """Every node whose results `node` was computed from, and itself, in the order of recording."""
     if node is None:
         return []
-    seen = {node}
-    stack = [node]
-    while stack:
-        here = stack.pop()
-        if here is not node and _given(here) is not None:
-            continue
-        for source in here.sources:
-            if source is not None and source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return sorted(seen, key=lambda each: each.seq)
+    return ancestors(node, lambda here: () if here is not node and _given(here) is not None else here.sources)
 
 
 def _given(node: Node) -> list[Tensor] | None:

@@ -25,9 +25,8 @@ class Apart(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return (
-            False  # torch's guard would import torch._dynamo at the first call: in the midst of a body, where it fails
-        )
+        # Torch's guard would import torch._dynamo at the first call: in the midst of a body, where it fails.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

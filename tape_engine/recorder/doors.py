@@ -86,7 +86,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node.random = before is not None and not torch.equal(before, torch.get_rng_state())
         if op is cut_op:
             node.outputs[0].constant = node.outputs[0].detached = True
-        join_views(node.outputs, made, taken)
+        join_views(node.outputs, made, taken.inputs, taken.tensors)
         if not tape.strong:
             listen(tape, node)
     return result

@@ -79,7 +79,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 node.outputs_tuple = True
                 node.gaps = gaps(result)
             if plan.views:
-                join_views(node.outputs, made, taken)
+                join_views(node.outputs, made, taken.inputs, taken.tensors)
                 if func is DETACH:
                     node.outputs[0].constant = node.outputs[0].detached = True
             if plan.guard:

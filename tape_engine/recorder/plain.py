@@ -18,7 +18,7 @@ from ..names import user_frame
 from ..plans import Plan
 from ..tape import Kept, Node, Tape, Value, bind, values_by_tensor
 from .state import state
-from .writing import ALIAS, call, join_view, read, refuse_without_rule, stays_closed, undo
+from .writing import ALIAS, call, join_views, read, refuse_without_rule, stays_closed, undo
 
 __all__ = ["record_plain"]
 
@@ -100,8 +100,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
             saved.append(value.keep(ALIAS(result), own=True))  # below autograd: the count is not shared
         node.saved = tuple(saved)
     if plan.views:
-        owners = [each for each in given if isinstance(each, Tensor)]
-        any(join_view(value, result, owner, each) for owner, each in zip(inputs, owners, strict=True))
+        join_views(node.outputs, (result,), inputs, [each for each in given if isinstance(each, Tensor)])
     if tape.strong:
         node.tape = token
         tape._nodes.append(node)

@@ -32,7 +32,6 @@ __all__ = [
     "enter",
     "in_units_of",
     "is_update",
-    "join_view",
     "join_views",
     "read",
     "refuse_without_rule",
@@ -335,21 +334,16 @@ def rule_to_add(op: Op) -> str:
     return f"@te.rule({target}) on def {op.name}_grad(g, out, {', '.join(op.parameters)}): ..."
 
 
-def join_views(outputs: Sequence[Value], made: Sequence[Tensor], taken: Taken) -> None:
-    """Enters outputs that share an input's storage among its aliases."""
+def join_views(
+    outputs: Sequence[Value], made: Sequence[Tensor], inputs: Sequence[Value], given: Sequence[Tensor]
+) -> None:
+    """Enters outputs that share an input's storage among its aliases; `made` and `given` are the tensors of both."""
     for value, tensor in zip(outputs, made, strict=True):
-        for owner, given in zip(taken.inputs, taken.tensors, strict=True):
-            if join_view(value, tensor, owner, given):
+        for owner, owning in zip(inputs, given, strict=True):
+            if aliases.same_storage(tensor, owning):
+                aliases.share(value, owner)
+                rebind(tensor, version_of(owning))
                 break
-
-
-def join_view(value: Value, tensor: Tensor, owner: Value, given: Tensor) -> bool:
-    """Enters the output `value` among the aliases of the input `owner`, if their tensors share a storage."""
-    if not aliases.same_storage(tensor, given):
-        return False
-    aliases.share(value, owner)
-    rebind(tensor, version_of(given))
-    return True
 
 
 def as_constants(made: Sequence[Tensor]) -> None:

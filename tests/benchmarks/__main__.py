@@ -22,7 +22,7 @@ import tape_engine as te
 from tape_engine import data
 
 from . import article, models, replay, steps
-from .report import figure, page
+from .report import figure, page, scale_of
 from .timing import Table, Timing
 
 
@@ -121,9 +121,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-SCALES = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"))
-
-
 @contextmanager
 def status(console: Console) -> Iterator[Callable[[str], None]]:
     """On a terminal, a line that tells what is being measured."""
@@ -136,7 +133,7 @@ def status(console: Console) -> Iterator[Callable[[str], None]]:
 
 def shown(table: Table) -> RichTable:
     """The table as it is printed."""
-    scale, unit = next((s, u) for s, u in SCALES if table.timings[0].median * s >= 1 or u == "µs")
+    scale, unit = scale_of(table)
     made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=table.title, title_justify="left", title_style="bold")
     made.add_column("", no_wrap=True)
     for column in (f"median, {unit}", "min to max", "runs", "of the first"):

@@ -8,7 +8,7 @@ from typing import Any
 from .models import Memory
 from .timing import Table
 
-__all__ = ["figure", "page"]
+__all__ = ["figure", "page", "scale_of"]
 
 HEAD = """# How fast it is
 
@@ -29,7 +29,7 @@ def page(about: dict[str, Any], tables: Sequence[Table], peaks: Sequence[Memory]
 
 
 def _timed(table: Table) -> str:
-    scale, unit = next((s, u) for s, u in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")) if _fits(table, s) or u == "µs")
+    scale, unit = scale_of(table)
     rows = [
         [
             each.name,
@@ -41,10 +41,6 @@ def _timed(table: Table) -> str:
     ]
     heads = ["", f"median, {unit} a {table.unit}", "least to most", "of the first"]
     return f"## {table.title[:1].upper()}{table.title[1:]}\n\n{_table(heads, rows)}"
-
-
-def _fits(table: Table, scale: float) -> bool:
-    return table.timings[0].median * scale >= 1
 
 
 def _held(peaks: Sequence[Memory]) -> str:
@@ -59,6 +55,12 @@ def _held(peaks: Sequence[Memory]) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def scale_of(table: Table) -> tuple[float, str]:
+    """What seconds are multiplied by so that the first way takes one or more, and the unit that this gives."""
+    scales = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"))
+    return next((s, u) for s, u in scales if table.timings[0].median * s >= 1 or u == "µs")
 
 
 def figure(number: float) -> str:

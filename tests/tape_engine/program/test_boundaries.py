@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,13 +16,6 @@ from tests.helpers import agree, close, g_of, plain, reference
 from tests.tape_engine.program.common import F32, F64, draw, follows, freeze, is_view, out_kernel, ran
 
 Tensor = torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 def right_or_refused(function: Callable[[Tensor], Tensor], *, swept: bool = True) -> None:

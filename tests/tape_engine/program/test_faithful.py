@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,13 +15,6 @@ from tests.helpers import close, g_of
 from tests.tape_engine.program.common import F64, draw
 
 Tensor = torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 # -- what goes on beside a program ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy
@@ -19,13 +19,6 @@ from tests.helpers import agree, close, error_text, g_of, plain, reference
 from tests.tape_engine.program.common import F64, counted, draw, follows, freeze
 
 Tensor = torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 # -- bad arguments -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import gc
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,6 @@ from tests.tape_engine.program.common import F64, draw, follows, freeze, snapsho
 
 Tensor = torch.Tensor
 HERE = Path(__file__).name
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 # -- guards --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,13 +17,6 @@ from tests.helpers import agree, close, error_text, g_of, plain, reference
 from tests.tape_engine.program.common import F32, F64, Spy, draw, follows, freeze, snapshot, unchanged
 
 Tensor = torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 # -- the article's graph -------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,13 +22,6 @@ from tests.tape_engine.program.common import F32, F64, draw
 
 Tensor = torch.Tensor
 Pair = namedtuple("Pair", "left right")
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 def count(replayable: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,13 +12,6 @@ from tests.helpers import agree, close, error_text, g_of, plain, reference, unsh
 from tests.tape_engine.program.common import C128, F32, F64, draw, follows, freeze
 
 Tensor = torch.Tensor
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_over() -> Iterator[None]:
-    te.global_tape().clear()
-    yield
-    assert te.current_tape() is te.global_tape()
 
 
 # -- what a program may compute ------------------------------------------------------------------------------

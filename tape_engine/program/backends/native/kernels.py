@@ -226,8 +226,8 @@ def product_dots_K(w, regs):
 #: Words: [2] how many indices, [3] how many lines there are, [4] elements of a line, then register and offset of
 #: the result, its distance from line to line (bytes), the same of the argument, register and offset of the indices
 #: and their distance. A wrong index is told in the register nought.
-TAKE = """
-def take_K(w, regs):
+BY_INDEX = """
+def NAME_K(w, regs):
     I = pointer_l(regs[w[11]] + w[12])
     for n in range(w[2]):
         i = I[n * w[13]]
@@ -236,27 +236,20 @@ def take_K(w, regs):
         if i < 0 or i >= w[3]:
             regs[0] = 1
             return
-        O = pointer_K(regs[w[5]] + w[6] + n * w[7])
-        A = pointer_K(regs[w[8]] + w[9] + i * w[10])
+        O = pointer_K(regs[w[5]] + w[6] + TO * w[7])
+        A = pointer_K(regs[w[8]] + w[9] + FROM * w[10])
         for j in range(w[4]):
-            O[j] = A[j]
+            O[j] SIGN A[j]
 """
 
-ADD_AT = """
-def add_at_K(w, regs):
-    I = pointer_l(regs[w[11]] + w[12])
-    for n in range(w[2]):
-        i = I[n * w[13]]
-        if i < 0:
-            i += w[3]
-        if i < 0 or i >= w[3]:
-            regs[0] = 1
-            return
-        O = pointer_K(regs[w[5]] + w[6] + i * w[7])
-        A = pointer_K(regs[w[8]] + w[9] + n * w[10])
-        for j in range(w[4]):
-            O[j] += A[j]
-"""
+
+def _by_index(name: str, to: str, source: str, sign: str) -> str:
+    """The kernel that puts lines where indices say, or takes them from there: `n` counts, `i` is the index."""
+    return BY_INDEX.replace("NAME", name).replace("TO", to).replace("FROM", source).replace("SIGN", sign)
+
+
+TAKE = _by_index("take", "n", "i", "=")
+ADD_AT = _by_index("add_at", "i", "n", "+=")
 
 #: The instructions one by one, and the same for one block of rows after the other: each block, registers move on.
 RUN = """
