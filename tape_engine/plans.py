@@ -74,6 +74,7 @@ class Plan:
         views: whether its result may share the storage of an argument.
         guard: whether it asks a value out of the tensors.
         random: whether it draws from a generator.
+        chance: the place of the argument by which it draws (``dropout_p``): with a 0 there it draws nothing.
         known: whether a functional twin was found, if it writes.
         defaults: for each argument the default that its twin does not have, where one was found.
         statistics: whether what it writes are statistics, through which no gradient passes.
@@ -98,6 +99,13 @@ class Plan:
     call: Any = None
     quick: Any = None
     order: tuple[int, ...] = ()
+    chance: int | None = None
+
+    def draws(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call with these arguments draws from a generator."""
+        if not self.random or self.chance is None:
+            return self.random
+        return len(args) > self.chance and args[self.chance] != 0
 
 
 #: Those made so far, by overload.
@@ -136,6 +144,7 @@ def _make(overload: OpOverload) -> Plan:
         and flat
         and not (written or guard or random or overload in {*APART, BATCH_NORM}),
         single=returned == ["Tensor"],
+        chance=next((i for i, a in enumerate(arguments) if a.name == "dropout_p" and not a.kwarg_only), None),
         call=overload._op,
         quick=QUICK.get(overload, overload._op),
         known=twin is not None,
