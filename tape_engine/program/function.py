@@ -11,6 +11,7 @@ import torch
 from ..recorder import quietly
 from .backends import native, python
 from .data import Frozen
+from .uncollected import uncollected
 
 __all__ = ["Function"]
 
@@ -45,7 +46,7 @@ class Function:
         with self._lock:
             if self._source is None:
                 without = torch.autocast(self._device, enabled=False)
-                with quietly(), torch.inference_mode(False), torch.no_grad(), without:
+                with quietly(), uncollected(), torch.inference_mode(False), torch.no_grad(), without:
                     self._source = self._generate()
             return self._source
 
@@ -68,7 +69,7 @@ class Function:
         try:
             run = self._idle.pop()  # atomic: no two threads get the same
         except IndexError:
-            with torch.autocast(self._device, enabled=False):
+            with uncollected(), torch.autocast(self._device, enabled=False):
                 run = self.source.function(copy=self._copy)
         try:
             if torch.is_autocast_enabled(self._device):  # casts that the code made are recorded; no others are meant

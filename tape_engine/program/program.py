@@ -21,6 +21,7 @@ from .frozen import freeze_nodes
 from .function import Function
 from .given import Given
 from .guards import streams_of
+from .uncollected import uncollected
 
 __all__ = ["Program", "freeze"]
 
@@ -261,7 +262,7 @@ def freeze(
             )
         )
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
-    with quietly():
+    with quietly(), uncollected():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
         program = Program(tape, frozen, copy=copy, backend=backend)
         let_go(frozen)

@@ -108,6 +108,7 @@ class _Writer:
         self.views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         self.static = set(frozen.constants)  # values that lie in the same memory on every replay
         self.given: set[Value] = set()  # results in the caller's memory that were returned
+        self.ways: dict[Node, Call] = {}
         self.lines: list[str] = []
 
     # -- names -------------------------------------------------------------------------------------------
@@ -211,9 +212,12 @@ class _Writer:
 
     def way(self, node: Node) -> Call:
         """How a node is called."""
-        call = call_of(node)
-        if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
-            return Call(node.op.forward, f"torch.ops.{node.op.forward}")
+        call = self.ways.get(node)
+        if call is None:
+            call = call_of(node)
+            if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
+                call = Call(node.op.forward, f"torch.ops.{node.op.forward}")
+            self.ways[node] = call
         return call
 
     def checked(self, node: Node) -> bool:
