@@ -315,6 +315,18 @@ def _by_tensor(sweep: Sweep) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def _traced(nodes: list[Node], sweep: Sweep) -> list[Node]:
+    """The nodes of a recorded sweep, with line and scope of the operations whose gradients they compute."""
+    start = 0
+    for source, stop in sweep.reached:
+        for node in nodes[start:stop]:
+            (node._code, node._lasti), node.scope = source.site, source.scope
+        start = stop
+    for node in nodes[start:]:  # sums over readings, copies that keep results apart: of no line in particular
+        node._code = None
+    return nodes
+
+
 def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor, targets: list[Tensor] | None) -> None:
     """Records the sweep from the first output; by default to the leaves of the forward pass, and no further."""
     if targets is None:
@@ -335,7 +347,7 @@ def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor
             arrivals = [(value, bound(g)) for value, g in sweep.arrivals]
     finally:
         pop_tape(inner)
-    frozen.backward = [each for node in bare(inner.nodes) for each in opened(node, frozen)]
+    frozen.backward = [each for node in _traced(bare(inner.nodes), sweep) for each in opened(node, frozen)]
     made = {value for node in (*frozen.forward, *frozen.backward) for value in node.outputs}
     frozen.held += [h for n in inner.nodes for v in n.inputs if v not in made and (h := v.holder) is not None]
     names = frozen.names

@@ -137,7 +137,7 @@ class Given:
 
     # -- the seed, and what is there to be added to --------------------------------------------------------------
 
-    def seed(self, seed: Tensor | None, one: Tensor) -> Tensor:
+    def seed(self, seed: Tensor | None, one: Tensor, caller: str = "program.step") -> Tensor:
         """The gradient of the first output: `seed`, checked, or `one`.
 
         Raises:
@@ -151,20 +151,20 @@ class Given:
         where = call_site(user_frame())
         row = (name, describe(wanted))
         if seed is None:
-            what = f"program.step: {name} has {wanted.numel()} elements; its gradient needs a seed of its shape."
-            fix = f"program.step(..., seed=torch.ones({tuple(wanted.shape)}))"
+            what = f"{caller}: {name} has {wanted.numel()} elements; its gradient needs a seed of its shape."
+            fix = f"{caller}(..., seed=torch.ones({tuple(wanted.shape)}))"
             raise ShapeError(message(what, where=where, operands=[row], fix=fix))
         if not isinstance(seed, Tensor):
             raise DTypeError(message(f"the seed must be a tensor, not {type(seed).__name__}.", where=where))
         rows = [row, ("seed", describe(seed))]
         if seed.shape != wanted.shape:
             what, fix = (
-                f"program.step: the seed has another shape than {name}.",
+                f"{caller}: the seed has another shape than {name}.",
                 f"give a seed of shape {tuple(wanted.shape)}",
             )
             raise ShapeError(message(what, where=where, operands=rows, fix=fix))
         if seed.is_complex() and not wanted.is_complex():
-            what = f"program.step: the seed is complex, and {name} is real."
+            what = f"{caller}: the seed is complex, and {name} is real."
             raise DTypeError(message(what, where=where, operands=rows, fix="give a real seed, such as seed.real"))
         return laid(seed.to(wanted.device, wanted.dtype), wanted.strides)  # rules were recorded for these strides
 

@@ -6,12 +6,9 @@ function is what ``program.code`` shows.
 
 from __future__ import annotations
 
-import builtins
 import keyword
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,72 +16,16 @@ import torch
 from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
-from ..buffers import buffer, laid, rotating
+from ..buffers import laid
 from ..calls import COPIES, Call, call_of
-from ..data import VIEWS, Frozen, sized_by_elements
+from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
 from ..passes import drop_dead, fold_constants, laid_out
+from .source import Like, Name, Source, Unit
 
-__all__ = ["Source", "generate"]
+__all__ = ["generate"]
 
 Tensor = torch.Tensor
-
-
-@dataclass
-class Source:
-    """The text of a replay function, and what it needs to run.
-
-    Attributes:
-        text: the function's source.
-        constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
-        made: names for what each copy has for itself, with how to make it: buffers and results.
-        folded: the nodes that run once for each copy, in order.
-    """
-
-    text: str
-    code: CodeType
-    constants: dict[str, Any]
-    buffers: dict[str, Value]
-    results: dict[str, Value]
-    views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-    def function(self, *, copy: bool = True) -> Callable[..., Any]:
-        """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
-        space = {"__builtins__": builtins, **self.constants}
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
-            for name, value in self.buffers.items():
-                space[name] = buffer(value)
-            for name, value in self.results.items():
-                space[name] = rotating(value, copy=copy)
-            for name, call, args, kwargs in self.views:
-                space[name] = call(
-                    *[_filled(each, space) for each in args], **{k: _filled(v, space) for k, v in kwargs.items()}
-                )
-        return FunctionType(self.code, space, self.code.co_name)
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A name in the function's space, in the arguments of what is run when a copy is made."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Like:
-    """Some tensor of a value's description, in the arguments of what is run when a copy is made."""
-
-    value: Value
-
-
-def _filled(argument: Any, space: dict[str, Any]) -> Any:
-    if isinstance(argument, _Name):
-        return space[argument.name]
-    if isinstance(argument, _Like):
-        return buffer(argument.value)
-    if type(argument) in (list, tuple):
-        return type(argument)([_filled(each, space) for each in argument])
-    return argument
 
 
 def generate(frozen: Frozen, *, with_sweep: bool) -> Source:
@@ -110,6 +51,8 @@ class _Writer:
         self.given: set[Value] = set()  # results in the caller's memory that were returned
         self.ways: dict[Node, Call] = {}
         self.lines: list[str] = []
+        self.units: list[Unit] = []
+        self.runs_once: set[Node] = set()
 
     # -- names -------------------------------------------------------------------------------------------
 
@@ -156,6 +99,7 @@ class _Writer:
             if value in self.laid:
                 self.names[value] = self.unused(f"{name}_laid")
                 self.lines.append(f"{self.names[value]} = laid({name}, {value.strides})")
+                self.unit("layout", len(self.lines) - 1, (), (), [value])
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.loose = self._loose({*wanted, *gradients})
@@ -166,13 +110,26 @@ class _Writer:
         swept = ", ".join([self.owned(g) for g in gradients])
         for leaf, after in frozen.writes:
             self.lines.append(f"{rim[frozen.canonical(leaf)]}.copy_({self.name(after)})")
+            self.unit("effect", len(self.lines) - 1, (), [after], [leaf])
         self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
-        title = "step" if self.with_sweep else "forward"
-        text = f"def {title}({parameters}):\n" + "\n".join(f"    {line}" if line else "" for line in self.lines) + "\n"
-        module = compile(text, f"<program.{title}>", "exec")
-        code = next(each for each in module.co_consts if isinstance(each, CodeType))
-        return Source(text, code, self.space, self.buffers, self.results, self.views)
+        head = f"def {'step' if self.with_sweep else 'forward'}({parameters}):"
+        once = len(self.runs_once)
+        return Source(
+            head, self.lines, self.space, self.buffers, self.results, self.views, self.units, once, self.names
+        )
+
+    def unit(
+        self,
+        kind: str,
+        start: int,
+        nodes: Iterable[Node] = (),
+        reads: Iterable[Value] = (),
+        writes: Iterable[Value] = (),
+    ) -> None:
+        """Says that the lines from `start` on belong together."""
+        values = [tuple(dict.fromkeys(map(self.frozen.canonical, each))) for each in (reads, writes)]
+        self.units.append(Unit(kind, start, len(self.lines), tuple(nodes), *values))
 
     def _nodes(self) -> None:
         """The lines of all nodes, each of the user's lines as a comment above its own."""
@@ -235,11 +192,20 @@ class _Writer:
         name, take = self.unused("result"), self.unused("new_result")
         self.results[take] = value
         self.lines.append(f"{name} = {take}().copy_({self.name(value)})")
+        self.unit("result", len(self.lines) - 1, (), [value], [value])
         return name
 
     # -- one node ----------------------------------------------------------------------------------------
 
     def node(self, node: Node) -> None:
+        forward, start = node.op.forward, len(self.lines)
+        self.write_node(node)
+        if len(self.lines) > start:
+            view = self.way(node).view and node.op is not write_view and node.result is None
+            read = () if view or forward in DESCRIBED else node.inputs
+            self.unit("call" if node.result is None else "guard", start, [node], read, () if view else node.outputs)
+
+    def write_node(self, node: Node) -> None:
         forward = node.op.forward
         if node.result is not None:
             self.guard(node)
@@ -277,7 +243,7 @@ class _Writer:
         view = f"{name}.as_strided({', '.join(self.argument(each) for each in place)})"
         if self.frozen.canonical(node.outputs[0]) not in self.mine:
             view = self.unused(f"part_of_{name}")
-            self.views.append((view, Tensor.as_strided, (_Name(name), *place), {}))
+            self.views.append((view, Tensor.as_strided, (Name(name), *place), {}))
         self.lines += [f"{name}.copy_({self.argument(base)})", f"{view}.copy_({self.argument(part)})"]
 
     def call(self, node: Node, call: Call) -> None:
@@ -314,16 +280,17 @@ class _Writer:
         kwargs = {name: self.stored(each) for name, each in node.kwargs.items()}
         whole = names[0] if not node.outputs_tuple else self.unused(node.op.name)
         self.views.append((whole, node.op.forward, args, kwargs))
+        self.runs_once.add(node)
         if node.outputs_tuple:
             for i, name in ((i, n) for i, n in enumerate(node.returned(names)) if n is not None):
-                self.views.append((name, _item, (_Name(whole), i), {}))
+                self.views.append((name, _item, (Name(whole), i), {}))
         self.static.update(self.frozen.canonical(v) for v in node.outputs)
 
     def stored(self, argument: Any) -> Any:
         if isinstance(argument, Value):
             value = self.frozen.canonical(argument)
             # of a value that is not static, an operation run once reads no more than the description
-            return _Name(self.names[value]) if value in self.static else _Like(value)
+            return Name(self.names[value]) if value in self.static else Like(value)
         if type(argument) in (list, tuple):
             return type(argument)([self.stored(each) for each in argument])
         return argument

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ....tape import Node, Value
 from ...buffers import overlapping
 from ...data import Frozen
-from ..python import Source, _Name, _Writer
+from ..python import _Writer
+from ..source import Name, Source
 from . import objects
 from .compiler import compiled
 from .machine import Unfit, dense
@@ -123,11 +124,14 @@ class _Native(_Writer):
             fixed.append(value not in self.mine)
         addresses = objects.load(segment.kernels)
         title = self.unused("native")
-        arguments = [_Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
+        arguments = [Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
         self.views.append((title, segment.bind, (addresses, arguments), {}))
         changing = [name for name, still in zip(names, fixed, strict=True) if not still]
+        start = len(self.lines)
         self.lines.append(f"# {_in_words(part.nodes)}")
         self.lines.append(f"{title}({', '.join(changing)})")
+        loops = any(isinstance(step, Loop) for step in segment.steps)
+        self.unit("rows" if loops else "segment", start, part.nodes, part.inputs, part.outputs)
 
 
 def _strides(value: Value) -> tuple[int, ...]:
