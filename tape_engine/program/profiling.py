@@ -19,7 +19,7 @@ from .data import Frozen
 from .guards import generators_kept, generators_of
 from .profile import Held, Profile, ProfileRow
 
-__all__ = ["profiled"]
+__all__ = ["profiled", "random_arguments"]
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -79,6 +79,18 @@ def profiled(
     seconds = statistics.median(wholes) / 1e9
     summed = sum(row.seconds for row in rows)
     return Profile(tuple(rows), summed, seconds, runs, cost / 1e9, backend, seed is not None, source.once)
+
+
+def random_arguments(frozen: Frozen) -> tuple[list[Tensor], Tensor | None]:
+    """Inputs of the recorded shapes, and the seed of a sweep: normal numbers, where these are no indices or masks."""
+
+    def drawn(like: Tensor | Value) -> Tensor:
+        if like.dtype.is_floating_point or like.dtype.is_complex:
+            kind = torch.float32 if like.dtype.itemsize < 4 else like.dtype
+            return torch.randn(like.shape, dtype=kind, device=like.device).to(like.dtype)
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+    return [drawn(each) for each in frozen.given], drawn(frozen.seed) if frozen.seed.numel() != 1 else None
 
 
 class _Spared:
