@@ -10,7 +10,7 @@ import torch
 
 from ..errors import BackendError, DTypeError, MissingRuleError, message
 from ..names import call_site, user_frame
-from ..recorder import quietly
+from ..recorder import quietly, rest_leaves
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
 from .backends import native
@@ -300,6 +300,9 @@ def freeze(
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
         program = Program(tape, frozen, copy=copy, backend=backend)
         let_go(frozen)
+        if tape.strong:
+            tape.frozen = tape.length
+            rest_leaves(tape.token)
         return program
 
 

@@ -15,7 +15,7 @@ from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
 from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
-from .listening import listen, listen_to, mark
+from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, quietly
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in
 from .streams import Streams
@@ -155,6 +155,8 @@ class record:
             for holder, value in holders:
                 if bound(holder) is value:
                     mark(holder, tape)
+            if tape.frozen == tape.length:  # nothing was recorded since
+                rest_leaves(tape.token)
 
 
 @contextmanager
