@@ -22,6 +22,7 @@ from .bare import bare, bare_tape
 from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
 from .decisive import decisive
 from .opened import opened
+from .passes.common import merge_common
 from .passes.dead import drop_dead
 
 __all__ = ["freeze_nodes"]
@@ -82,6 +83,7 @@ def freeze_nodes(
         reached = {id(frozen.given[t] if isinstance(t, int) else t) for t, _ in frozen.gradients}
         frozen.unreached = [_target(each, frozen) for each in targets if id(each) not in reached]
     _merge_same(frozen)
+    merge_common(frozen)
     _find_live(frozen)
     frozen.held.clear()  # what of it is read is live now
     return frozen

@@ -19,7 +19,7 @@ from ..exits import close_exits, open_exits
 from ..recorder import recording
 from ..recorder.apart import Apart
 from ..tape import Node, Tape, Value, bind, bound, pop_tape, push_tape
-from .data import LIFT, Frozen, sized_by_elements
+from .data import LIFT, VIEWS, Frozen, sized_by_elements
 from .guards import generators_kept
 
 __all__ = ["opened"]
@@ -39,7 +39,7 @@ class _Body:
 
 def opened(node: Node, frozen: Frozen) -> list[Node]:
     """The torch operations of which a named operation consists; the node itself if they cannot be told."""
-    if not node.op.is_named or node.result is not None:
+    if not node.op.is_named or node.op in VIEWS or node.result is not None:
         return [node]
     with generators_kept({v.device for v in node.inputs}):
         body = _run(node, 0)

@@ -175,7 +175,7 @@ def _rows(frozen: Frozen, source: Source, taken: list[list[int]], cost: int) -> 
             high=each[-1] / 1e9,
             share=median / total,
             bytes_read=sum(_read(unit, value) for value in unit.reads),
-            bytes_written=0 if unit.kind == "layout" else sum(map(_touched, unit.writes)),
+            bytes_written=0 if unit.kind == "layout" else sum(map(_touched, [unit.part] if unit.part else unit.writes)),
             holds=holds,
         )
         rows.append(row)

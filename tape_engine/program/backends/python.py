@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from ...aliases import write_view
 from ...names import code_line, located, where
@@ -20,10 +21,14 @@ from ..buffers import laid
 from ..calls import COPIES, Call, call_of
 from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
-from ..passes import drop_dead, fold_constants, laid_out
+from ..passes import drop_dead, find_in_place, fold_constants, laid_out
+from ..passes.in_place import SPREAD, WRITES
 from .source import Like, Name, Source, Unit
 
 __all__ = ["generate"]
+
+#: What is written into memory that it is given, besides what torch has such calls for.
+OWN = {*COPIES, torch.ops.aten.copy.default}
 
 Tensor = torch.Tensor
 
@@ -104,6 +109,8 @@ class _Writer:
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.loose = self._loose({*wanted, *gradients})
         self.mine = self._results({*wanted, *gradients})
+        kept = {*wanted, *gradients, *self.mine, *(frozen.canonical(after) for _, after in frozen.writes)}
+        self.in_place = find_in_place(self.order(), frozen.canonical, self.looks_into, kept, self.makes)
         self._nodes()
         # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
         returned = ", ".join([self.owned(v) for v in wanted])
@@ -126,10 +133,11 @@ class _Writer:
         nodes: Iterable[Node] = (),
         reads: Iterable[Value] = (),
         writes: Iterable[Value] = (),
+        part: Sequence[Value] = (),
     ) -> None:
         """Says that the lines from `start` on belong together."""
         values = [tuple(dict.fromkeys(map(self.frozen.canonical, each))) for each in (reads, writes)]
-        self.units.append(Unit(kind, start, len(self.lines), tuple(nodes), *values))
+        self.units.append(Unit(kind, start, len(self.lines), tuple(nodes), *values, part=next(iter(part), None)))
 
     def _nodes(self) -> None:
         """The lines of all nodes, each of the user's lines as a comment above its own."""
@@ -163,7 +171,7 @@ class _Writer:
         for node in self.nodes:
             if node in self.folded or (node.op.is_named and node.op is not write_view):
                 continue
-            if node.op is write_view or node.op.forward in COPIES or self.way(node).outs:
+            if node.op is write_view or node.op.forward in OWN or self.way(node).outs:
                 mine.update(value for each in node.outputs if (value := self.frozen.canonical(each)) in wanted)
         return mine
 
@@ -184,6 +192,22 @@ class _Writer:
         loose = any(self.frozen.canonical(v) in self.loose for v in node.inputs)
         return loose or sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS)
 
+    def order(self) -> list[list[Node]]:
+        """The nodes in the order in which they run; those of one list run as one."""
+        return [[node] for node in self.nodes]
+
+    def looks_into(self, node: Node) -> bool:
+        """Whether what a node gives may lie in the memory of what it is given."""
+        if node.result is not None or node.op is write_view:
+            return False
+        whole = not isinstance(node.op.forward, OpOverload) or not node.op.forward._schema.name.startswith("aten::")
+        return whole or self.way(node).view
+
+    def makes(self, node: Node) -> bool:
+        """Whether a node runs by itself on each replay, into memory of its own."""
+        loose = any(self.frozen.canonical(v) in self.loose for v in (*node.inputs, *node.outputs))
+        return not (node in self.folded or node.random or self.looks_into(node) or loose)
+
     def owned(self, value: Value) -> str:
         """The name of a result: the caller's own memory, or a copy."""
         if value in self.mine and value not in self.given:
@@ -202,11 +226,19 @@ class _Writer:
         self.write_node(node)
         if len(self.lines) > start:
             view = self.way(node).view and node.op is not write_view and node.result is None
-            read = () if view or forward in DESCRIBED else node.inputs
-            self.unit("call" if node.result is None else "guard", start, [node], read, () if view else node.outputs)
+            read: Sequence[Value] = () if view or forward in DESCRIBED else node.inputs
+            over = node in self.in_place.over
+            if over:
+                read = self.in_place.spread[node].inputs if node in self.in_place.spread else node.inputs[1:]
+            made = () if view else node.outputs
+            self.unit(
+                "guard" if node.result is not None else "call", start, [node], read, made, read[-1:] if over else ()
+            )
 
     def write_node(self, node: Node) -> None:
         forward = node.op.forward
+        if node in self.in_place.left_out:
+            return
         if node.result is not None:
             self.guard(node)
         elif node in self.folded:
@@ -214,6 +246,11 @@ class _Writer:
         elif forward in COPIES and self.plain_copy(node):
             target = self.target(node.outputs[0], node.op.name)
             self.lines.append(f"{target}.copy_({self.argument(node.args[0])})")
+        elif forward is torch.ops.aten.copy.default:
+            target = self.target(node.outputs[0], node.op.name)
+            self.lines.append(f"{target}.copy_({self.argument(node.args[1])})")
+        elif node in self.in_place.over:
+            self.write_over(node)
         elif node.op is write_view:
             self.write_view(node)
         else:
@@ -245,6 +282,34 @@ class _Writer:
             view = self.unused(f"part_of_{name}")
             self.views.append((view, Tensor.as_strided, (Name(name), *place), {}))
         self.lines += [f"{name}.copy_({self.argument(base)})", f"{view}.copy_({self.argument(part)})"]
+
+    def write_over(self, node: Node) -> None:
+        """A write to a part of a value that nobody reads any more, in its memory."""
+        base, out = self.frozen.canonical(self.in_place.over[node]), self.frozen.canonical(node.outputs[0])
+        name = self.names[out] = self.name(base)
+        if base in self.static:
+            self.static.add(out)
+        spread = self.in_place.spread.get(node)
+        if spread is not None:
+            part, _, *place = spread.args
+            view = self.part_of(base, name, SPREAD[spread.op.forward], tuple(place))
+            self.lines.append(f"{view}.add_({self.argument(part)})")
+        elif node.op is write_view:
+            _, part, *place = node.args
+            view = self.part_of(base, name, torch.ops.aten.as_strided.default, tuple(place))
+            self.lines.append(f"{view}.copy_({self.argument(part)})")
+        else:
+            arguments = [self.argument(each) for each in node.args[1:]]
+            arguments += [f"{key}={self.argument(each)}" for key, each in node.kwargs.items()]
+            self.lines.append(f"{name}.{WRITES[node.op.forward]}({', '.join(arguments)})")
+
+    def part_of(self, base: Value, name: str, function: Any, place: tuple[Any, ...]) -> str:
+        """A view of the memory of a value: made once, if that is always the same."""
+        if base not in self.static:
+            return f"{self.shared(function.overloadpacket.__name__, function)}({name}, {', '.join(map(str, place))})"
+        view = self.unused(f"part_of_{name}")
+        self.views.append((view, function, (Name(name), *place), {}))
+        return view
 
     def call(self, node: Node, call: Call) -> None:
         arguments = [self.argument(each) for each in node.args]

@@ -29,6 +29,7 @@ class Unit:
         nodes: the nodes that they run.
         reads, writes: the values that they read from memory and write to it, each once; none for a view. (A leaf that
             lies as recorded is not written.)
+        part: the value whose bytes are written, where it is only a part of those.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Unit:
     nodes: tuple[Node, ...] = ()
     reads: tuple[Value, ...] = ()
     writes: tuple[Value, ...] = ()
+    part: Value | None = None
 
 
 @dataclass

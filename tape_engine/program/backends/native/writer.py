@@ -69,6 +69,7 @@ class _Native(_Writer):
         super().__init__(frozen, with_sweep)
         self.always = always
         self.told = Told()
+        self.taken: set[Node] = set()  # what the segments do
 
     def _results(self, wanted: set[Value]) -> set[Value]:
         frozen = self.frozen
@@ -89,12 +90,18 @@ class _Native(_Writer):
         self.told.bytes = sum(segment.shared + segment.local for segment in self.segments)
         if not (self.always or self.told.pays):
             raise _Poor
-        taken = {node for part in self.plan.parts for node in part.nodes}
+        self.taken = {node for part in self.plan.parts for node in part.nodes}
         everything = self.nodes
-        self.nodes = [node for node in everything if node not in taken]
+        self.nodes = [node for node in everything if node not in self.taken]
         mine = super()._results(wanted)
         self.nodes = everything
         return mine | {v for part in self.plan.parts for v in part.outputs if v in wanted}
+
+    def order(self) -> list[list[Node]]:
+        return [each.nodes if isinstance(each, Part) else [each] for each in self.plan.items]
+
+    def makes(self, node: Node) -> bool:
+        return node not in self.taken and super().makes(node)
 
     def _compiled(self, part: Part) -> Segment:
         return compiled(part, self.plan, {v: _strides(v) for v in (*part.inputs, *part.outputs)})
