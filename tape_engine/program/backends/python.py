@@ -136,8 +136,9 @@ class _Writer:
         part: Sequence[Value] = (),
     ) -> None:
         """Says that the lines from `start` on belong together."""
-        values = [tuple(dict.fromkeys(map(self.frozen.canonical, each))) for each in (reads, writes)]
-        self.units.append(Unit(kind, start, len(self.lines), tuple(nodes), *values, part=next(iter(part), None)))
+        read, made = (tuple(dict.fromkeys(map(self.frozen.canonical, each))) for each in (reads, writes))
+        last = next(iter(part), None)
+        self.units.append(Unit(kind, start, len(self.lines), tuple(nodes), read, made, last))
 
     def _nodes(self) -> None:
         """The lines of all nodes, each of the user's lines as a comment above its own."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ def find_in_place(
         kept: what is not the replay's own to write to, or is read at its end.
         able: whether a node runs by itself and makes memory of its own on each replay.
     """
+    if not any(n.op is write_view or n.op.forward in WRITES or n.op.forward in SPREAD for n in chain(*order)):
+        return InPlace()
     states: dict[Value, Value] = {}  # a view stands for the value that it looks into
     last: dict[Value, int] = {}  # the place at which a value, or a view of it, is read last
     reads: dict[Value, int] = {}

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from ....tape import Node, Value
 from ...buffers import overlapping
 from ...data import Frozen
+from ...passes import find_in_place
 from ..python import _Writer
 from ..source import Name, Source
 from . import objects
 from .compiler import compiled
 from .machine import Unfit, dense
-from .plan import Part, planned
+from .plan import Part, Plan, planned
 from .segment import Loop, Segment
 
 __all__ = ["Told", "generate"]
 
 PAYS = 6  # operations in a segment, on the average, from which on it is worth its call
+
+IN_PLACE = 1 << 14  # elements of a value from which on a write to a part of it, in its memory, is left to torch
 
 
 @dataclass
@@ -69,12 +72,15 @@ class _Native(_Writer):
         super().__init__(frozen, with_sweep)
         self.always = always
         self.told = Told()
+        self.plan = Plan([*self.nodes], None, frozen.canonical, {})  # as long as there is no other: each by itself
         self.taken: set[Node] = set()  # what the segments do
 
     def _results(self, wanted: set[Value]) -> set[Value]:
         frozen = self.frozen
         read = wanted | {frozen.canonical(after) for _, after in frozen.writes}
-        refused: set[Node] = set()
+        found = find_in_place(self.order(), frozen.canonical, self.looks_into, read, self.makes)
+        parts = [node for node in found.over if node.outputs[0].numel() > IN_PLACE]
+        refused = {*parts, *(found.spread[node] for node in parts if node in found.spread)}
         while True:
             self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose, refused)
             try:
