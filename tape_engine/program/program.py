@@ -103,7 +103,7 @@ class Program:
         """
         frozen, given = self._frozen, self._given
         with quietly():
-            given.check(inputs)
+            given.check(inputs, "program.step")
         if not frozen.gradients and not (frozen.unreached and frozen.outputs[0].differentiable):
             raise MissingRuleError(
                 message(
@@ -154,7 +154,7 @@ class Program:
             raise DTypeError(message(what, where=call_site(user_frame()), fix="repeats=10"))
         function = self._step if sweep and frozen.gradients else self._forward
         with quietly(), torch.inference_mode(False), torch.no_grad():
-            given.check(inputs)
+            given.check(inputs, "program.profile")
             start = given.seed(seed, function.one, "program.profile") if function is self._step else None
             without = torch.autocast(function.device, enabled=False)
             source = function.source
