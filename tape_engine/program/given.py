@@ -168,11 +168,13 @@ class Given:
             fix = f"{caller}(..., seed=torch.ones({tuple(wanted.shape)}))"
             raise ShapeError(message(what, where=where, operands=[row], fix=fix))
         if not isinstance(seed, Tensor):
-            what, fix = (
-                f"the seed must be a tensor, not {type(seed).__name__}.",
-                f"seed=torch.ones({tuple(wanted.shape)})",
+            raise DTypeError(
+                message(
+                    f"the seed must be a tensor, not {type(seed).__name__}.",
+                    where=where,
+                    fix=f"seed=torch.ones({tuple(wanted.shape)})",
+                )
             )
-            raise DTypeError(message(what, where=where, fix=fix))
         rows = [row, ("seed", describe(seed))]
         if seed.shape != wanted.shape:
             what, fix = (
