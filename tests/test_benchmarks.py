@@ -32,7 +32,8 @@ def test_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert each["name"] in printed
         assert each["autograd"] > 0
         assert each["recorded"] > 0
-    *against_torch, first_results, loops = report["tables"]
+    *against_torch, first_results, growth, loops = report["tables"]
+    assert [each["name"].split()[-1] for each in growth["timings"]] == ["python", "python", "native", "native"]
     assert all("compiled" in each["name"] or "process" in each["name"] for each in first_results["timings"])
     for table in against_torch:
         assert table["title"] in printed
