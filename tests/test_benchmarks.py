@@ -26,7 +26,7 @@ def test_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__}" in text
     assert text.count("\n## ") == len(report["tables"]) + 1
     assert all(table["title"][1:] in text for table in report["tables"])
-    assert len(report["tables"]) == 11 + len(models.MODELS)
+    assert len(report["tables"]) == 12 + len(models.MODELS)
     assert [each["name"] for each in report["memory"]] == [model.name for model in models.MODELS]
     for each in report["memory"]:
         assert each["name"] in printed

@@ -119,7 +119,8 @@ class record:
             otherwise it would borrow its rule from ``torch.func.vjp``.
 
     After the block the tape remains. Plain torch operations on its values are recorded on the global
-    tape then, so that a gradient still finds its way through them.
+    tape then, so that a gradient still finds its way through them. Once it is frozen (`tape.program`), what is
+    computed from a leaf that requires torch's own gradient is not, and a sweep that reaches it says so.
     """
 
     def __init__(self, strict: bool = False) -> None:
