@@ -102,6 +102,7 @@ class Value:
         name: the name under which a module holds it (``net.0.weight``), if any is known.
         aliases: the group of values that share its storage; ``None`` while it is alone there.
         marks: how many tapes have its tensor listen for plain operations (leaves only).
+        rests: how many frozen tapes have its tensor listen, but only for what torch's own gradient would not show.
         stale: true once a write through an alias made its tensor hold other contents.
         observed: outside a block, how many operations lie between it and values that have a gradient.
     """
@@ -114,6 +115,7 @@ class Value:
     name: str | None = None
     aliases: Any = None
     marks = 0
+    rests = 0
     stale = False
     observed = 0
     _node: weakref.ref[Node] | None = None
@@ -416,14 +418,16 @@ def ancestors(node: Node, through: Callable[[Node], Sequence[Node | None]] = att
 class Token:
     """What a node knows its tape by; it lives as long as the tape or a node of it.
 
-    ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``.
+    ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``; ``resting``
+    those that do so no more than needed, since the tape was frozen.
     What was recorded before ``closed_at`` belongs to a sweep that is over.
     """
 
-    __slots__ = ("__weakref__", "closed_at", "marked")
+    __slots__ = ("__weakref__", "closed_at", "marked", "resting")
 
     def __init__(self) -> None:
         self.marked: dict[int, weakref.ref[Value]] = {}
+        self.resting: dict[int, weakref.ref[Value]] = {}
         self.closed_at = 0
 
 
@@ -436,6 +440,7 @@ class Tape:
         strict: whether an operation without a registered rule raises as it is recorded.
         token: what its nodes know it by.
         decisions: the guards of the global tape, each with how many nodes it keeps; those of a block are its nodes.
+        frozen: how long it was when it was last frozen; -1 before.
         forgotten: where in the order of recording the last of them stood that were given up.
     """
 
@@ -449,6 +454,7 @@ class Tape:
         self.streams: Any = None  # of random numbers, in a block; the recorder follows them
         self.decisions: list[tuple[Node, int]] = []
         self.forgotten = -1
+        self.frozen = -1
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches
 
     @property

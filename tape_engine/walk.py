@@ -43,6 +43,7 @@ class Sweep:
         structure: whether only the recording of the sweep matters and no number in it, so that contents
             overwritten since do not.
         order: the nodes that `root` depends on, in the order of recording.
+        reached: for a recorded sweep, each node with how long the tape was once its rule had run.
         arrivals: for a recorded sweep, each value with its complete gradient, in the order of the walk.
         gradients: the gradients of the values that are asked for, as far as known.
     """
@@ -73,6 +74,7 @@ class Sweep:
         self.arrivals: list[tuple[Value, Tensor]] = []
         self._summed: set[Value] = set()  # whose pending gradient is memory of our own: it may be added to
         self.tape = current_tape()
+        self.reached: list[tuple[Node, int]] = []
         self._began = next_in_sequence()
         self._given = given
         self.pending[root] = seed
@@ -86,6 +88,7 @@ class Sweep:
                 if self.record or self.structure:
                     for node, needs in reversed(self._steps):
                         self._step(node, needs)
+                        self.reached.append((node, self.tape.length))
                 else:
                     self._walk()
                 for value in list(self.pending):  # what is left are the leaves

@@ -10,7 +10,9 @@ import torch
 
 from ..recorder import quietly
 from .backends import native, python
+from .backends.source import Source
 from .data import Frozen
+from .uncollected import uncollected
 
 __all__ = ["Function"]
 
@@ -22,6 +24,7 @@ class Function:
         source: the generated source; made at its first use.
         one: the seed of a sweep from one element.
         native: what the native backend made of it; ``None`` where the function is all calls of torch.
+        device: the type of device that it runs on.
         refused: why the native backend could not make it, if it was to.
     """
 
@@ -29,11 +32,11 @@ class Function:
         self._frozen = frozen
         self._with_sweep = with_sweep
         self._copy = copy
-        self._backend = backend
+        self._asked = backend
         self.native: native.Told | None = None
         self.refused = ""
-        self._source: python.Source | None = None
-        self._device = frozen.seed.device.type
+        self._source: Source | None = None
+        self.device = frozen.seed.device.type
         self._idle: list[Callable[..., Any]] = []
         self._lock = threading.Lock()
         with torch.inference_mode(False):
@@ -41,19 +44,24 @@ class Function:
             self.one = torch.ones(shape, dtype=frozen.seed.dtype, device=frozen.seed.device)
 
     @property
-    def source(self) -> python.Source:
+    def backend(self) -> str:
+        """What made the function, once it is made."""
+        return "native" if self.native else "python"
+
+    @property
+    def source(self) -> Source:
         with self._lock:
             if self._source is None:
-                without = torch.autocast(self._device, enabled=False)
-                with quietly(), torch.inference_mode(False), torch.no_grad(), without:
+                without = torch.autocast(self.device, enabled=False)
+                with quietly(), uncollected(), torch.inference_mode(False), torch.no_grad(), without:
                     self._source = self._generate()
             return self._source
 
-    def _generate(self) -> python.Source:
+    def _generate(self) -> Source:
         made = None
-        if self._backend == "native":
+        if self._asked == "native":
             made = native.generate(self._frozen, with_sweep=self._with_sweep)
-        elif self._backend == "auto" and self._device == "cpu" and native.available():
+        elif self._asked == "auto" and self.device == "cpu" and native.available():
             try:
                 made = native.generate(self._frozen, with_sweep=self._with_sweep, always=False)
             except Exception as error:  # an installation of numba that does not work must not stop a replay
@@ -68,11 +76,11 @@ class Function:
         try:
             run = self._idle.pop()  # atomic: no two threads get the same
         except IndexError:
-            with torch.autocast(self._device, enabled=False):
+            with uncollected(), torch.autocast(self.device, enabled=False):
                 run = self.source.function(copy=self._copy)
         try:
-            if torch.is_autocast_enabled(self._device):  # casts that the code made are recorded; no others are meant
-                with torch.autocast(self._device, enabled=False):
+            if torch.is_autocast_enabled(self.device):  # casts that the code made are recorded; no others are meant
+                with torch.autocast(self.device, enabled=False):
                     return run(*arguments)
             return run(*arguments)
         finally:

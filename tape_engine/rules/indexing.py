@@ -67,8 +67,9 @@ def index_grad(g, out, x, where):
 )
 @rule(aten._unsafe_index_put.default, samples=[sample(spec(3, 4), [indices(2, 0)], spec(2, 4))])
 def index_put_grad(g, out, x, where, values, accumulate=False):
+    g_values = to_shape(aten.index.Tensor(g, where), values.shape)  # before `g` is written to, which a replay may do
     kept = g if accumulate else kernels.index_put(g, where, g.new_zeros(()))
-    return kept, *[None for _ in where], to_shape(aten.index.Tensor(g, where), values.shape)
+    return kept, *[None for _ in where], g_values
 
 
 def to_shape(g: Tensor, shape: Sequence[int]) -> Tensor:
@@ -105,7 +106,8 @@ def index_add_grad(g, out, x, dim, index, source, *, alpha=1):
     samples=[sample(spec(3, 4), 0, indices(2, 0), spec(2, 4)), sample(spec(3, 4), -1, indices(1), spec(3, 1))],
 )
 def index_copy_grad(g, out, x, dim, index, source):
-    return g.index_fill(dim, index, 0), None, g.index_select(dim, index).reshape(source.shape)
+    g_source = g.index_select(dim, index).reshape(source.shape)
+    return g.index_fill(dim, index, 0), None, g_source
 
 
 @rule(
@@ -145,7 +147,8 @@ def gather_grad(g, out, x, dim, index, *, sparse_grad=False):
 
 @rule(aten.scatter.src, samples=[sample(spec(2, 3), 1, _each, spec(2, 3)), sample(spec(3, 3), 0, _each, spec(2, 3))])
 def scatter_grad(g, out, x, dim, index, src):
-    return g.scatter(dim, index, 0), None, g.gather(dim, index)
+    g_src = g.gather(dim, index)
+    return g.scatter(dim, index, 0), None, g_src
 
 
 @rule(aten.scatter.value, samples=[sample(spec(2, 3), 1, _at, 2.5)])

@@ -6,85 +6,31 @@ function is what ``program.code`` shows.
 
 from __future__ import annotations
 
-import builtins
 import keyword
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
-from ..buffers import buffer, laid, rotating
+from ..buffers import laid
 from ..calls import COPIES, Call, call_of
-from ..data import VIEWS, Frozen, sized_by_elements
+from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
-from ..passes import drop_dead, fold_constants, laid_out
+from ..passes import drop_dead, find_in_place, fold_constants, laid_out
+from ..passes.in_place import SPREAD, WRITES
+from .source import Like, Name, Source, Unit
 
-__all__ = ["Source", "generate"]
+__all__ = ["generate"]
+
+#: What is written into memory that it is given, besides what torch has such calls for.
+OWN = {*COPIES, torch.ops.aten.copy.default}
 
 Tensor = torch.Tensor
-
-
-@dataclass
-class Source:
-    """The text of a replay function, and what it needs to run.
-
-    Attributes:
-        text: the function's source.
-        constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
-        made: names for what each copy has for itself, with how to make it: buffers and results.
-        folded: the nodes that run once for each copy, in order.
-    """
-
-    text: str
-    code: CodeType
-    constants: dict[str, Any]
-    buffers: dict[str, Value]
-    results: dict[str, Value]
-    views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-    def function(self, *, copy: bool = True) -> Callable[..., Any]:
-        """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
-        space = {"__builtins__": builtins, **self.constants}
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
-            for name, value in self.buffers.items():
-                space[name] = buffer(value)
-            for name, value in self.results.items():
-                space[name] = rotating(value, copy=copy)
-            for name, call, args, kwargs in self.views:
-                space[name] = call(
-                    *[_filled(each, space) for each in args], **{k: _filled(v, space) for k, v in kwargs.items()}
-                )
-        return FunctionType(self.code, space, self.code.co_name)
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A name in the function's space, in the arguments of what is run when a copy is made."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Like:
-    """Some tensor of a value's description, in the arguments of what is run when a copy is made."""
-
-    value: Value
-
-
-def _filled(argument: Any, space: dict[str, Any]) -> Any:
-    if isinstance(argument, _Name):
-        return space[argument.name]
-    if isinstance(argument, _Like):
-        return buffer(argument.value)
-    if type(argument) in (list, tuple):
-        return type(argument)([_filled(each, space) for each in argument])
-    return argument
 
 
 def generate(frozen: Frozen, *, with_sweep: bool) -> Source:
@@ -108,7 +54,10 @@ class _Writer:
         self.views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         self.static = set(frozen.constants)  # values that lie in the same memory on every replay
         self.given: set[Value] = set()  # results in the caller's memory that were returned
+        self.ways: dict[Node, Call] = {}
         self.lines: list[str] = []
+        self.units: list[Unit] = []
+        self.runs_once: set[Node] = set()
 
     # -- names -------------------------------------------------------------------------------------------
 
@@ -155,23 +104,41 @@ class _Writer:
             if value in self.laid:
                 self.names[value] = self.unused(f"{name}_laid")
                 self.lines.append(f"{self.names[value]} = laid({name}, {value.strides})")
+                self.unit("layout", len(self.lines) - 1, (), (), [value])
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.loose = self._loose({*wanted, *gradients})
         self.mine = self._results({*wanted, *gradients})
+        kept = {*wanted, *gradients, *self.mine, *(frozen.canonical(after) for _, after in frozen.writes)}
+        self.in_place = find_in_place(self.order(), frozen.canonical, self.looks_into, kept, self.makes)
         self._nodes()
         # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
         returned = ", ".join([self.owned(v) for v in wanted])
         swept = ", ".join([self.owned(g) for g in gradients])
         for leaf, after in frozen.writes:
             self.lines.append(f"{rim[frozen.canonical(leaf)]}.copy_({self.name(after)})")
+            self.unit("effect", len(self.lines) - 1, (), [after], [leaf])
         self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
-        title = "step" if self.with_sweep else "forward"
-        text = f"def {title}({parameters}):\n" + "\n".join(f"    {line}" if line else "" for line in self.lines) + "\n"
-        module = compile(text, f"<program.{title}>", "exec")
-        code = next(each for each in module.co_consts if isinstance(each, CodeType))
-        return Source(text, code, self.space, self.buffers, self.results, self.views)
+        head = f"def {'step' if self.with_sweep else 'forward'}({parameters}):"
+        once = len(self.runs_once)
+        return Source(
+            head, self.lines, self.space, self.buffers, self.results, self.views, self.units, once, self.names
+        )
+
+    def unit(
+        self,
+        kind: str,
+        start: int,
+        nodes: Iterable[Node] = (),
+        reads: Iterable[Value] = (),
+        writes: Iterable[Value] = (),
+        part: Sequence[Value] = (),
+    ) -> None:
+        """Says that the lines from `start` on belong together."""
+        read, made = (tuple(dict.fromkeys(map(self.frozen.canonical, each))) for each in (reads, writes))
+        last = next(iter(part), None)
+        self.units.append(Unit(kind, start, len(self.lines), tuple(nodes), read, made, last))
 
     def _nodes(self) -> None:
         """The lines of all nodes, each of the user's lines as a comment above its own."""
@@ -205,15 +172,18 @@ class _Writer:
         for node in self.nodes:
             if node in self.folded or (node.op.is_named and node.op is not write_view):
                 continue
-            if node.op is write_view or node.op.forward in COPIES or self.way(node).outs:
+            if node.op is write_view or node.op.forward in OWN or self.way(node).outs:
                 mine.update(value for each in node.outputs if (value := self.frozen.canonical(each)) in wanted)
         return mine
 
     def way(self, node: Node) -> Call:
         """How a node is called."""
-        call = call_of(node)
-        if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
-            return Call(node.op.forward, f"torch.ops.{node.op.forward}")
+        call = self.ways.get(node)
+        if call is None:
+            call = call_of(node)
+            if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
+                call = Call(node.op.forward, f"torch.ops.{node.op.forward}")
+            self.ways[node] = call
         return call
 
     def checked(self, node: Node) -> bool:
@@ -223,6 +193,22 @@ class _Writer:
         loose = any(self.frozen.canonical(v) in self.loose for v in node.inputs)
         return loose or sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS)
 
+    def order(self) -> list[list[Node]]:
+        """The nodes in the order in which they run; those of one list run as one."""
+        return [[node] for node in self.nodes]
+
+    def looks_into(self, node: Node) -> bool:
+        """Whether what a node gives may lie in the memory of what it is given."""
+        if node.result is not None or node.op is write_view:
+            return False
+        whole = not isinstance(node.op.forward, OpOverload) or not node.op.forward._schema.name.startswith("aten::")
+        return whole or self.way(node).view
+
+    def makes(self, node: Node) -> bool:
+        """Whether a node runs by itself on each replay, into memory of its own."""
+        loose = any(self.frozen.canonical(v) in self.loose for v in (*node.inputs, *node.outputs))
+        return not (node in self.folded or node.random or self.looks_into(node) or loose)
+
     def owned(self, value: Value) -> str:
         """The name of a result: the caller's own memory, or a copy."""
         if value in self.mine and value not in self.given:
@@ -231,12 +217,29 @@ class _Writer:
         name, take = self.unused("result"), self.unused("new_result")
         self.results[take] = value
         self.lines.append(f"{name} = {take}().copy_({self.name(value)})")
+        self.unit("result", len(self.lines) - 1, (), [value], [value])
         return name
 
     # -- one node ----------------------------------------------------------------------------------------
 
     def node(self, node: Node) -> None:
+        forward, start = node.op.forward, len(self.lines)
+        self.write_node(node)
+        if len(self.lines) > start:
+            view = self.way(node).view and node.op is not write_view and node.result is None
+            read: Sequence[Value] = () if view or forward in DESCRIBED else node.inputs
+            over = node in self.in_place.over
+            if over:
+                read = self.in_place.spread[node].inputs if node in self.in_place.spread else node.inputs[1:]
+            made = () if view else node.outputs
+            self.unit(
+                "guard" if node.result is not None else "call", start, [node], read, made, read[-1:] if over else ()
+            )
+
+    def write_node(self, node: Node) -> None:
         forward = node.op.forward
+        if node in self.in_place.left_out:
+            return
         if node.result is not None:
             self.guard(node)
         elif node in self.folded:
@@ -244,6 +247,11 @@ class _Writer:
         elif forward in COPIES and self.plain_copy(node):
             target = self.target(node.outputs[0], node.op.name)
             self.lines.append(f"{target}.copy_({self.argument(node.args[0])})")
+        elif forward is torch.ops.aten.copy.default:
+            target = self.target(node.outputs[0], node.op.name)
+            self.lines.append(f"{target}.copy_({self.argument(node.args[1])})")
+        elif node in self.in_place.over:
+            self.write_over(node)
         elif node.op is write_view:
             self.write_view(node)
         else:
@@ -273,8 +281,36 @@ class _Writer:
         view = f"{name}.as_strided({', '.join(self.argument(each) for each in place)})"
         if self.frozen.canonical(node.outputs[0]) not in self.mine:
             view = self.unused(f"part_of_{name}")
-            self.views.append((view, Tensor.as_strided, (_Name(name), *place), {}))
+            self.views.append((view, Tensor.as_strided, (Name(name), *place), {}))
         self.lines += [f"{name}.copy_({self.argument(base)})", f"{view}.copy_({self.argument(part)})"]
+
+    def write_over(self, node: Node) -> None:
+        """A write to a part of a value that nobody reads any more, in its memory."""
+        base, out = self.frozen.canonical(self.in_place.over[node]), self.frozen.canonical(node.outputs[0])
+        name = self.names[out] = self.name(base)
+        if base in self.static:
+            self.static.add(out)
+        spread = self.in_place.spread.get(node)
+        if spread is not None:
+            part, _, *place = spread.args
+            view = self.part_of(base, name, SPREAD[spread.op.forward], tuple(place))
+            self.lines.append(f"{view}.add_({self.argument(part)})")
+        elif node.op is write_view:
+            _, part, *place = node.args
+            view = self.part_of(base, name, torch.ops.aten.as_strided.default, tuple(place))
+            self.lines.append(f"{view}.copy_({self.argument(part)})")
+        else:
+            arguments = [self.argument(each) for each in node.args[1:]]
+            arguments += [f"{key}={self.argument(each)}" for key, each in node.kwargs.items()]
+            self.lines.append(f"{name}.{WRITES[node.op.forward]}({', '.join(arguments)})")
+
+    def part_of(self, base: Value, name: str, function: Any, place: tuple[Any, ...]) -> str:
+        """A view of the memory of a value: made once, if that is always the same."""
+        if base not in self.static:
+            return f"{self.shared(function.overloadpacket.__name__, function)}({name}, {', '.join(map(str, place))})"
+        view = self.unused(f"part_of_{name}")
+        self.views.append((view, function, (Name(name), *place), {}))
+        return view
 
     def call(self, node: Node, call: Call) -> None:
         arguments = [self.argument(each) for each in node.args]
@@ -310,16 +346,17 @@ class _Writer:
         kwargs = {name: self.stored(each) for name, each in node.kwargs.items()}
         whole = names[0] if not node.outputs_tuple else self.unused(node.op.name)
         self.views.append((whole, node.op.forward, args, kwargs))
+        self.runs_once.add(node)
         if node.outputs_tuple:
             for i, name in ((i, n) for i, n in enumerate(node.returned(names)) if n is not None):
-                self.views.append((name, _item, (_Name(whole), i), {}))
+                self.views.append((name, _item, (Name(whole), i), {}))
         self.static.update(self.frozen.canonical(v) for v in node.outputs)
 
     def stored(self, argument: Any) -> Any:
         if isinstance(argument, Value):
             value = self.frozen.canonical(argument)
             # of a value that is not static, an operation run once reads no more than the description
-            return _Name(self.names[value]) if value in self.static else _Like(value)
+            return Name(self.names[value]) if value in self.static else Like(value)
         if type(argument) in (list, tuple):
             return type(argument)([self.stored(each) for each in argument])
         return argument

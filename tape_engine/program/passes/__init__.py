@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .common import merge_common
 from .dead import drop_dead
 from .fold import fold_constants
+from .in_place import find_in_place
 from .layout import laid_out
 
-__all__ = ["drop_dead", "fold_constants", "laid_out"]
+__all__ = ["drop_dead", "find_in_place", "fold_constants", "laid_out", "merge_common"]

@@ -1,0 +1,130 @@
+"""The source of a replay function: its lines, and what they need to run. Every backend gives one."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from ...tape import Node, Value
+from ..buffers import buffer, rotating
+
+__all__ = ["Like", "Name", "Source", "Unit", "function_code"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Lines of a replay function that are timed as one.
+
+    Attributes:
+        kind: what they are: ``call`` (an operation of torch), ``guard``, ``segment`` and ``rows`` (operations that the
+            native backend runs as one, ``rows`` by blocks of rows), ``layout`` (a leaf that is copied if it does not
+            lie as it did), ``result`` (a copy that the caller gets), ``effect`` (a write to a tensor of the caller's).
+        start, stop: from which line on, and up to which, counted without the function's first.
+        nodes: the nodes that they run.
+        reads, writes: the values that they read from memory and write to it, each once; none for a view. (A leaf that
+            lies as recorded is not written.)
+        part: the value whose bytes are written, where it is only a part of those.
+    """
+
+    kind: str
+    start: int
+    stop: int
+    nodes: tuple[Node, ...] = ()
+    reads: tuple[Value, ...] = ()
+    writes: tuple[Value, ...] = ()
+    part: Value | None = None
+
+
+@dataclass
+class Source:
+    """The text of a replay function, and what it needs to run.
+
+    Attributes:
+        text: the function's source.
+        constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
+        made: names for what each copy has for itself, with how to make it: buffers and results.
+        views: what runs once for each copy, in order: constants, and views of kept buffers.
+        head, lines: its first line, and the others.
+        units: which lines belong together.
+        once: how many nodes run once for each copy.
+        names: what it calls each value.
+    """
+
+    head: str
+    lines: list[str]
+    constants: dict[str, Any]
+    buffers: dict[str, Value]
+    results: dict[str, Value]
+    views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    once: int = 0
+    names: dict[Value, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return function_text(self.head, self.lines)
+
+    @cached_property
+    def code(self) -> CodeType:
+        """What Python's compiler makes of the text."""
+        return function_code(self.head, self.lines, self.title)
+
+    @property
+    def title(self) -> str:
+        """The name of the function."""
+        return self.head.removeprefix("def ").partition("(")[0]
+
+    def function(self, *, copy: bool = True) -> Callable[..., Any]:
+        """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
+        space = {"__builtins__": builtins, **self.constants}
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
+            for name, value in self.buffers.items():
+                space[name] = buffer(value)
+            for name, value in self.results.items():
+                space[name] = rotating(value, copy=copy)
+            for name, call, args, kwargs in self.views:
+                space[name] = call(
+                    *[_filled(each, space) for each in args], **{k: _filled(v, space) for k, v in kwargs.items()}
+                )
+        return FunctionType(self.code, space, self.code.co_name)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name in the function's space, in the arguments of what is run when a copy is made."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Like:
+    """Some tensor of a value's description, in the arguments of what is run when a copy is made."""
+
+    value: Value
+
+
+def _filled(argument: Any, space: dict[str, Any]) -> Any:
+    if isinstance(argument, Name):
+        return space[argument.name]
+    if isinstance(argument, Like):
+        return buffer(argument.value)
+    if type(argument) in (list, tuple):
+        return type(argument)([_filled(each, space) for each in argument])
+    return argument
+
+
+def function_code(head: str, lines: Sequence[str], title: str) -> CodeType:
+    """The code of a function, as ``FunctionType`` takes it."""
+    module = compile(function_text(head, lines), f"<program.{title}>", "exec")
+    return next(each for each in module.co_consts if isinstance(each, CodeType))
+
+
+def function_text(head: str, lines: Sequence[str]) -> str:
+    """The text of a function."""
+    return f"{head}\n" + "\n".join(f"    {line}" if line else "" for line in lines) + "\n"
