@@ -232,11 +232,11 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
     return spared
 
 
-def refresh(spared: list[tuple[Kept | None, torch.Tensor]]) -> None:
-    """After the write: what it spared takes the storage's count of writes, with this one."""
+def refresh(spared: list[tuple[Kept | None, torch.Tensor]], pending: int = 1) -> None:
+    """After the write: what it spared takes the storage's count of writes, with those that torch has yet to count."""
     for cell, tensor in spared:
         count = version_of(tensor)
         if cell is None:
-            rebind(tensor, count + 1)
+            rebind(tensor, count + pending)
         else:
-            cell.versions = (count, count + 1)
+            cell.versions = (count, count + pending)

@@ -4,7 +4,8 @@ A dispatch mode does not hear when values leave the tensors for Python or NumPy,
 ``torch.autograd.Function`` it hears the body without the function's own backward. So while a block is open,
 the few methods by which that happens are wrapped; the wrappers are taken off with the last block.
 
-- ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``.
+- ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``: by the recorder, which is
+  asked at each call from the first recording on, for a recorded tensor may be given to one outside a block.
 - ``detach_()`` cuts a gradient, which torch does without telling the dispatcher. ``detach()`` and
   ``.data`` it does tell, but autograd detaches as well, each output that it saves: only the user's is a cut.
 - ``x.data = y`` gives a tensor other contents, ``torch.tensor(x)`` copies them without the gradient, and
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,10 +30,9 @@ import torch
 
 from .errors import TapeWarning, message
 from .names import call_site, called_by_user, user_frame
-from .registry import Op
 from .tape import bound, describe
 
-__all__ = ["close_exits", "open_exits", "warn_of_exit", "warn_of_hook"]
+__all__ = ["close_exits", "hear_functions", "open_exits", "plain_apply", "warn_of_exit", "warn_of_hook"]
 
 Tensor = torch.Tensor
 
@@ -55,6 +54,8 @@ _set: Callable[[Any, Tensor, Any], None] = print
 _parameter: Callable[..., Any] = print
 _quietly: Callable[[], AbstractContextManager[None]]
 _unfollowed: Callable[[str], None] = print
+_function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_plain_apply: Any = None  # torch's own Function.apply, once the recorder is asked first
 
 #: Methods of a storage by which its contents change without an operation.
 MOVING = ("resize_", "copy_", "fill_")
@@ -76,9 +77,16 @@ def on_exit(
     _set, _parameter, _quietly, _unfollowed = set_data, parameter, quietly, unfollowed
 
 
+def on_function(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """The recorder says here what applying a custom function does."""
+    global _function
+    _function = handler
+
+
 def open_exits() -> None:
     """Wraps the methods; the wrappers do nothing on threads that do not record."""
     global _open
+    hear_functions()
     with _lock:
         _open += 1
         if _open == 1:
@@ -98,7 +106,6 @@ def open_exits() -> None:
             for name in HOOKS:
                 _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
             _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
-            _wrap(torch.autograd.Function, "apply", classmethod(_apply))
 
 
 def close_exits() -> None:
@@ -258,61 +265,25 @@ def _one_hot(original: Any) -> Any:
 
 # -- a function's own backward ---------------------------------------------------------------------------
 
-_ops: weakref.WeakKeyDictionary[type, Op] = weakref.WeakKeyDictionary()
+
+def hear_functions() -> None:
+    """From now on the recorder is asked at each ``Function.apply``: outside a block recorded tensors listen."""
+    global _plain_apply
+    if _plain_apply is not None:
+        return
+    with _lock:
+        if _plain_apply is None:
+            _plain_apply = torch.autograd.Function.__dict__["apply"]
+            torch.autograd.Function.apply = classmethod(_applying())  # type: ignore[method-assign, assignment]
 
 
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    original = _original[torch.autograd.Function, "apply"].__get__(None, cls)
-    if not _heard():
-        return original(*args, **kwargs)
-    found = _ops.get(cls)
-    if found is None:
-        found = _ops[cls] = _op_of(cls)
-    return found(*args, **kwargs)
+def _applying() -> Any:
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:  # by this name torch.compile knows it
+        return _function(cls, args, kwargs)
+
+    return apply
 
 
-def _op_of(cls: Any) -> Op:
-    """The operation that a custom function is on a tape."""
-    plain = torch.autograd.Function.__dict__["apply"] if not _original else _original[torch.autograd.Function, "apply"]
-    reference = weakref.ref(cls)  # the table of operations must not keep the class alive
-
-    def forward(*args: Any) -> Any:
-        return plain.__get__(None, reference())(*args)
-
-    def backward(count: int, *rest: Any) -> Any:
-        """The function's own backward: of `count` gradients, `None` for an output that the loss does not reach."""
-        g, args = rest[:count], rest[count:]
-        floating = [isinstance(a, Tensor) and (a.dtype.is_floating_point or a.dtype.is_complex) for a in args]
-        with torch.enable_grad():
-            fresh = [a.detach().requires_grad_() if f else a for a, f in zip(args, floating, strict=True)]
-            stream = torch.get_rng_state()
-            made = forward(*fresh)
-            if not torch.equal(torch.get_rng_state(), stream):
-                torch.set_rng_state(stream)
-                raise RuntimeError(
-                    "its forward draws random numbers, and is run again for its backward, where it would draw others: "
-                    "draw them before, and give them as an argument"
-                )
-            pairs = zip(made if isinstance(made, tuple) else (made,), g, strict=True)
-            reached = [(out, each) for out, each in pairs if each is not None and out.requires_grad]
-            wanted = [a for a, f in zip(fresh, floating, strict=True) if f]
-            found = iter(
-                torch.autograd.grad(
-                    [out for out, _ in reached], wanted, [each for _, each in reached], allow_unused=True
-                )
-                if reached and wanted
-                else [None] * len(wanted)
-            )
-        tensors = [(a, f) for a, f in zip(args, floating, strict=True) if isinstance(a, Tensor)]
-        return tuple((next(found) if f else None) for a, f in tensors)
-
-    op = Op(forward, name=cls.__name__)
-    backward_op = Op(backward, name=f"{cls.__name__}_backward")
-
-    def function_grad(g: Any, out: Any, *args: Any) -> Any:
-        gradients = g if isinstance(g, tuple) else (g,)
-        return backward_op(len(gradients), *gradients, *args)
-
-    function_grad.__name__ = f"{cls.__name__}_grad"
-    op.rule(function_grad)
-    return op
+def plain_apply(cls: Any) -> Any:
+    """Torch's own ``apply`` of a custom function."""
+    return (_plain_apply or torch.autograd.Function.__dict__["apply"]).__get__(None, cls)

@@ -209,6 +209,10 @@ class Value:
         return f"<value {self.name + ' ' if self.name else ''}{describe(self)}>"
 
 
+class Hidden:
+    """An argument of a node that is not the user's, and is not shown."""
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """Torch's count of writes to the tensor's storage; 0 where it keeps none (inference tensors)."""
     try:
@@ -269,6 +273,7 @@ class Node:
         cut: recorded under ``no_grad``: no gradient passes.
         random: whether it draws from a generator.
         swept: whether a sweep has passed over it.
+        context: in a recorded sweep, the custom function whose backward ran it, on what it had kept by then.
         outline: its copy without tensors, once a decision on the global tape keeps one; `is_outline` in that copy.
     """
 
@@ -282,6 +287,7 @@ class Node:
     random = False
     swept = False
     tape: Token | None = None
+    context: str | None = None
     outline: Node | None = None
     is_outline = False
 
@@ -326,7 +332,8 @@ class Node:
         names = self.op.parameters
         named = {(names[i] if i < len(names) else f"arg{i}"): a for i, a in enumerate(self.args)}
         named.update(self.kwargs)
-        return {name: a for name, a in named.items() if not _holds_value(a) and a is not None}
+        hidden = (Hidden, type(None))
+        return {name: a for name, a in named.items() if not _holds_value(a) and not isinstance(a, hidden)}
 
     @property
     def site(self) -> tuple[CodeType | Told | None, int]:
@@ -581,6 +588,18 @@ def unwritten(tensor: torch.Tensor) -> bool:
     """Whether nothing was written to `tensor` since it was bound."""
     found = values_by_tensor.get(id(tensor))
     return found is not None and version_of(tensor) in found.versions
+
+
+def written_unseen(value: Value) -> bool:
+    """Whether the tensor that holds the value was written to without the recorder noticing.
+
+    An alias that is kept in its place was made below torch's count of writes, and does not share it.
+    """
+    holder = value._tensor()
+    binding = None if holder is None else values_by_tensor.get(id(holder))
+    if holder is None or binding is None or binding.value is not value or value.leaf:
+        return False
+    return version_of(holder) not in binding.versions
 
 
 def unbind(tensor: torch.Tensor) -> None:

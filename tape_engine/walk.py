@@ -29,7 +29,7 @@ from .tape import (
     describe,
     next_in_sequence,
     values_by_tensor,
-    version_of,
+    written_unseen,
 )
 
 __all__ = ["Sweep", "closed_error"]
@@ -225,7 +225,7 @@ class Sweep:
     def _contents(self, node: Node, kept: Kept, value: Value) -> Tensor:
         """What the rule of `node` is given for a value whose contents it reads: those recorded, or an error."""
         tensor = kept.tensor
-        if self.structure or (kept.intact and (value._tensor() is tensor or not _written_unseen(value))):
+        if self.structure or (kept.intact and (value._tensor() is tensor or not written_unseen(value))):
             return tensor
         raise OverwrittenError(
             message(
@@ -341,18 +341,6 @@ def _ancestors(node: Node | None) -> list[Node]:
     return sorted(seen, key=_by_seq)
 
 
-def _written_unseen(value: Value) -> bool:
-    """Whether the tensor that holds the value was written to without the recorder noticing.
-
-    An alias that is kept in its place was made below torch's count of writes, and does not share it.
-    """
-    holder = value._tensor()
-    binding = None if holder is None else values_by_tensor.get(id(holder))
-    if holder is None or binding is None or binding.value is not value or value.leaf:
-        return False
-    return version_of(holder) not in binding.versions
-
-
 def _failed(node: Node, g: list[Tensor | None], error: Exception) -> RuleError:
     """What is raised when the rule of `node` raised `error`."""
     title = getattr(node.op.grad, "__name__", "borrowed rule")
@@ -390,6 +378,8 @@ def _way_around(value: Value) -> str:
         return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
     if value.closed == recorder.SWEEP:
         return "pass record=True to that sweep"
+    if value.closed == recorder.ONCE:
+        return f"write that backward in differentiable operations, or go on from {name}.detach()"
     if value.closed == recorder.OUTSIDE:
         return f"compute {name} inside `with te.record():`, or go on from {name}.detach()"
     return f"write to {name} inside the recording, or to a copy of it: .clone()"

@@ -19,7 +19,7 @@ import torch
 
 from ..aliases import extent
 from ..exits import close_exits, open_exits
-from ..recorder import recording
+from ..recorder import CalledBack, FunctionOp, called_again, recording
 from ..recorder.apart import Apart
 from ..tape import Node, Tape, Value, bind, bound, pop_tape, push_tape
 from .data import LIFT, Frozen, sized_by_elements
@@ -42,6 +42,10 @@ class _Body:
 def opened(node: Node, frozen: Frozen) -> list[Node]:
     """The torch operations of which a named operation consists; the node itself if they cannot be told."""
     if not node.op.is_named or node.result is not None:
+        return [node]
+    if isinstance(node.op, FunctionOp):
+        return [called_again(node)]
+    if isinstance(node.op, CalledBack):
         return [node]
     with _generators_kept(node):
         body = _run(node, 0)

@@ -14,7 +14,8 @@ from .. import aliases, exits, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
-from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
+from ..tape import Tape, bound, current_tape, pop_tape, push_tape
+from .functions import operands_note
 from .listening import listen, listen_to, mark
 from .mode import Mode, quietly
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in
@@ -63,7 +64,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 result = op.forward(*args, **kwargs)
         except Exception as error:
             undo(tape, taken.length)
-            error.add_note(_operands_note(op, args, kwargs))
+            error.add_note(operands_note(op, args, kwargs))
             raise
         if any(made is given for made in tensors_in(result) for given in taken.tensors):
             result = _apart(result, taken.tensors)
@@ -102,13 +103,6 @@ def _apart(result: Any, given: Sequence[Tensor]) -> Any:
     if isinstance(result, (tuple, list)):
         return type(result)([_apart(each, given) for each in result])
     return result
-
-
-def _operands_note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    names = [*op.parameters, *("" for _ in args)]
-    pairs = [*zip(names, args, strict=False), *kwargs.items()]
-    shown = [(name, describe(each)) for name, each in pairs if isinstance(each, Tensor)]
-    return message(f"in the operation {op.name}, called", where=call_site(user_frame()), operands=shown)
 
 
 class record:

@@ -214,6 +214,7 @@ def mark(tensor: Tensor, tape: Tape) -> None:
     value = bound(tensor)
     if value is None or not value.differentiable:
         return
+    exits.hear_functions()
     kind = type(tensor)
     if kind in _LISTENING:
         tensor.__class__ = _LISTENING[kind]

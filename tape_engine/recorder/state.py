@@ -14,6 +14,7 @@ from ..tape import current_tape
 __all__ = [
     "DETACH",
     "LIFT",
+    "ONCE",
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
@@ -55,6 +56,7 @@ UNSEEN = "was changed by a write that the recorder could not see"
 
 OUTSIDE = "was computed by torch operations outside the recording"
 SWEEP = "was given by a sweep that is not recorded"
+ONCE = "was given by a backward that is marked as once_differentiable"
 
 
 LIFT = torch.ops.aten.lift_fresh.default
