@@ -10,6 +10,8 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
   ``.data`` it does tell, but autograd detaches as well, each output that it saves: only the user's is a cut.
 - ``x.data = y`` gives a tensor other contents, ``torch.tensor(x)`` copies them without the gradient, and
   ``nn.Parameter(x)`` looks into them: none of these says so.
+- ``copy.deepcopy`` and ``copy.copy`` of what was computed are a clone and a view; pickling it hands it out, and so does
+  taking the numbers out of a list of tensors (``torch.tensor([a, b])``): they warn as ``numpy()`` does.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
@@ -20,9 +22,10 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,7 +33,7 @@ import torch
 
 from .errors import TapeWarning, message
 from .names import call_site, called_by_user, user_frame
-from .tape import bound, describe
+from .tape import bound, describe, rebind
 
 __all__ = ["close_exits", "hear_functions", "open_exits", "plain_apply", "warn_of_exit", "warn_of_hook"]
 
@@ -42,6 +45,7 @@ LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
 #: Methods that ask for a call at a gradient of torch's own.
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
+_dlpack: Any = torch.utils.dlpack
 _DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
 _open = 0
@@ -54,6 +58,8 @@ _set: Callable[[Any, Tensor, Any], None] = print
 _parameter: Callable[..., Any] = print
 _quietly: Callable[[], AbstractContextManager[None]]
 _unfollowed: Callable[[str], None] = print
+_deepcopy: Callable[[Any, Tensor, dict[int, Any]], Tensor]
+_shallow: Callable[[Tensor], Tensor]
 _function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _plain_apply: Any = None  # torch's own Function.apply, once the recorder is asked first
 
@@ -77,6 +83,12 @@ def on_exit(
     _set, _parameter, _quietly, _unfollowed = set_data, parameter, quietly, unfollowed
 
 
+def on_copy(deepcopy: Callable[[Any, Tensor, dict[int, Any]], Tensor], shallow: Callable[[Tensor], Tensor]) -> None:
+    """The recorder says here how it records what the module `copy` does."""
+    global _deepcopy, _shallow
+    _deepcopy, _shallow = deepcopy, shallow
+
+
 def on_function(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
     """The recorder says here what applying a custom function does."""
     global _function
@@ -94,10 +106,16 @@ def open_exits() -> None:
                 _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
             _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
             _wrap(Tensor, "detach", _detaching(Tensor.detach))
-            _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _setting(_DATA.__set__)))
+            _wrap(Tensor, "data", property(_getting(_DATA.__get__), _setting(_DATA.__set__)))
             _wrap(Tensor, "_make_subclass", staticmethod(_subclassing(Tensor._make_subclass)))
-            _wrap(torch, "tensor", _copying(torch.tensor, 0))
-            _wrap(Tensor, "new_tensor", _copying(Tensor.new_tensor, 1))
+            _wrap(torch, "tensor", _copying("torch.tensor", torch.tensor, 0))
+            _wrap(Tensor, "new_tensor", _copying(".new_tensor", Tensor.new_tensor, 1))
+            for name in ("as_tensor", "asarray"):
+                _wrap(torch, name, _gathering(f"torch.{name}", getattr(torch, name)))
+            _wrap(Tensor, "__deepcopy__", _deepcopying(Tensor.__deepcopy__))
+            _wrap(Tensor, "__copy__", _shallowly)
+            _wrap(Tensor, "__reduce_ex__", _reducing(Tensor.__reduce_ex__))
+            _wrap(_dlpack, "to_dlpack", _capsuling(_dlpack.to_dlpack))
             _wrap(Tensor, "set_", _moving("x.set_(...)", Tensor.set_))
             for name in MOVING:
                 title = f"x.untyped_storage().{name}(...)"
@@ -127,11 +145,17 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     setattr(owner, name, wrapper)
 
 
+def _would_cut(tensor: Tensor) -> bool:
+    """Whether a gradient could pass through what `tensor` holds, which was computed on a tape that waits."""
+    value = bound(tensor)
+    node = None if value is None else value.node
+    return value is not None and node is not None and not node.closed and value.differentiable and not node.cut
+
+
 def warn_of_exit(tensor: Tensor, name: str) -> None:
     """Warns that a recorded value leaves for code through which no gradient can be followed."""
     value = bound(tensor)
-    node = None if value is None else value.node
-    if value is None or node is None or node.closed or not value.differentiable or node.cut:
+    if value is None or not _would_cut(tensor):
         return
     warnings.warn(
         message(
@@ -174,7 +198,7 @@ def warn_of_hook(tensor: Tensor, what: str, stacklevel: int) -> None:
 
 def _leaving(name: str, original: Any) -> Any:
     def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if _heard() and called_by_user():
+        if _heard() and (called_by_user() or name == "__dlpack__"):  # torch.from_dlpack calls that
             warn_of_exit(self, name)
             if name != "data_ptr":  # an address, of which a replay has another
                 _guard(self, "elements")
@@ -200,6 +224,17 @@ def _detaching(original: Any) -> Any:
     return detach
 
 
+def _getting(original: Any) -> Any:
+    def data(self: Tensor) -> Tensor:
+        if not _heard():
+            return original(self)  # type: ignore[no-any-return]
+        made = _detach(original, self)
+        rebind(made)  # torch counts the writes to it anew
+        return made
+
+    return data
+
+
 def _setting(original: Any) -> Any:
     def set_data(self: Tensor, other: Any) -> None:
         if _heard() and isinstance(other, Tensor):
@@ -220,15 +255,99 @@ def _subclassing(original: Any) -> Any:
     return make_subclass
 
 
-def _copying(original: Any, place: int) -> Any:
+def _copying(title: str, original: Any, place: int) -> Any:
     """A function that copies its argument at `place`, where that is a tensor, as a constant."""
 
     def copying(*args: Any, **kwargs: Any) -> Any:
-        if len(args) <= place or not isinstance(args[place], Tensor) or not _heard():
+        if len(args) <= place or not isinstance(args[place], (Tensor, list, tuple)) or not _heard():
             return original(*args, **kwargs)
-        return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
+        if isinstance(args[place], Tensor):
+            return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
+        _taken_out(title, args[place])
+        return original(*args, **kwargs)
 
     return copying
+
+
+def _gathering(title: str, original: Any) -> Any:
+    """A function that takes the numbers out of a list of tensors."""
+
+    def gathering(*args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], (list, tuple)) and _heard():
+            _taken_out(title, args[0])
+        return original(*args, **kwargs)
+
+    return gathering
+
+
+def _taken_out(title: str, listed: Any) -> None:
+    """Numbers are taken out of the tensors in a list: torch tells nobody, and no gradient passes."""
+    tensors = list(_tensors_within(listed))
+    for tensor in tensors:
+        _guard(tensor, "elements")
+    known = next((t for t in tensors if _would_cut(t)), None)
+    if known is not None:
+        value = bound(known)
+        name = (None if value is None else value.name) or "value"
+        warnings.warn(
+            message(
+                f"{title} takes the numbers out of the tensors in a list: what is computed from them there is a "
+                "constant to the sweep.",
+                where=call_site(user_frame()),
+                operands=[] if value is None else [(name, describe(value))],
+                fix="torch.stack(...) of the list keeps the gradient; .detach() of each says that this is meant",
+            ),
+            TapeWarning,
+            stacklevel=4,
+        )
+
+
+def _tensors_within(listed: Any) -> Iterator[Tensor]:
+    for each in listed:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (list, tuple)):
+            yield from _tensors_within(each)
+
+
+def _deepcopying(original: Any) -> Any:
+    def __deepcopy__(self: Tensor, memo: dict[int, Any]) -> Tensor:
+        return _deepcopy(original, self, memo) if _heard() else original(self, memo)
+
+    return __deepcopy__
+
+
+def reconstructed(tensor: Any) -> Any:
+    """What ``copy.copy`` makes of a tensor by itself."""
+    return copy._reconstruct(tensor, None, *tensor.__reduce_ex__(4))  # type: ignore[attr-defined]
+
+
+def _shallowly(self: Tensor) -> Tensor:
+    if _heard():
+        return _shallow(self)
+    made: Tensor = reconstructed(self)
+    return made
+
+
+def _reducing(original: Any) -> Any:
+    def __reduce_ex__(self: Tensor, protocol: Any) -> Any:
+        if _heard():
+            warn_of_exit(self, "__reduce_ex__")
+            if bound(self) is not None:
+                _guard(self, "elements")
+        return original(self, protocol)
+
+    return __reduce_ex__
+
+
+def _capsuling(original: Any) -> Any:
+    def to_dlpack(tensor: Tensor) -> Any:
+        if _heard() and isinstance(tensor, Tensor):
+            warn_of_exit(tensor, "to_dlpack")
+            _guard(tensor, "elements")
+        return original(tensor)
+
+    return to_dlpack
 
 
 def _moving(title: str, original: Any) -> Any:

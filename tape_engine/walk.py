@@ -302,6 +302,9 @@ class Sweep:
         """Gives each gradient memory of its own: a rule may have returned ``g``, a view, or an argument."""
         seen: set[int] = set()
         for value, g in self.gradients.items():
+            if g.layout is not torch.strided:  # of a sparse tensor: it has no one storage to compare
+                self.gradients[value] = g.clone()
+                continue
             known = values_by_tensor.get(id(g))
             older = known is not None and (known.node is None or known.node.seq < self._began)
             storage = g.untyped_storage()
@@ -378,6 +381,8 @@ def _way_around(value: Value) -> str:
         return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
     if value.closed == recorder.SWEEP:
         return "pass record=True to that sweep"
+    if value.closed == recorder.MOVED:
+        return "copy the elements instead: x.copy_(...), or take a view"
     if value.closed == recorder.ONCE:
         return f"write that backward in differentiable operations, or go on from {name}.detach()"
     if value.closed == recorder.OUTSIDE:

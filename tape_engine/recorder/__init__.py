@@ -15,15 +15,17 @@ from then on. `aliases` follows the other tensors that look into the same storag
 
 from __future__ import annotations
 
+from . import copies as copies
 from .called import CalledBack, called_again, freezing
 from .doors import pause, record, scope, stop_gradient
 from .functions import FunctionOp
 from .listening import Recorded, forget_leaves, listen_to
 from .mode import quietly, recording
-from .state import ONCE, OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
+from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
 from .writing import is_update, read, rule_to_add
 
 __all__ = [
+    "MOVED",
     "ONCE",
     "OUTSIDE",
     "SWEEP",

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import aliases
 from ..plans import MISSING, Plan, plan_of
-from ..tape import Kept, Node, Tape, Value, bind, bound, rebind, unbind, version_of
-from .state import LIFT, UNSEEN, tensors_in
+from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
+from .state import LIFT, MOVED, UNSEEN, tensors_in
 from .writing import (
     AS_COMPLEX,
     Taken,
@@ -38,6 +38,8 @@ Tensor = torch.Tensor
 
 def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes to its arguments, recorded as its functional twin."""
+    if func in SETS:
+        return _given_memory(func, args, kwargs)
     given_args = tuple(a for i, a in enumerate(_completed(args, kwargs, plan)) if i not in plan.outs)
     if plan.order:
         given_args = tuple(given_args[place] for place in plan.order)
@@ -65,6 +67,39 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     )
     settle(tape, node, range(len(fresh), len(made)), written, before, wholes, spared, statistics=plan.statistics)
     return result
+
+
+#: What gives a tensor the memory of another, or of a storage.
+_set: Any = torch.ops.aten.set_
+SETS = {getattr(_set, name) for name in _set.overloads()}
+
+
+def _given_memory(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.set_(...)``: x is another tensor from then on, and none that may have a gradient if a tape knows its memory.
+
+    Torch makes tensors so that it reads from files: those are leaves.
+    """
+    target = args[0]
+    held = bound(target)
+    if held is not None:
+        aliases.protect(target, held)
+        held.stale = True  # the tensor is no longer what was made or read
+    result = func(*args, **kwargs)
+    unbind(target)
+    storage = aliases.storage_of(target)
+    if storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values())):
+        value = Value(target)
+        value.closed = MOVED
+        bind(target, value, None)
+        rebind(target, version_of(target) + 1)
+        aliases.join(target, value)
+    return result
+
+
+def _differentiable_in(binding: Binding, storage: int) -> bool:
+    """Whether a tensor with this storage holds a value that can have a gradient."""
+    tensor = binding()
+    return tensor is not None and binding.value.differentiable and aliases.storage_of(tensor) == storage
 
 
 def settle(

@@ -22,7 +22,7 @@ from .decisions import observe_from, record_tolist
 from .mode import quietly, recording
 from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in
 
-__all__ = ["Recorded", "RecordedParameter", "forget_leaves", "listen", "listen_to", "mark"]
+__all__ = ["Recorded", "RecordedParameter", "as_plain", "forget_leaves", "listen", "listen_to", "mark"]
 
 Tensor = torch.Tensor
 
@@ -46,6 +46,10 @@ class Recorded(Tensor):
             if func in _EXITS:
                 exits.warn_of_exit(args[0], func.__name__)
                 return func(*args, **kwargs)
+            if func is Tensor.new_tensor and not state.deaf and len(args) > 1 and isinstance(args[1], Tensor):
+                with recording(current_tape()):  # as torch.tensor(x): a copy through which no gradient passes
+                    copied: Tensor = detaching(lambda each: func(args[0], each, *args[2:], **kwargs), args[1])
+                return copied
             if _writes(func) and _leaves_only(args, kwargs):
                 return _update_leaf(func, args, kwargs)
             if (func in _DETACHES or is_cut()) and not (kwargs or _writes(func)) and _all_swept(args):
@@ -75,21 +79,16 @@ class Recorded(Tensor):
             return result
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        with _as_plain(self):
+        with as_plain(self):
             return repr(self)
 
     def __format__(self, spec: str) -> str:
-        with _as_plain(self):
+        with as_plain(self):
             return format(self, spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with _as_plain(self):
+        with as_plain(self):
             return self.__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        with _as_plain(self):
-            copied: Tensor = self.__deepcopy__(memo)
-            return copied
 
 
 class RecordedParameter(Recorded, torch.nn.Parameter):
@@ -105,7 +104,7 @@ Recorded.__name__, RecordedParameter.__name__ = "Tensor", "Parameter"
 
 
 @contextmanager
-def _as_plain(tensor: Tensor) -> Iterator[None]:
+def as_plain(tensor: Tensor) -> Iterator[None]:
     """`tensor` under torch's own class: printed, copied and written to files as what it is."""
     kind = type(tensor)
     with quietly():

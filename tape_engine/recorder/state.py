@@ -14,6 +14,7 @@ from ..tape import current_tape
 __all__ = [
     "DETACH",
     "LIFT",
+    "MOVED",
     "ONCE",
     "OUTSIDE",
     "SWEEP",
@@ -56,6 +57,7 @@ UNSEEN = "was changed by a write that the recorder could not see"
 
 OUTSIDE = "was computed by torch operations outside the recording"
 SWEEP = "was given by a sweep that is not recorded"
+MOVED = "was given its memory by set_, which is no operation"
 ONCE = "was given by a backward that is marked as once_differentiable"
 
 
