@@ -12,6 +12,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
   ``nn.Parameter(x)`` looks into them: none of these says so.
 - ``copy.deepcopy`` and ``copy.copy`` of what was computed are a clone and a view; pickling it hands it out, and so does
   taking the numbers out of a list of tensors (``torch.tensor([a, b])``): they warn as ``numpy()`` does.
+- Singular values alone are computed by another algorithm than with vectors, which torch takes where a mode listens.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
@@ -24,18 +25,17 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from .errors import TapeWarning, message
-from .names import call_site, called_by_user, user_frame
-from .tape import bound, describe, rebind
+from .names import called_by_user
+from .tape import bound, rebind
+from .warned import warn_of_exit, warn_of_hook, warn_of_list
 
-__all__ = ["close_exits", "hear_functions", "open_exits", "plain_apply", "warn_of_exit", "warn_of_hook"]
+__all__ = ["close_exits", "hear_functions", "open_exits", "plain_apply", "reconstructed"]
 
 Tensor = torch.Tensor
 
@@ -44,6 +44,14 @@ LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
 
 #: Methods that ask for a call at a gradient of torch's own.
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
+
+#: Functions that ask for singular values or eigenvalues, and not for the vectors.
+OF_VALUES = (
+    *((torch.linalg, name) for name in ("svdvals", "eigvalsh", "cond", "matrix_norm", "norm")),
+    (torch, "norm"),
+    (torch, "nuclear_norm"),
+    (Tensor, "norm"),
+)
 
 _dlpack: Any = torch.utils.dlpack
 _DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
@@ -58,6 +66,7 @@ _set: Callable[[Any, Tensor, Any], None] = print
 _parameter: Callable[..., Any] = print
 _quietly: Callable[[], AbstractContextManager[None]]
 _unfollowed: Callable[[str], None] = print
+_values_alone: Callable[[], AbstractContextManager[None]]
 _deepcopy: Callable[[Any, Tensor, dict[int, Any]], Tensor]
 _shallow: Callable[[Tensor], Tensor]
 _function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -76,11 +85,12 @@ def on_exit(
     parameter: Callable[..., Any],
     quietly: Callable[[], AbstractContextManager[None]],
     unfollowed: Callable[[str], None],
+    values_alone: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """The recorder says here whether it listens, how it records what is heard here, and how it hears nothing."""
-    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly, _unfollowed
+    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly, _unfollowed, _values_alone
     _heard, _guard, _cut, _detach = heard, guard, cut, detach
-    _set, _parameter, _quietly, _unfollowed = set_data, parameter, quietly, unfollowed
+    _set, _parameter, _quietly, _unfollowed, _values_alone = set_data, parameter, quietly, unfollowed, values_alone
 
 
 def on_copy(deepcopy: Callable[[Any, Tensor, dict[int, Any]], Tensor], shallow: Callable[[Tensor], Tensor]) -> None:
@@ -120,6 +130,8 @@ def open_exits() -> None:
             for name in MOVING:
                 title = f"x.untyped_storage().{name}(...)"
                 _wrap(torch.UntypedStorage, name, _moving(title, getattr(torch.UntypedStorage, name)))
+            for owner, name in OF_VALUES:
+                _wrap(owner, name, _of_values(getattr(owner, name)))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
             for name in HOOKS:
                 _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
@@ -145,31 +157,6 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     setattr(owner, name, wrapper)
 
 
-def _would_cut(tensor: Tensor) -> bool:
-    """Whether a gradient could pass through what `tensor` holds, which was computed on a tape that waits."""
-    value = bound(tensor)
-    node = None if value is None else value.node
-    return value is not None and node is not None and not node.closed and value.differentiable and not node.cut
-
-
-def warn_of_exit(tensor: Tensor, name: str) -> None:
-    """Warns that a recorded value leaves for code through which no gradient can be followed."""
-    value = bound(tensor)
-    if value is None or not _would_cut(tensor):
-        return
-    warnings.warn(
-        message(
-            f".{name}() hands {value.name or 'a recorded value'} to code that the recorder cannot follow: what is "
-            "computed from it there is a constant to the sweep.",
-            where=call_site(user_frame()),
-            operands=[(value.name or "value", describe(value))],
-            fix=f"te.stop_gradient(...).{name}(), or .detach() before it, says that this is meant",
-        ),
-        TapeWarning,
-        stacklevel=3,
-    )
-
-
 def _hooking(name: str, original: Any) -> Any:
     def register(self: Tensor, hook: Any) -> Any:
         if _heard() and called_by_user():
@@ -177,23 +164,6 @@ def _hooking(name: str, original: Any) -> Any:
         return original(self, hook)
 
     return register
-
-
-def warn_of_hook(tensor: Tensor, what: str, stacklevel: int) -> None:
-    """Warns that a call by torch's own backward was asked for, which no sweep makes."""
-    frame = user_frame()
-    value = bound(tensor)
-    name = (None if value is None else value.name) or "value"
-    warnings.warn(
-        message(
-            f"{what} a call by torch's own backward: te.backward calls no hook.",
-            where=call_site(frame),
-            operands=[] if value is None else [(name, describe(value))],
-            fix="change the gradient after the sweep, or in the rule of an operation of your own (te.op)",
-        ),
-        TapeWarning,
-        stacklevel=stacklevel,
-    )
 
 
 def _leaving(name: str, original: Any) -> Any:
@@ -285,21 +255,7 @@ def _taken_out(title: str, listed: Any) -> None:
     tensors = list(_tensors_within(listed))
     for tensor in tensors:
         _guard(tensor, "elements")
-    known = next((t for t in tensors if _would_cut(t)), None)
-    if known is not None:
-        value = bound(known)
-        name = (None if value is None else value.name) or "value"
-        warnings.warn(
-            message(
-                f"{title} takes the numbers out of the tensors in a list: what is computed from them there is a "
-                "constant to the sweep.",
-                where=call_site(user_frame()),
-                operands=[] if value is None else [(name, describe(value))],
-                fix="torch.stack(...) of the list keeps the gradient; .detach() of each says that this is meant",
-            ),
-            TapeWarning,
-            stacklevel=4,
-        )
+    warn_of_list(title, tensors)
 
 
 def _tensors_within(listed: Any) -> Iterator[Tensor]:
@@ -348,6 +304,16 @@ def _capsuling(original: Any) -> Any:
         return original(tensor)
 
     return to_dlpack
+
+
+def _of_values(original: Any) -> Any:
+    def of_values(*args: Any, **kwargs: Any) -> Any:
+        if not _heard():
+            return original(*args, **kwargs)
+        with _values_alone():
+            return original(*args, **kwargs)
+
+    return of_values
 
 
 def _moving(title: str, original: Any) -> Any:

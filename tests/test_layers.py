@@ -32,6 +32,7 @@ ROOMS = (
     "names",
     "listing",
     "aliases",
+    "warned",
     "exits",
     "recorder",
     "fits",

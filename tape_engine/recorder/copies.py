@@ -44,7 +44,8 @@ def _record(tensor: Tensor, copied: Callable[[], Tensor], *, shares: bool) -> Te
         made = copied()
         tape = current_tape()
         known = bound(tensor)
-        if not tape.strong and (known is None or known.leaf or known.closed):
+        node = None if known is None else known.node
+        if not tape.strong and (known is None or known.closed or node is None or node.closed):
             return made
         value = read(tensor, tape)
         cut = value.leaf or is_cut()
@@ -63,7 +64,7 @@ exits.on_copy(_deepcopy, _shallow)
 def _deepcopy_outside(self: Recorded, memo: dict[int, Any]) -> Tensor:
     def original(tensor: Recorded, memo: dict[int, Any]) -> Tensor:
         with as_plain(tensor):
-            copied: Tensor = Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-untyped-call]
+            copied: Tensor = tensor.__deepcopy__(memo)  # type: ignore[no-untyped-call]
             return copied
 
     return _deepcopy(original, self, memo)

@@ -18,7 +18,7 @@ from ..tape import Tape, bound, current_tape, pop_tape, push_tape
 from .functions import operands_note
 from .listening import listen, listen_to, mark
 from .mode import Mode, quietly
-from .state import current_tape_is_global, detaching, gaps, state, tensors_in
+from .state import current_tape_is_global, detaching, gaps, state, tensors_in, values_alone
 from .streams import Streams
 from .writing import (
     Taken,
@@ -271,4 +271,14 @@ def _note_unfollowed(what: str) -> None:
     current_tape().unfollowed = what, call_site(user_frame())
 
 
-exits.on_exit(_hears, _record_guard, _record_cut, detaching, _record_set, _record_parameter, quietly, _note_unfollowed)
+exits.on_exit(
+    _hears,
+    _record_guard,
+    _record_cut,
+    detaching,
+    _record_set,
+    _record_parameter,
+    quietly,
+    _note_unfollowed,
+    values_alone,
+)

@@ -18,9 +18,10 @@ from torch._C import DisableTorchFunctionSubclass
 
 from .. import aliases, exits
 from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
+from ..warned import warn_of_exit
 from .decisions import observe_from, record_tolist
 from .mode import quietly, recording
-from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in
+from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in, values_alone
 
 __all__ = ["Recorded", "RecordedParameter", "as_plain", "forget_leaves", "listen", "listen_to", "mark"]
 
@@ -44,7 +45,7 @@ class Recorded(Tensor):
             if state.quiet or state.paused or func in _PLAIN or not current_tape_is_global():
                 return func(*args, **kwargs)
             if func in _EXITS:
-                exits.warn_of_exit(args[0], func.__name__)
+                warn_of_exit(args[0], func.__name__)
                 return func(*args, **kwargs)
             if func is Tensor.new_tensor and not state.deaf and len(args) > 1 and isinstance(args[1], Tensor):
                 with recording(current_tape()):  # as torch.tensor(x): a copy through which no gradient passes
@@ -64,7 +65,7 @@ class Recorded(Tensor):
             if depth >= DEEPEST:
                 tape.forgotten = next_in_sequence()  # what is decided by the result is not heard
                 return func(*args, **kwargs)
-            with recording(tape):
+            with recording(tape), values_alone() if func in _OF_VALUES else nullcontext():
                 result: Any = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
             if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
                 in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
@@ -152,6 +153,10 @@ _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 
 
 _PLAIN -= _EXITS
+
+
+#: What asks for singular values or eigenvalues alone; in a block by the wrappers of `exits`.
+_OF_VALUES = {getattr(owner, name) for owner, name in exits.OF_VALUES}
 
 
 _TOLIST = Tensor.tolist

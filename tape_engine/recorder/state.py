@@ -28,6 +28,8 @@ __all__ = [
     "opened",
     "state",
     "tensors_in",
+    "values_alone",
+    "without_vectors",
 ]
 
 Tensor = torch.Tensor
@@ -42,6 +44,7 @@ class _State(threading.local):
         self.deaf = 0  # the sum of the two
         self.detaching = 0  # inside a detach() of the user's
         self.opening = False  # named operations run their bodies, which are heard
+        self.values_alone = 0  # inside a function that asks for the values of a decomposition, and not for the vectors
         self.linking = False  # inside a sweep that is recorded: every binding counts, closed or not
         self.grad_mode = True  # torch's grad mode where the recording began: a change of it is a cut
 
@@ -100,6 +103,29 @@ def detaching(original: Any, tensor: Tensor) -> Tensor:
     finally:
         state.detaching -= 1
     return result
+
+
+#: The decompositions that torch computes with vectors only where a gradient will need them; and at which place it says
+#: so. Under a dispatch mode it takes that for granted, and the values then are those of another algorithm.
+_VECTORS = {torch.ops.aten._linalg_svd.default: (False, False), torch.ops.aten._linalg_eigh.default: ("L", False)}
+
+
+def without_vectors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a decomposition as torch would give them without a recording; the rule makes the vectors."""
+    asked = _VECTORS.get(func)
+    if asked is None or (torch.is_grad_enabled() and args[0].requires_grad):
+        return args
+    return (args[0], args[1] if len(args) > 1 else asked[0], asked[1])
+
+
+@contextmanager
+def values_alone() -> Iterator[None]:
+    """A context in which decompositions are asked for their values alone."""
+    state.values_alone += 1
+    try:
+        yield
+    finally:
+        state.values_alone -= 1
 
 
 def tensors_in(result: Any) -> list[Tensor]:

@@ -15,10 +15,10 @@ from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from .. import aliases, modules, registry
 from ..errors import MissingRuleError, message
-from ..exits import warn_of_hook
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
+from ..warned import warn_of_hook
 from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, is_cut, state
 
 __all__ = [
