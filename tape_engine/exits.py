@@ -18,7 +18,8 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
-  on a value through which a gradient could pass they warn, and the elements handed out are a guard as well.
+  on a value through which a gradient could pass they warn, and the elements handed out are a guard as well. What
+  rules read there is copied, as a write to that memory is heard by nobody.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 import torch
 
+from .aliases import expose
 from .names import called_by_user
 from .tape import bound, rebind
 from .warned import warn_of_exit, warn_of_hook, warn_of_list
@@ -170,6 +172,7 @@ def _leaving(name: str, original: Any) -> Any:
     def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _heard() and (called_by_user() or name == "__dlpack__"):  # torch.from_dlpack calls that
             warn_of_exit(self, name)
+            expose(self)
             if name != "data_ptr":  # an address, of which a replay has another
                 _guard(self, "elements")
         return original(self, *args, **kwargs)
@@ -300,6 +303,7 @@ def _capsuling(original: Any) -> Any:
     def to_dlpack(tensor: Tensor) -> Any:
         if _heard() and isinstance(tensor, Tensor):
             warn_of_exit(tensor, "to_dlpack")
+            expose(tensor)
             _guard(tensor, "elements")
         return original(tensor)
 

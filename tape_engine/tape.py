@@ -43,6 +43,11 @@ def next_in_sequence() -> int:
     return next(_sequence)
 
 
+#: The storages whose memory was handed to code that nobody hears (``numpy()``), by address, each with its weak
+#: reference. A cell on one of them keeps a copy from the start: no count tells of such a write.
+exposed: dict[int, Any] = {}
+
+
 class Kept:
     """A tensor that some rule will read: the contents a value had when it was recorded.
 
@@ -55,6 +60,8 @@ class Kept:
     __slots__ = ("__weakref__", "address", "own", "tensor", "versions")
 
     def __init__(self, tensor: torch.Tensor, *, own: bool = False) -> None:
+        if exposed and _is_exposed(tensor):
+            tensor, own = tensor.detach().clone(memory_format=torch.preserve_format), True
         self.tensor = tensor
         self.own = own
         self.versions: tuple[int, ...] = ()
@@ -76,6 +83,13 @@ class Kept:
             return tensor._version in self.versions and _data_ptr(tensor) == self.address
         except (RuntimeError, NotImplementedError):
             return version_of(tensor) in self.versions and address_of(tensor) == self.address
+
+
+def _is_exposed(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.untyped_storage()._cdata in exposed
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 _STRIDED = torch.strided
@@ -392,14 +406,22 @@ class Token:
     """What a node knows its tape by; it lives as long as the tape or a node of it.
 
     ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``.
-    What was recorded before ``closed_at`` belongs to a sweep that is over.
+    What was recorded before ``closed_at`` belongs to a sweep that is over. ``foreign`` are the leaves in memory
+    that others have too (``torch.from_numpy``), each with a sample of its elements.
     """
 
-    __slots__ = ("__weakref__", "closed_at", "marked")
+    __slots__ = ("__weakref__", "closed_at", "foreign", "marked")
 
     def __init__(self) -> None:
         self.marked: dict[int, weakref.ref[Value]] = {}
         self.closed_at = 0
+        self.foreign: list[tuple[weakref.ref[Value], bytes]] = []
+
+    def watch(self, value: Value, sample: bytes) -> None:
+        """Notes a leaf whose memory others have too."""
+        if len(self.foreign) & (len(self.foreign) - 1) == 0:
+            self.foreign = [each for each in self.foreign if each[0]() is not None]
+        self.foreign.append((weakref.ref(value), sample))
 
 
 class Tape:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import recorder
+from .aliases import changed_outside
 from .errors import NotRecordedError, OverwrittenError, RuleError, SweptError, TapeError, message
 from .gradients import borrowed, fitted, in_order, refill
 from .names import located
@@ -78,6 +79,9 @@ class Sweep:
         """Walks back; afterwards `gradients` is complete."""
         recording = recorder.recording(self.tape, sweep=True) if self.record else nullcontext()
         length = self.tape.length
+        changed = None if self.structure else changed_outside(self.order)
+        if changed is not None:
+            raise _overwritten(*changed)
         try:
             with torch.no_grad(), recording:
                 if self.record or self.structure:
@@ -227,15 +231,7 @@ class Sweep:
         tensor = kept.tensor
         if self.structure or (kept.intact and (value._tensor() is tensor or not written_unseen(value))):
             return tensor
-        raise OverwrittenError(
-            message(
-                f"{value.name or 'a value'} that the rule of {node.op.name} reads "
-                "was changed by a write that the recorder could not see.",
-                where=located(node),
-                operands=[(value.name or "value", describe(value))],
-                fix="write to it inside te.record(), or to a copy of it: .clone()",
-            )
-        )
+        raise _overwritten(node, value)
 
     def _linked(self, tensor: Tensor, value: Value, source: Node | None) -> Tensor:
         """In a sweep that is recorded, a tensor that stands for `value`, so that the recording finds it."""
@@ -342,6 +338,19 @@ def _ancestors(node: Node | None) -> list[Node]:
                 seen.add(source)
                 stack.append(source)
     return sorted(seen, key=_by_seq)
+
+
+def _overwritten(node: Node, value: Value) -> OverwrittenError:
+    """What says that the contents of a value, which the rule of `node` reads, are not those recorded."""
+    return OverwrittenError(
+        message(
+            f"{value.name or 'a value'} that the rule of {node.op.name} reads "
+            "was changed by a write that the recorder could not see.",
+            where=located(node),
+            operands=[(value.name or "value", describe(value))],
+            fix="write to it inside te.record(), or to a copy of it: .clone()",
+        )
+    )
 
 
 def _failed(node: Node, g: list[Tensor | None], error: Exception) -> RuleError:

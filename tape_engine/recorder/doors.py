@@ -121,6 +121,7 @@ class record:
         self._open: list[tuple[Tape, Mode, bool, int]] = []
 
     def __enter__(self) -> Tape:
+        aliases.forget_exposed()
         tape = Tape(strong=True, strict=self.strict)
         tape.streams = Streams()
         mode = Mode(tape)

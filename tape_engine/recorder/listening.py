@@ -46,6 +46,8 @@ class Recorded(Tensor):
                 return func(*args, **kwargs)
             if func in _EXITS:
                 warn_of_exit(args[0], func.__name__)
+                with quietly():
+                    aliases.expose(args[0])
                 return func(*args, **kwargs)
             if func is Tensor.new_tensor and not state.deaf and len(args) > 1 and isinstance(args[1], Tensor):
                 with recording(current_tape()):  # as torch.tensor(x): a copy through which no gradient passes

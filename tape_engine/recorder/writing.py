@@ -110,7 +110,8 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
     value.closed = closed or (OUTSIDE if tensor.grad_fn is not None else "")
     bind(tensor, value, None)
-    aliases.join(tensor, value)
+    if aliases.join(tensor, value):
+        tape.token.watch(value, aliases.sample_of(tensor))
     tape.hold(tensor)
     if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
         warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)
