@@ -39,6 +39,7 @@ ROOMS = (
     "ops",
     "rules",
     "gradients",
+    "refusals",
     "walk",
     "sweep",
     "bridge",

@@ -22,9 +22,10 @@ from .functions import FunctionOp
 from .listening import Recorded, forget_leaves, listen_to
 from .mode import quietly, recording
 from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
-from .writing import is_update, read, rule_to_add
+from .writing import ALIAS, is_update, read, rule_to_add
 
 __all__ = [
+    "ALIAS",
     "MOVED",
     "ONCE",
     "OUTSIDE",

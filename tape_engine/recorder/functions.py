@@ -73,7 +73,7 @@ class FunctionOp(Op):
     def _note_reads(self) -> None:
         """Its rule reads what is in the context, and nothing of its arguments."""
         self._reads_all = self.reads_output = False
-        self._reads = ()
+        self.argument_reads = ()
 
     def bare(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*args[:-1], call_in(args))

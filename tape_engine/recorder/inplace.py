@@ -50,11 +50,19 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         refuse_without_rule(plan.op, taken.inputs)
     written = _written(plan, args, kwargs)
     before = [taken.value_of(tensor) for tensor in written]
-    wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
-    spared = [each for tensor, value in zip(written, before, strict=True) for each in aliases.protect(tensor, value)]
+    alone = all(aliases.alone(tensor, value) for tensor, value in zip(written, before, strict=True))
+    spared: list[Any] = []
+    wholes: list[Value | None] = []
+    if not alone:
+        wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
+        for tensor, value in zip(written, before, strict=True):
+            spared += aliases.protect(tensor, value)
     result = func(*args, **kwargs)
-    fresh = [t for t in tensors_in(result) if not any(t is w for w in written)]
-    made = [*fresh, *written]
+    if result is written[0]:
+        fresh, made = [], written
+    else:
+        fresh = [t for t in tensors_in(result) if not any(t is w for w in written)]
+        made = [*fresh, *written]
     if stays_closed(tape, plan.op, taken.inputs, made):
         for tensor in written:
             rebind(tensor, version_of(tensor) + 1)
@@ -63,9 +71,22 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     node.random = plan.random
     node.outputs_tuple = len(made) > 1 or not isinstance(result, Tensor)
     node.mutates = tuple(
-        (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k) for k, old in enumerate(before)
+        [
+            (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k)
+            for k, old in enumerate(before)
+        ]
     )
-    settle(tape, node, range(len(fresh), len(made)), written, before, wholes, spared, statistics=plan.statistics)
+    settle(
+        tape,
+        node,
+        range(len(fresh), len(made)),
+        written,
+        before,
+        wholes,
+        spared,
+        statistics=plan.statistics,
+        alone=alone,
+    )
     return result
 
 
@@ -113,25 +134,29 @@ def settle(
     *,
     statistics: bool = False,
     pending: int = 1,
+    alone: bool = False,
 ) -> None:
     """Follows the writes of `node` to all that look into the memory of the tensors `written`.
 
     Their values are the outputs of `node` at `places`; `before` is what they held before, `wholes` what their bases
     held, ``None`` for a tensor that is no view. `spared` is what `aliases.protect` returned before the writes, and
-    `pending` how many of them torch has yet to count: inside the dispatcher, one.
+    `pending` how many of them torch has yet to count: inside the dispatcher, one. `alone` says that nobody else looks
+    into that memory: then `wholes` and `spared` are empty.
     """
     aliases.refresh(spared, pending)
     untouched = {id(tensor) for _, tensor in spared}
-    for place, tensor, old, whole in zip(places, written, before, wholes, strict=True):
+    for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
         new.constant = old.constant if node.cut else statistics
         new.name = old.name if old.leaf else None
         if old.detached:
             new.detached = True
-        aliases.share(new, old)
+        if not alone or old.aliases is not None:
+            aliases.share(new, old)
         rebind(tensor, version_of(tensor) + pending)
-        _spread(tape, tensor, new, whole, untouched, node.cut, pending)
+        if not alone:
+            _spread(tape, tensor, new, wholes[k], untouched, node.cut, pending)
 
 
 def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
