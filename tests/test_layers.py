@@ -40,6 +40,7 @@ ROOMS = (
     "rules",
     "gradients",
     "refusals",
+    "steps",
     "walk",
     "sweep",
     "bridge",

@@ -38,7 +38,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
 
     It is called by `Mode.__torch_dispatch__`, and that by torch: the user's frame lies beyond.
     """
-    op, token, strong = plan.op, tape.token, tape.strong
+    op, token, strong, length = plan.op, tape.token, tape.strong, len(tape._nodes)
     inputs: list[Value] = []
     sources: list[Node | None] = []
     saved: list[Kept | None] = []
@@ -88,7 +88,6 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
             saved.append(None)
     if tape.strict:
         refuse_without_rule(op, inputs)
-    length = len(tape._nodes)
     try:
         result: Any = call(plan.call, args, _WITHOUT, lazily=True) if is_complex else run(*args)
     except BaseException:

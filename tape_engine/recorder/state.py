@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..plans import VECTORS
 from ..tape import current_tape
 
 __all__ = [
@@ -105,14 +106,9 @@ def detaching(original: Any, tensor: Tensor) -> Tensor:
     return result
 
 
-#: The decompositions that torch computes with vectors only where a gradient will need them; and at which place it says
-#: so. Under a dispatch mode it takes that for granted, and the values then are those of another algorithm.
-_VECTORS = {torch.ops.aten._linalg_svd.default: (False, False), torch.ops.aten._linalg_eigh.default: ("L", False)}
-
-
 def without_vectors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of a decomposition as torch would give them without a recording; the rule makes the vectors."""
-    asked = _VECTORS.get(func)
+    asked = VECTORS.get(func)
     if asked is None or (torch.is_grad_enabled() and args[0].requires_grad):
         return args
     return (args[0], args[1] if len(args) > 1 else asked[0], asked[1])
