@@ -94,7 +94,7 @@ def _run(node: Node, held: dict[Value, Tensor]) -> None:
     if node.result is not None:
         check_guard(result, node.result, located(node))
         return
-    made = [result] if isinstance(result, Tensor) else [each for each in result if each is not None]
+    made = [result] if isinstance(result, Tensor) else [each for each in result if isinstance(each, Tensor)]
     for value, tensor in zip(node.outputs, made, strict=True):
         if value.shape != tensor.shape:
             check_shape(tensor, value.shape, located(node))
