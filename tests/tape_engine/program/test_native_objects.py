@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 import tape_engine as te
 from tape_engine.program.backends import native
-from tape_engine.program.backends.native import objects, segment
+from tape_engine.program.backends.native import objects
 from tests.helpers import close
 from tests.tape_engine.program.common import draw, freeze
 
@@ -201,15 +200,3 @@ def test_two_processes_at_once(cache: Path) -> None:
     told = [process.communicate(timeout=200)[0] for process in both]
     assert told[0] == told[1] != ""
     assert not [file for file in cache.iterdir() if file.suffix != ".kernel"]
-
-
-@needs_numba
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    segment.workers().submit(int).result()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from Python 3.12 on: that a process of several threads is forked
-        child = os.fork()
-    if child == 0:
-        os._exit(0 if segment.workers().submit(lambda: 7).result(timeout=60) == 7 else 1)
-    assert os.waitpid(child, 0)[1] == 0

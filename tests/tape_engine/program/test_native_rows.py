@@ -33,7 +33,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """So many threads share the blocks, whatever the machine has."""
     count: int = request.param
     monkeypatch.setattr("torch.get_num_threads", lambda: count)
-    monkeypatch.setattr("tape_engine.program.backends.native.segment._cores", lambda: count)
+    monkeypatch.setattr("tape_engine.program.backends.native.team.cores", lambda: count)
     return count
 
 
