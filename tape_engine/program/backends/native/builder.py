@@ -7,12 +7,16 @@ from typing import Any
 
 from .kernels import DRIVERS, KINDS, RUNNERS, parts_of, sources
 from .scalars import scalars
+from .tiles import tile
 
 __all__ = ["build"]
 
 #: What rounding the loops may change: sums in another order, never what becomes of NaN and infinity.
 SUMS = {"reassoc", "contract", "nsz"}
 PLAIN = {"contract"}
+
+#: Tiles of a product: lines of the result, and registers of a line.
+TILES = ((4, 2), (1, 2), (8, 1), (1, 1))
 
 
 def build(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -30,6 +34,9 @@ def build(names: list[str]) -> dict[str, tuple[str, str]]:
     for name in names:
         stem, kind, _ = parts_of(name)
         local = {**space, **_numbers(kind)}
+        if stem == "product_tiles":
+            width = 32 if kind == "f" else 64
+            local.update({f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES})
         exec(compile(sources(name), f"<kernel {name}>", "exec"), local)
         signature = of_driver if stem in DRIVERS else of_map
         if name in RUNNERS:

@@ -217,6 +217,38 @@ def product_lines_K(w, regs):
                 k += 1
 """
 
+#: The same where lines of B and C have no gaps, by tiles that stay in registers: four lines of two registers, or eight
+#: of one.
+PRODUCT_TILES = """
+def product_tiles_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10] * SIZE; ra = w[15] * SIZE; ca = w[16] * SIZE; rb = w[20] * SIZE
+    for s in range(w[2]):
+        C = regs[w[7]] + w[8] + s * w[9]
+        A = regs[w[12]] + w[13] + s * w[14]
+        B = regs[w[17]] + w[18] + s * w[19]
+        n = 0
+        while n < N:
+            i = 0
+            if N - n > LANES:
+                while i + 4 <= M:
+                    tile_K_4_2(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
+                    i += 4
+                while i < M:
+                    tile_K_1_2(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
+                    i += 1
+            else:
+                while i + 8 <= M:
+                    tile_K_8_1(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
+                    i += 8
+                while i < M:
+                    tile_K_1_1(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
+                    i += 1
+            n += 2 * LANES
+            C += 2 * LANES * SIZE
+            B += 2 * LANES * SIZE
+"""
+
 PRODUCT_DOTS = """
 def product_dots_K(w, regs):
     M = w[3]; N = w[4]; K = w[5]
@@ -311,6 +343,7 @@ def share(w):
 #: Drivers by name; those with a K in the source are made for each kind.
 DRIVERS = {
     "map_flat": MAP_FLAT, "map_lines": MAP_LINES, "product_lines": PRODUCT_LINES, "product_dots": PRODUCT_DOTS,
+    "product_tiles": PRODUCT_TILES,
     "take": TAKE, "add_at": ADD_AT, "run": RUN, "part": PART, "share": SHARE,
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ stretch (an *arena*); every other memory is a tensor that the program is given.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -241,6 +242,8 @@ class Code:
         lines, dots = _lines(result, a, b), _dots(result, a, b)
         if dots > lines:
             self._product(f"product_dots_{kind}", result, a, b, M, N, K, add)
+        elif lines and N > 1 and way != PAST and (M > 1 or (N <= SHORT and not way)) and _masks():
+            self._product(f"product_tiles_{kind}", result, a, b, M, N, K, add)
         elif lines:
             self._product(f"product_lines_{kind}", result, a, b, M, N, K, add, way)
         else:
@@ -313,6 +316,15 @@ def _collapsed(shape: Sequence[int], strides: list[tuple[int, ...]], gathers: bo
         else:
             found.append((n, steps))
     return found
+
+
+SHORT = 256  # elements up to which one line is no worse off in pieces
+
+
+@functools.cache
+def _masks() -> bool:
+    """Whether the processor loads and stores parts of a vector register."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
 
 
 LONG = 16  # elements from which on a line is long

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 FLAT = 1 << 16  # elements up to which one thread's loop is no worse than torch
 PRODUCT = 1 << 16  # multiplications of a product, likewise
 ROWS = 512  # rows from which on blocks are thought of
-ROW_BYTES = 1 << 20  # bytes of values with rows from which on they pay
+ROW_BYTES = 1 << 18  # bytes of values with rows from which on they pay
 ROW_WORK = 24  # multiplications for each number read, above which torch's own products are better
 LEAST = 3  # nodes for which a segment is worth its call
 
@@ -230,10 +230,34 @@ def _ordered(
         if node not in folded:
             last = max(last, phase)
             phases.setdefault(phase, ([], []))[not native].append(node)
+    _delay(phases, nodes, canonical)
     items: list[Node | Part] = [node for node in nodes if node in folded]
     for _, (ours, torchs) in sorted(phases.items()):
         items += [Part(ours), *torchs] if ours else torchs
     return items
+
+
+def _delay(
+    phases: dict[int, tuple[list[Node], list[Node]]], nodes: Sequence[Node], canonical: Callable[[Value], Value]
+) -> None:
+    """Moves what would be a poor part to the parts that read it, where these alone do."""
+    of = {node: phase for phase, (ours, _) in phases.items() for node in ours}
+    readers: dict[Value, list[Node]] = {}
+    for node in nodes:
+        for value in node.inputs:
+            readers.setdefault(canonical(value), []).append(node)
+    for phase in sorted(phases):
+        ours = phases[phase][0]
+        if sum(node.op.forward not in FREE for node in ours) >= LEAST:
+            continue
+        for node in reversed(ours):
+            then = [of.get(each, -1) for value in node.outputs for each in readers.get(canonical(value), ())]
+            if then and min(then) > phase:
+                of[node] = min(then)
+        for later in {of[node] for node in ours} - {phase}:
+            moved = [node for node in ours if of[node] == later]
+            phases[later][0][:0] = moved
+        phases[phase][0][:] = [node for node in ours if of[node] == phase]
 
 
 def _readers(plan: Plan) -> dict[Value, set[int]]:

@@ -219,8 +219,9 @@ class Bound:
                 tensor = laid(tensor, strides)
                 kept.append(tensor)
             registers[place] = tensor.data_ptr()
-        for place, tensor in zip(self._made, tensors[len(self._changing) :]):  # noqa: B905 - memory of our own
-            registers[place] = tensor.data_ptr()
+        if self._made:  # memory of our own
+            for place, tensor in zip(self._made, tensors[len(self._changing) :]):  # noqa: B905
+                registers[place] = tensor.data_ptr()
         for place, tensor, strides in self._copied:
             tensor = laid(tensor, strides)
             kept.append(tensor)
