@@ -16,7 +16,7 @@ SUMS = {"reassoc", "contract", "nsz"}
 PLAIN = {"contract"}
 
 #: Tiles of a product: lines of the result, and registers of a line.
-TILES = ((4, 2), (1, 2), (8, 1), (1, 1))
+TILES = ((8, 1), (4, 2), (1, 4))
 
 
 def build(names: list[str]) -> dict[str, tuple[str, str]]:

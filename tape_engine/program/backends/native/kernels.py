@@ -217,8 +217,8 @@ def product_lines_K(w, regs):
                 k += 1
 """
 
-#: The same where lines of B and C have no gaps, by tiles that stay in registers: four lines of two registers, or eight
-#: of one.
+#: The same where lines of B and C have no gaps, by tiles that stay in registers: eight lines of one register, four of
+#: two, one of four.
 PRODUCT_TILES = """
 def product_tiles_K(w, regs):
     M = w[3]; N = w[4]; K = w[5]
@@ -227,26 +227,28 @@ def product_tiles_K(w, regs):
         C = regs[w[7]] + w[8] + s * w[9]
         A = regs[w[12]] + w[13] + s * w[14]
         B = regs[w[17]] + w[18] + s * w[19]
-        n = 0
-        while n < N:
-            i = 0
-            if N - n > LANES:
-                while i + 4 <= M:
-                    tile_K_4_2(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
-                    i += 4
-                while i < M:
-                    tile_K_1_2(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
-                    i += 1
-            else:
-                while i + 8 <= M:
-                    tile_K_8_1(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
-                    i += 8
-                while i < M:
-                    tile_K_1_1(C + i * rc, rc, A + i * ra, ra, ca, B, rb, K, N - n, w[6])
-                    i += 1
-            n += 2 * LANES
-            C += 2 * LANES * SIZE
-            B += 2 * LANES * SIZE
+        i = 0
+        while N <= LANES and i + 8 <= M:
+            tile_K_8_1(C, rc, A, ra, ca, B, rb, K, N, w[6])
+            i += 8
+            C += 8 * rc
+            A += 8 * ra
+        while i + 4 <= M:
+            n = 0
+            while n < N:
+                tile_K_4_2(C + n * SIZE, rc, A, ra, ca, B + n * SIZE, rb, K, N - n, w[6])
+                n += 2 * LANES
+            i += 4
+            C += 4 * rc
+            A += 4 * ra
+        while i < M:
+            n = 0
+            while n < N:
+                tile_K_1_4(C + n * SIZE, rc, A, ra, ca, B + n * SIZE, rb, K, N - n, w[6])
+                n += 4 * LANES
+            i += 1
+            C += rc
+            A += ra
 """
 
 PRODUCT_DOTS = """

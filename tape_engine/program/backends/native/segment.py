@@ -173,19 +173,23 @@ class Bound:
         for place in segment.constants.places.values():
             self._put(place, segment.constants)
         registers = [0, _start(self._shared), 0] + [0] * (len(segment.given) + segment.sliding)
-        self._changing: list[tuple[int, tuple[int, ...]]] = []
-        self._made: list[int] = []
+        self._changing: list[int] = []
+        self._wanted: list[tuple[int, ...]] = []  # their strides
+        made: list[int] = []  # memory of our own
         self._copied: list[tuple[int, Tensor, tuple[int, ...]]] = []
         self._tensors = tensors
         for i, (tensor, strides) in enumerate(zip(tensors, segment.given, strict=True)):
             if tensor is None and i >= segment.inputs:
-                self._made.append(GIVEN + i)
+                made.append(GIVEN + i)
             elif tensor is None:
-                self._changing.append((GIVEN + i, strides))
+                self._changing.append(GIVEN + i)
+                self._wanted.append(strides)
             elif tensor.stride() == strides and not tensor.is_neg():
                 registers[GIVEN + i] = tensor.data_ptr()
             else:
                 self._copied.append((GIVEN + i, tensor, strides))
+        self._places = [*self._changing, *made]
+        self._all = self._places == [*range(GIVEN, GIVEN + len(tensors))]
         self._registers = _Words(registers)
         self._steps = [
             self._flat(step, addresses) if isinstance(step, Code) else _Running(step, self, addresses)
@@ -198,11 +202,11 @@ class Bound:
 
     def _flat(self, code: Code, addresses: dict[str, int]) -> Callable[[], None]:
         words = _Words(code.assembled(addresses), len(code))
-        run, registers, at = self._run, self._registers.address, words.address
-        count = words.count
+        run, registers, at = self._run, ctypes.c_int64(self._registers.address), ctypes.c_int64(words.address)
+        count, zero, one = (ctypes.c_int64(n) for n in (words.count, 0, 1))  # made once: each µs counts
 
         def call(_keep: _Words = words) -> None:
-            run(at, count, registers, 0, 0, 1)
+            run(at, count, registers, zero, zero, one)
 
         return call
 
@@ -213,15 +217,17 @@ class Bound:
             IndexError: for an index that is out of range.
         """
         registers = self._registers.words
+        given = tensors[: len(self._changing)]
+        if [t.stride() for t in given] != self._wanted or True in [t.is_neg() for t in given]:
+            given = tuple(laid(t, strides) for t, strides in zip(given, self._wanted, strict=True))
+            tensors = (*given, *tensors[len(given) :])
+        pointers = [t.data_ptr() for t in tensors]
+        if self._all:
+            registers[GIVEN : GIVEN + len(pointers)] = pointers  # each µs counts
+        else:
+            for place, pointer in zip(self._places, pointers, strict=True):
+                registers[place] = pointer
         kept = []
-        for (place, strides), tensor in zip(self._changing, tensors):  # noqa: B905 - as many, and each µs counts
-            if tensor.stride() != strides or tensor.is_neg():
-                tensor = laid(tensor, strides)
-                kept.append(tensor)
-            registers[place] = tensor.data_ptr()
-        if self._made:  # memory of our own
-            for place, tensor in zip(self._made, tensors[len(self._changing) :]):  # noqa: B905
-                registers[place] = tensor.data_ptr()
         for place, tensor, strides in self._copied:
             tensor = laid(tensor, strides)
             kept.append(tensor)
