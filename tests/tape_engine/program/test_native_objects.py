@@ -169,6 +169,15 @@ def test_no_home_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_numba
+def test_kernels_need_nothing_of_numbas(cache: Path) -> None:
+    """A process that reads them does not import it: what raised an error would ask it for Python's lock."""
+    names = ["product_lines_f", "product_tiles_d", "share", "take_f", "softplus_f_1100"]
+    objects.Loaded().load(names)
+    for file in cache.iterdir():
+        assert b"numba_" not in file.read_bytes(), file
+
+
+@needs_numba
 def test_without_a_folder_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "folder", lambda: None)
     loaded = objects.Loaded()

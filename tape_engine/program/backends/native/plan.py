@@ -214,6 +214,7 @@ def _ordered(
     made: dict[Value, tuple[int, bool]] = {}
     phases: dict[int, tuple[list[Node], list[Node]]] = {}  # the nodes of the part, and torch's after it
     reached, barrier, last = 0, 0, 0
+    effects: set[int] = set()  # phases at whose ends there may be some
     for node in nodes:
         native = node in mine
         phase = barrier
@@ -224,13 +225,14 @@ def _ordered(
             if node.op.is_named and node.op not in VIEWS and node.result is None:  # it may have effects of its own
                 phase = max(phase, last)
                 barrier = phase + 1
+                effects.add(max(phase, reached))
             reached = phase = max(phase, reached)
         for value in node.outputs:
             made[canonical(value)] = (0, True) if node in folded else (phase, native)
         if node not in folded:
             last = max(last, phase)
             phases.setdefault(phase, ([], []))[not native].append(node)
-    _delay(phases, nodes, canonical)
+    _delay(phases, nodes, canonical, effects)
     items: list[Node | Part] = [node for node in nodes if node in folded]
     for _, (ours, torchs) in sorted(phases.items()):
         items += [Part(ours), *torchs] if ours else torchs
@@ -238,9 +240,12 @@ def _ordered(
 
 
 def _delay(
-    phases: dict[int, tuple[list[Node], list[Node]]], nodes: Sequence[Node], canonical: Callable[[Value], Value]
+    phases: dict[int, tuple[list[Node], list[Node]]],
+    nodes: Sequence[Node],
+    canonical: Callable[[Value], Value],
+    effects: set[int],
 ) -> None:
-    """Moves what would be a poor part to the parts that read it, where these alone do."""
+    """Moves what would be a poor part to the parts that read it, where these alone do, and no effect lies between."""
     of = {node: phase for phase, (ours, _) in phases.items() for node in ours}
     readers: dict[Value, list[Node]] = {}
     for node in nodes:
@@ -252,7 +257,7 @@ def _delay(
             continue
         for node in reversed(ours):
             then = [of.get(each, -1) for value in node.outputs for each in readers.get(canonical(value), ())]
-            if then and min(then) > phase:
+            if then and min(then) > phase and not effects.intersection(range(phase, min(then))):
                 of[node] = min(then)
         for later in {of[node] for node in ours} - {phase}:
             moved = [node for node in ours if of[node] == later]
