@@ -10,6 +10,7 @@ import torch
 
 from ..recorder import quietly
 from .backends import native, python
+from .collecting import Uncollected
 from .data import Frozen
 
 __all__ = ["Function"]
@@ -45,7 +46,7 @@ class Function:
         with self._lock:
             if self._source is None:
                 without = torch.autocast(self._device, enabled=False)
-                with quietly(), torch.inference_mode(False), torch.no_grad(), without:
+                with quietly(), torch.inference_mode(False), torch.no_grad(), without, Uncollected():
                     self._source = self._generate()
             return self._source
 

@@ -15,6 +15,7 @@ from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_heard, run_recorded
 from .backends import native
 from .bare import let_go
+from .collecting import Uncollected
 from .data import STEPPED, Frozen
 from .file import path_of, write, written
 from .frozen import freeze_nodes
@@ -279,7 +280,7 @@ def freeze(
             )
         )
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
-    with quietly():
+    with quietly(), Uncollected():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
         program = Program(tape, frozen, copy=copy, backend=backend)
         let_go(frozen)
