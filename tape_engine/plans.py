@@ -65,7 +65,8 @@ class Plan:
         known: whether a functional twin was found, if it writes.
         defaults: for each argument the default that its twin does not have, where one was found.
         statistics: whether what it writes are statistics, through which no gradient passes.
-        plain: whether it makes one tensor or view of others, in no list, and does nothing else, as most do.
+        plain: whether it makes tensors or views of others, which are given in no list, and does nothing else.
+        single: whether it makes one tensor, and gives it as it is.
         call: runs it; torch's own callable, without the overload's wrapping.
         order: which of its arguments the twin takes at each place, if in another order (``polygamma_(x, n)``).
     """
@@ -80,6 +81,7 @@ class Plan:
     defaults: tuple[Any, ...] = ()
     statistics: bool = False
     plain: bool = False
+    single: bool = False
     call: Any = None
     order: tuple[int, ...] = ()
 
@@ -107,7 +109,7 @@ def _make(overload: OpOverload) -> Plan:
     twin = _functional(overload) if written else overload
     views, guard = shared or overload in HIDDEN_VIEWS, overload in GUARDS
     random = torch.Tag.nondeterministic_seeded in overload.tags
-    one = [str(each.type) for each in overload._schema.returns] == ["Tensor"]
+    returned = [str(each.type) for each in overload._schema.returns]
     flat = not any(str(a.type).startswith(("List[Tensor", "List[Optional", "Dict")) for a in arguments)
     return Plan(
         op=find(twin or overload),
@@ -116,13 +118,21 @@ def _make(overload: OpOverload) -> Plan:
         views=views,
         guard=guard,
         random=random,
-        plain=one and flat and not (written or guard or random or overload in APART),
+        plain=_makes_tensors(returned)
+        and flat
+        and not (written or guard or random or overload in {*APART, BATCH_NORM}),
+        single=returned == ["Tensor"],
         call=overload._op,
         known=twin is not None,
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,
         order=_order(overload, twin) if written and twin is not None else (),
     )
+
+
+def _makes_tensors(returned: list[str]) -> bool:
+    """Whether results of these types are one tensor, several, or a list of them."""
+    return returned == ["List[Tensor]"] or (bool(returned) and set(returned) == {"Tensor"})
 
 
 def _functional(overload: OpOverload) -> OpOverload | None:

@@ -19,9 +19,10 @@ from .doors import pause, record, scope, stop_gradient
 from .listening import Recorded, forget_leaves, listen_to
 from .mode import quietly, recording
 from .state import OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
-from .writing import is_update, read, rule_to_add
+from .writing import ALIAS, is_update, read, rule_to_add
 
 __all__ = [
+    "ALIAS",
     "OUTSIDE",
     "SWEEP",
     "SWEPT",

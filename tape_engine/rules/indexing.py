@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor, stand_in
+from .common import C128, Tensor, kernels, stand_in
 from .reductions import at_index
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ _grid = indices(0, 1, 2, 0, shape=(2, 2))
 )
 @rule(aten._unsafe_index.Tensor, samples=[sample(spec(3, 4), [_rows])])
 def index_grad(g, out, x, where):
-    return aten.index_put(g.new_zeros(x.shape), where, g, True), *[None for _ in where]
+    return kernels.index_put(g.new_zeros(x.shape), where, g, True), *[None for _ in where]
 
 
 @rule(
@@ -67,7 +67,7 @@ def index_grad(g, out, x, where):
 )
 @rule(aten._unsafe_index_put.default, samples=[sample(spec(3, 4), [indices(2, 0)], spec(2, 4))])
 def index_put_grad(g, out, x, where, values, accumulate=False):
-    kept = g if accumulate else aten.index_put(g, where, g.new_zeros(()))
+    kept = g if accumulate else kernels.index_put(g, where, g.new_zeros(()))
     return kept, *[None for _ in where], to_shape(aten.index.Tensor(g, where), values.shape)
 
 
@@ -282,7 +282,7 @@ def masked_scatter_grad(g, out, x, mask, source):
 
 @rule(aten._unsafe_masked_index.default, samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], 0)])
 def unsafe_masked_index_grad(g, out, x, mask, where, fill):
-    back = aten._unsafe_masked_index_put_accumulate(g.new_zeros(x.shape), mask, where, g)
+    back = kernels._unsafe_masked_index_put_accumulate(g.new_zeros(x.shape), mask, where, g)
     return back, None, *[None for _ in where]
 
 
@@ -291,7 +291,7 @@ def unsafe_masked_index_grad(g, out, x, mask, where, fill):
     samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], spec(3))],
 )
 def unsafe_masked_index_put_accumulate_grad(g, out, x, mask, where, values):
-    return g, None, *[None for _ in where], aten._unsafe_masked_index(g, mask, where, 0)
+    return g, None, *[None for _ in where], kernels._unsafe_masked_index(g, mask, where, 0)
 
 
 # -- sorted ------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def sort_stable_grad(g, out, x, *, stable=None, dim=-1, descending=False):
     ],
 )
 def embedding_grad(g, out, weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
-    return aten.embedding_dense_backward(g, index, weight.shape[0], padding_idx, scale_grad_by_freq), None
+    return kernels.embedding_dense_backward(g, index, weight.shape[0], padding_idx, scale_grad_by_freq), None
 
 
 @rule(
