@@ -25,7 +25,7 @@ def multiplied(C: Tensor, A: Tensor, B: Tensor, *, add: bool) -> None:
     name = f"product_tiles_{'f' if C.dtype == F32 else 'd'}"
     kernel = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(objects.load([name])[name])
     words = [0, 0, C.shape[0], C.shape[1], C.shape[2], A.shape[2], int(add)]
-    registers = []
+    registers: list[int] = []
     for tensor in (C, A, B):
         stack, row, column = tensor.stride()
         words += [len(registers), 0, stack * tensor.element_size(), row, column]

@@ -221,7 +221,7 @@ class Bound:
         if [t.stride() for t in given] != self._wanted or True in [t.is_neg() for t in given]:
             given = tuple(laid(t, strides) for t, strides in zip(given, self._wanted, strict=True))
             tensors = (*given, *tensors[len(given) :])
-        pointers = [t.data_ptr() for t in tensors]
+        pointers: list[ctypes.c_int64 | int] = [t.data_ptr() for t in tensors]
         if self._all:
             registers[GIVEN : GIVEN + len(pointers)] = pointers  # each µs counts
         else:
