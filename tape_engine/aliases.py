@@ -124,7 +124,8 @@ class Aliases:
     def alive(self) -> list[Value]:
         """The members that still matter; the others are dropped."""
         found = [v for ref in self.members if (v := ref()) is not None and (v.kept or v.tensor is not None)]
-        self.members = [weakref.ref(v) for v in found]
+        if len(found) < len(self.members):
+            self.members = [weakref.ref(v) for v in found]
         return found
 
 
@@ -163,6 +164,16 @@ def share(value: Value, with_whom: Value) -> None:
     if with_whom.aliases is not None:
         value.aliases = with_whom.aliases
         with_whom.aliases.add(value)
+
+
+def alone(tensor: torch.Tensor, value: Value) -> bool:
+    """Whether nothing else is known to live in the storage of `tensor`, which holds `value`, and no rule reads it."""
+    if tensor._base is not None or value.kept is not None:
+        return False
+    group = value.aliases
+    if group is None:
+        group = _by_storage.get(storage_of(tensor))
+    return group is None or all(member is value for member in group.alive())
 
 
 def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:

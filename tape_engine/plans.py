@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from .registry import Op, composite, find
 
-__all__ = ["Plan", "plan_of", "plans"]
+__all__ = ["QUICK", "Plan", "plan_of", "plans"]
 
 aten = torch.ops.aten
 
@@ -51,6 +51,18 @@ BATCH_NORM = aten.native_batch_norm.default
 BATCH_NORM_TWIN = aten._native_batch_norm_legit_functional.default
 
 
+_NAMES = (
+    "add.Tensor sub.Tensor mul.Tensor div.Tensor neg exp log sqrt rsqrt sin cos tanh sigmoid relu abs reciprocal "
+    "maximum minimum mm bmm mv dot t addmm sign floor erf"
+)
+
+#: Overloads with the functions of torch that call them and nothing else.
+QUICK: dict[OpOverload, Any] = {}
+for _name in _NAMES.split():
+    _packet, _, _overload = _name.partition(".")
+    QUICK[getattr(getattr(aten, _packet), _overload or "default")] = getattr(torch, _packet)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The recorder's treatment of one overload.
@@ -68,6 +80,7 @@ class Plan:
         plain: whether it makes tensors or views of others, which are given in no list, and does nothing else.
         single: whether it makes one tensor, and gives it as it is.
         call: runs it; torch's own callable, without the overload's wrapping.
+        quick: runs it on plain tensors; torch's function of that name where there is one, which takes less time.
         order: which of its arguments the twin takes at each place, if in another order (``polygamma_(x, n)``).
     """
 
@@ -83,6 +96,7 @@ class Plan:
     plain: bool = False
     single: bool = False
     call: Any = None
+    quick: Any = None
     order: tuple[int, ...] = ()
 
 
@@ -123,6 +137,7 @@ def _make(overload: OpOverload) -> Plan:
         and not (written or guard or random or overload in {*APART, BATCH_NORM}),
         single=returned == ["Tensor"],
         call=overload._op,
+        quick=QUICK.get(overload, overload._op),
         known=twin is not None,
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,

@@ -130,7 +130,7 @@ class Value:
             self.shape, self.strides = shape, strides
         self.dtype = tensor.dtype
         self.device = tensor.device
-        self._tensor = weakref.ref(tensor) if ref is None else ref
+        self._tensor: Callable[[], torch.Tensor | None] = weakref.ref(tensor) if ref is None else ref
         if constant:
             self.constant = True
 
@@ -241,8 +241,10 @@ _FEW = tuple((count,) for count in range(32))
 
 def versions_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """`version_of` alone in a tuple; for small counts always the same one, as this is asked at each operation."""
-    count = version_of(tensor)
-    return _FEW[count] if count < len(_FEW) else (count,)
+    try:
+        return _FEW[tensor._version]
+    except (RuntimeError, IndexError):
+        return (version_of(tensor),)
 
 
 def address_of(tensor: torch.Tensor) -> int:
@@ -578,21 +580,22 @@ class Binding(weakref.ref[torch.Tensor]):
     node: Node | None
     versions: tuple[int, ...]
 
-    def let_go(self) -> None:
-        """It is out of the table: without value and node, as the value may refer to its tensor by this very object."""
-        del self.value, self.node
-
 
 #: What each tensor that is known to a tape holds now, by its ``id``.
 values_by_tensor: dict[int, Binding] = {}
 
 
-def forget(ref: Any, table: dict[int, Binding] = values_by_tensor) -> None:
+def gone() -> None:
+    """What a value refers to its tensor by when that is gone."""
+
+
+def forget(ref: Any, table: dict[int, Binding] = values_by_tensor, gone: Any = gone) -> None:
     """Drops the binding of a tensor that is gone."""
-    key = ref.key
-    if table.get(key) is ref:  # the default outlives the module when the interpreter ends
+    key, value = ref.key, ref.value
+    if value._tensor is ref:
+        value._tensor = gone  # or each would keep the other
+    if table.get(key) is ref:  # the defaults outlive the module when the interpreter ends
         del table[key]
-        ref.let_go()
 
 
 def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
@@ -602,10 +605,14 @@ def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     made.value = value
     made.node = node
     made.versions = versions_of(tensor)
-    before = values_by_tensor.get(key)
+    _part(tensor, values_by_tensor.get(key))
     values_by_tensor[key] = made
-    if before is not None:
-        before.let_go()
+
+
+def _part(tensor: torch.Tensor, binding: Binding | None) -> None:
+    """Has the value of a binding that goes out of the table refer to its tensor by a reference of its own."""
+    if binding is not None and binding.value._tensor is binding:
+        binding.value._tensor = weakref.ref(tensor)
 
 
 def rebind(tensor: torch.Tensor, *also: int) -> None:
@@ -623,9 +630,7 @@ def unwritten(tensor: torch.Tensor) -> bool:
 
 def unbind(tensor: torch.Tensor) -> None:
     """From now on `tensor` is unknown to every tape."""
-    before = values_by_tensor.pop(id(tensor), None)
-    if before is not None:
-        before.let_go()
+    _part(tensor, values_by_tensor.pop(id(tensor), None))
 
 
 def bound(tensor: torch.Tensor) -> Value | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from .errors import NotRecordedError, OverwrittenError, RuleError, SweptError, T
 from .gradients import borrowed, fitted, in_order, refill
 from .names import located
 from .specialise import specialise
+from .steps import Needs, all_steps, made_for, order_of, steps_to
 from .tape import (
-    DIFFERENTIABLE,
     Kept,
     Node,
     Value,
@@ -35,7 +34,6 @@ from .tape import (
 __all__ = ["Sweep", "closed_error"]
 
 Tensor = torch.Tensor
-Needs = tuple[bool, ...]  # for each input of a node, whether its gradient is wanted
 
 
 class Sweep:
@@ -62,10 +60,14 @@ class Sweep:
     ) -> None:
         self.structure = structure
         self.root = root
-        self.order = _ancestors(node)
+        self.order = order_of(node)
         self.record = record
-        self.asked = None if targets is None else self._made(targets)
-        self._steps = self._all_steps() if self.asked is None else self._steps_to(self.asked, targets or [])
+        self.asked: set[Value] | None = None
+        if targets is None:
+            self._steps = all_steps(self.order)
+        else:
+            self.asked = made_for(targets, root, self.order)
+            self._steps = steps_to(self.asked, targets, self.order)
         self.pending: dict[Value, Tensor] = {}
         self.gradients: dict[Value, Tensor] = {}
         self.arrivals: list[tuple[Value, Tensor]] = []
@@ -236,58 +238,6 @@ class Sweep:
             bind(alias, value, source)
         return alias
 
-    # -- which values matter ----------------------------------------------------------------------------
-
-    def _made(self, targets: list[Tensor]) -> set[Value]:
-        """The recorded values that the tensors of `wrt` hold, made by nodes of the walk; leaves are found on it."""
-        asked = {self.root} if any(self.root.holder is each for each in targets) else set()
-        made = [value for each in targets if (value := bound(each)) is not None and not value.leaf]
-        if made:
-            nodes = set(self.order)
-            asked.update(value for value in made if value.node in nodes and value.differentiable)
-        return asked
-
-    def _all_steps(self) -> list[tuple[Node, Needs]]:
-        """Each node through which a gradient passes, with which of its inputs can have one."""
-        steps = []
-        for node in self.order:
-            if node.op.differentiable or node.cut:
-                needs = tuple([v.dtype in DIFFERENTIABLE and not v.constant for v in node.inputs])
-                if True in needs:
-                    steps.append((node, needs))
-        return steps
-
-    def _steps_to(self, asked: set[Value], targets: list[Tensor], *, closed: bool = False) -> list[tuple[Node, Needs]]:
-        """Each node through which a gradient finds its way to a value asked for, with which of its inputs do.
-
-        To those `asked` are added the leaves that the tensors of `wrt` hold, or held. A tensor that is not found may
-        lie behind a `closed` value: then the walk goes there, and that value says so.
-        """
-        wanted = {id(tensor) for tensor in targets}
-        useful, passed = set(asked), set()
-        steps = []
-        for node in self.order:
-            needs = []
-            for value in node.inputs:
-                need = value in useful
-                if not need and value._node is None and value not in passed:
-                    if id(value._tensor()) in wanted and value.differentiable:
-                        asked.add(value)
-                        need = True
-                    elif closed and value.closed:
-                        need = True
-                    else:
-                        passed.add(value)
-                    if need:
-                        useful.add(value)
-                needs.append(need)
-            if True in needs and (node.op.differentiable or node.cut):
-                useful.update([v for v in node.outputs if v.dtype in DIFFERENTIABLE and not v.constant])
-                steps.append((node, tuple(needs)))
-        if not closed and wanted > {id(value.holder) for value in asked}:
-            return self._steps_to(asked, targets, closed=True)
-        return steps
-
     # -- what comes out ---------------------------------------------------------------------------------
 
     def by_tensor(self) -> list[tuple[Tensor, Tensor]]:
@@ -334,29 +284,6 @@ class Sweep:
 def _uses(storage: torch.UntypedStorage) -> int:
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
-
-
-_by_seq = attrgetter("seq")
-
-
-def _ancestors(node: Node | None) -> list[Node]:
-    """The nodes through which a gradient can pass from `node` back, in the order of recording."""
-    if node is None:
-        return []
-    seen = {node}
-    stack = [node]
-    while stack:
-        here = stack.pop()
-        if not here.op.differentiable or (here.cut and not here.mutates):
-            continue
-        for i, source in enumerate(here.sources):
-            if source is None or source in seen:
-                continue
-            value = here.inputs[i]
-            if value.dtype in DIFFERENTIABLE and not value.constant:
-                seen.add(source)
-                stack.append(source)
-    return sorted(seen, key=_by_seq)
 
 
 def _written_unseen(value: Value) -> bool:

@@ -148,11 +148,11 @@ class record:
         with quietly():
             tape.streams.end()
             swept = tape.token.closed_at  # what a sweep inside the block has closed listens no more
-            open_still = [node for node in tape.nodes if node.seq >= swept]
-            if open_still:
+            still_open = [node for node in tape.nodes if node.seq >= swept] if swept else tape.nodes
+            if still_open:
                 listen_to(tape.held, tape)
-            holders = [(holder, v) for node in open_still for v in node.outputs if (holder := v._tensor()) is not None]
-            for holder, value in holders:
+            made = [value for node in still_open for value in node.outputs]
+            for holder, value in [(holder, value) for value in made if (holder := value._tensor()) is not None]:
                 if bound(holder) is value:
                     mark(holder, tape)
 

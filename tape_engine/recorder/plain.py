@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ __all__ = ["record_plain"]
 Tensor = torch.Tensor
 
 _WITHOUT: dict[str, Any] = {}  # the keyword arguments of a call that has none
-_NEW = (0,)  # the count of writes to a tensor that was just made
 _FLOAT = torch.float32
 _binding_of = values_by_tensor.get
 _grad_enabled = torch.is_grad_enabled
@@ -38,17 +38,20 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
 
     It is called by `Mode.__torch_dispatch__`, and that by torch: the user's frame lies beyond.
     """
-    op, token, strong = plan.op, tape.token, tape.strong
+    op, token, strong, length = plan.op, tape.token, tape.strong, len(tape._nodes)
     inputs: list[Value] = []
     sources: list[Node | None] = []
     saved: list[Kept | None] = []
     is_complex = keeps = False
-    reads = op.argument_reads
+    run = plan.quick
+    reads: Sequence[bool] = op.argument_reads
     if len(reads) < len(args):
         reads = op.reads_places(len(args))
     for argument, is_read in zip(args, reads, strict=False):
-        if type(argument) is not Tensor and not isinstance(argument, Tensor):
-            continue
+        if type(argument) is not Tensor:
+            if not isinstance(argument, Tensor):
+                continue
+            run = plan.call
         value = None
         binding = _binding_of(id(argument))
         if binding is not None:
@@ -64,7 +67,11 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
                     value = None
                 elif strong:
                     tape._leaves[id(argument)] = argument
-            elif source.tape is not token or value.constant or value._tensor is not binding or not strong:
+            elif (
+                source.tape is not token
+                or value.constant
+                or not (strong and (value._tensor is binding or value._tensor() is argument))
+            ):
                 value = None  # not what the same block has just made
         if value is None:
             value = read(argument, tape)
@@ -81,9 +88,8 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
             saved.append(None)
     if tape.strict:
         refuse_without_rule(op, inputs)
-    length = len(tape._nodes)
     try:
-        result: Any = call(plan.call, args, _WITHOUT, lazily=True) if is_complex else plan.call(*args)
+        result: Any = call(plan.call, args, _WITHOUT, lazily=True) if is_complex else run(*args)
     except BaseException:
         undo(tape, length)
         raise
@@ -104,7 +110,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
         binding = Binding(result, forget)  # what `bind` does, with one weak reference for the value's as well
         binding.value = node._outputs = value = Value(result, binding)
         binding.node = node
-        binding.versions = versions_of(result) if views or result._version else _NEW
+        binding.versions = versions_of(result)
         binding.key = key = id(result)
         values_by_tensor[key] = binding
         value._node = _ref(node)
