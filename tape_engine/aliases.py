@@ -130,9 +130,10 @@ def write_view_grad(g, out, base, part, size, stride, offset):  # type: ignore[n
 class Aliases:
     """The values that live in one storage: those that a tensor holds now, and those kept for a rule."""
 
-    __slots__ = ("__weakref__", "_drop_at", "members")
+    __slots__ = ("__weakref__", "_drop_at", "foreign", "members")
 
     def __init__(self) -> None:
+        self.foreign = False  # whether others have that memory too
         self.members: list[weakref.ref[Value]] = []
         self._drop_at = 16  # how many there are when the dead ones are next dropped
 
@@ -184,7 +185,10 @@ def join(tensor: torch.Tensor, value: Value) -> bool:
             group = _by_storage[key] = Aliases()
         value.aliases = group
         group.add(value)
-    return storage is not None and not storage.resizable() and tensor.numel() > 0 and tensor.device.type == "cpu"
+    if storage is None or storage.resizable() or tensor.numel() == 0 or tensor.device.type != "cpu":
+        return False
+    value.aliases.foreign = True
+    return True
 
 
 #: Of a tensor in memory that is not torch's own, so many elements are looked at to see whether they were changed.
@@ -206,14 +210,14 @@ def sample_of(tensor: torch.Tensor) -> bytes:
 
 
 def changed_outside(nodes: Sequence[Node]) -> tuple[Node, Value] | None:
-    """A leaf whose memory others have too and whose elements have changed since, with a node whose rule reads it."""
+    """A value in memory that others have too, whose elements have changed since, with a node whose rule reads it."""
     ends = {node.tape for node in (*nodes[:1], *nodes[-1:]) if node.tape is not None}
     for ref, then in [each for token in ends for each in token.foreign]:
         value = ref()
-        kept, tensor = (None, None) if value is None else (value.kept, value.holder)
-        if value is None or kept is None or kept.own or tensor is None or not kept.intact:
+        kept = None if value is None else value.kept
+        if value is None or kept is None or kept.own or not kept.intact:
             continue
-        if sample_of(tensor) == then:
+        if sample_of(kept.tensor) == then:
             continue
         for node in nodes:
             if value in node.inputs and (kept in node.saved or isinstance(node.args[-1], Hidden)):
@@ -229,6 +233,9 @@ def share(value: Value, with_whom: Value) -> None:
     if with_whom.aliases is not None:
         value.aliases = with_whom.aliases
         with_whom.aliases.add(value)
+        node, made = value.node, value.holder
+        if with_whom.aliases.foreign and node is not None and node.tape is not None and made is not None:
+            node.tape.watch(value, sample_of(made))
 
 
 def alone(tensor: torch.Tensor, value: Value) -> bool:

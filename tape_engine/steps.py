@@ -52,6 +52,8 @@ def made_for(targets: Sequence[Tensor], root: Value, order: Sequence[Node]) -> s
     if made:
         nodes = set(order)
         found.update(value for value in made if value.node in nodes and value.differentiable)
+    begun = [v for node in order if node.cut and not node.mutates for v in node.outputs if v.begins]
+    found.update([v for v in begun if any(v.holder is each for each in targets)])  # bound or, read since, no more
     return found
 
 

@@ -188,6 +188,9 @@ def root_of(C: Tensor, caller: str) -> tuple[Value, Node | None]:
             )
         )
 
+    base = values_by_tensor.get(id(C._base)) if id(C) not in values_by_tensor and C._base is not None else None
+    if base is not None and base.node is not None:  # of the user's own tensor class: torch makes it a view of what ran
+        recorder.read(C, current_tape())
     binding = values_by_tensor.get(id(C))
     if binding is None:
         raise _refusal(

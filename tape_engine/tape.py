@@ -160,6 +160,14 @@ class Value:
         return self._node is None
 
     @property
+    def begins(self) -> bool:
+        """Whether a gradient ends here, as at a leaf: also at ``nn.Parameter(x)`` and at copies of leaves."""
+        node = self.node
+        if node is None:
+            return self._node is None
+        return node.cut and not self.constant and all(place != self.index for _, place in node.mutates)
+
+    @property
     def tensor(self) -> torch.Tensor | None:
         """The tensor, if it is alive and still holds this value (no later write made it another)."""
         found = self._tensor()
@@ -440,7 +448,7 @@ class Token:
     """What a node knows its tape by; it lives as long as the tape or a node of it.
 
     ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``; ``resting``
-    those that do so no more than needed, since the tape was frozen. ``foreign`` are the leaves in memory that others
+    those that do so no more than needed, since the tape was frozen. ``foreign`` are the values in memory that others
     have too (``torch.from_numpy``), each with a sample of its elements.
     What was recorded before ``closed_at`` belongs to a sweep that is over.
     """
@@ -454,7 +462,7 @@ class Token:
         self.foreign: list[tuple[weakref.ref[Value], bytes]] = []
 
     def watch(self, value: Value, sample: bytes) -> None:
-        """Notes a leaf whose memory others have too."""
+        """Notes a value whose memory others have too."""
         if len(self.foreign) & (len(self.foreign) - 1) == 0:
             self.foreign = [each for each in self.foreign if each[0]() is not None]
         self.foreign.append((weakref.ref(value), sample))

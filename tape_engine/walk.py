@@ -250,7 +250,7 @@ class Sweep:
                 continue
             if bound(holder) is value and not value.stale:
                 found[id(holder)] = (holder, g)
-            elif value.leaf:
+            elif value.begins:
                 late.append((holder, g))
         for holder, g in late:
             now = bound(holder)

@@ -255,7 +255,7 @@ def mark(tensor: Tensor, tape: Tape) -> None:
     kind = type(tensor)
     if kind in _LISTENING:
         tensor.__class__ = _LISTENING[kind]
-    if value.leaf and not value.closed and isinstance(tensor, Recorded):
+    if value.begins and not value.closed and isinstance(tensor, Recorded):
         marked = tape.token.marked
         if not marked:  # whatever happens to the tape and its nodes, the listening ends with them
             weakref.finalize(tape.token, _forget, marked)

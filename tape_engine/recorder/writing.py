@@ -77,9 +77,10 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
         return _leaf(tensor, tape) if node.tape is not tape.token else begin(tensor, value, tape)
     if node.tape is not tape.token:
-        if not value.differentiable or node.rule == "none" or is_update(value, node):
-            # No gradient passes (a factory's tensor, a counter), or an optimizer wrote to a parameter: a leaf,
-            # so that a statistic does not chain one step to the next.
+        updated = is_update(value, node) or (node.closed and value.begins)
+        if not value.differentiable or node.rule == "none" or updated:
+            # No gradient passes (a factory's tensor, a counter), an optimizer wrote to a parameter, or it was made
+            # in the block that was swept: a leaf, so that a statistic does not chain one step to the next.
             leaf = _leaf(tensor, tape, name=value.name)
             leaf.constant = value.constant
             return leaf

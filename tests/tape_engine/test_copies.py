@@ -171,6 +171,34 @@ def test_a_copy_of_a_leaf_is_another_leaf() -> None:
     close(g_of(layer.weight), plain(layer(y)).T @ y)
 
 
+@pytest.mark.parametrize("made", ["copied", "built"])
+def test_a_module_made_in_a_block_is_trained_in_others(made: str) -> None:
+    layer, x = nn.Linear(3, 2).double(), real(4, 3)
+    with te.record():
+        own = copy.deepcopy(layer) if made == "copied" else nn.Linear(3, 2).double()
+        first = (own(x) ** 2).sum()
+    te.backward(first)
+    assert type(own.weight) is nn.Parameter  # it listens no more
+    wanted = plain(g_of(own.weight))
+    for _ in range(2):
+        with te.record():
+            loss = (own(x) ** 2).sum()
+        te.backward(loss)
+        (autograd,) = torch.autograd.grad((own(x) ** 2).sum(), own.weight)
+        close(g_of(own.weight), autograd)
+        te.backward(first, wrt=[own.weight])  # what was recorded first can still be swept
+        close(g_of(own.weight), wanted)
+        te.backward(first)
+        close(g_of(own.weight), wanted)
+    with torch.no_grad():
+        own.weight -= 0.1 * g_of(own.weight)
+    with te.record():
+        loss = (own(x) ** 2).sum()
+    te.backward(loss)
+    (autograd,) = torch.autograd.grad((own(x) ** 2).sum(), own.weight)
+    close(g_of(own.weight), autograd)
+
+
 def test_a_copied_input_is_copied_on_each_replay() -> None:
     x = real(3)
     with te.record() as tape:

@@ -739,6 +739,21 @@ def test_tensor_subclasses_of_the_user_work_beside_recorded_tensors() -> None:
     assert torch.equal(plain(V), plain(mine).relu())
 
 
+def test_a_sweep_begins_at_a_tensor_of_the_user_s_class() -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    mine, x = rand(3, 3).as_subclass(Mine), rand(3, 3)
+    with te.record():
+        y = mine @ x
+        z = y.exp()
+        y.add_(1)
+        loss = (y * z).sum()
+    assert type(loss) is Mine
+    te.backward(loss)
+    agree([x], reference(lambda x: ((plain(mine) @ x + 1) * (plain(mine) @ x).exp()).sum(), x))
+
+
 def test_parameters_can_be_made_of_recorded_tensors() -> None:
     x, w = rand(2, 3), rand(3, 2)
     Z = te.lin(x, w)

@@ -130,6 +130,39 @@ def test_a_batch_that_no_rule_reads_may_be_filled_again() -> None:
     close(g_of(w), torch.ones(3, dtype=F64))
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row": lambda x: x[1],
+    "transposed": torch.t,
+    "flat": lambda x: x.view(-1),
+    "one of several": lambda x: x.unbind(0)[1],
+    "of a view": lambda x: x.t()[:, 1],
+    "written before": lambda x: x.mul_(1),
+    "a view written before": lambda x: x[1].mul_(2),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_memory_that_others_have(name: str) -> None:
+    array = np.ones((3, 3))
+    x = torch.from_numpy(array)
+    w = real(*VIEWS[name](x.clone()).shape)
+    with te.record():
+        loss = (VIEWS[name](x) * w).sum()
+    array[1, 1] = 5
+    with pytest.raises(te.TapeError, match="the rule of mul reads"):
+        te.backward(loss)
+
+
+def test_rows_of_a_buffer_that_no_rule_reads_may_be_filled_again() -> None:
+    array = np.ones((3, 3))
+    x, w = torch.from_numpy(array), real(3)
+    with te.record():
+        loss = (x[0] * w).sum()
+    array[1:] = 5
+    te.backward(loss)
+    close(g_of(w), torch.ones(3, dtype=F64))
+
+
 def test_writes_that_torch_tells_of_are_none_of_these() -> None:
     array = np.ones(3)
     x = torch.from_numpy(array)
