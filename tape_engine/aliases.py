@@ -25,6 +25,7 @@ from .tape import Hidden, Kept, Node, Value, bound, exposed, rebind, unwritten, 
 __all__ = [
     "Aliases",
     "changed_outside",
+    "contains",
     "covers",
     "expose",
     "forget_exposed",
@@ -288,6 +289,11 @@ def covers(base: torch.Tensor, part: torch.Tensor) -> bool:
     """Whether every element of `part` lies between the first and last of `base`, of the same dtype."""
     (a0, a1), (b0, b1) = _span(base), _span(part)
     return a0 <= b0 and b1 <= a1 and base.dtype == part.dtype
+
+
+def contains(wide: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether `wide`, which leaves out no place between its first element and its last, has all those of `part`."""
+    return _dense(wide) and not overlapping(tuple(wide.shape), wide.stride()) and covers(wide, part)
 
 
 def expose(tensor: torch.Tensor) -> None:

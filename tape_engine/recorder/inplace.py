@@ -188,6 +188,7 @@ def _spread(
         if aliases.covers(target, tensor):
             base = tensor._base
             of_base = _write_base(tape, tensor, new, target, old, cut, pending)
+    wider = [t for t in neighbours if t is not base and t._base is None and _holds(t, base)]
     for other in neighbours:
         if other is base:
             continue
@@ -197,6 +198,10 @@ def _spread(
                 held.stale = True  # read off the base when it is next needed
         elif aliases.covers(base, other) and as_stored(other, base) is other:
             _read_off(tape, base, of_base, other, held, detached)
+        elif held is not None and any(other._base is each for each in wider):
+            held.stale = True  # as are the views of what is wider than what was written to
+        elif any(other is each for each in wider):
+            _write_off(tape, base, of_base, other, detached)
         else:
             lost = Value(other)
             lost.closed = UNSEEN
@@ -230,14 +235,34 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
 def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Value | None, detached: bool) -> None:
     """Records what `other`, which is no view of `base`, holds after a write to that."""
     place = aliases.place_of(other, base)
-    past = (of_base.constant or detached) and held is not None and not held.constant
-    # A write through a detached alias changes the contents; the gradient passes over it, as in torch.
+    past = held is not None and (of_base.constant or detached or held.detached) and not held.constant
+    # A write through a detached alias, or seen by one, changes the contents; the gradient passes over it, as in torch.
     inputs = [of_base, held] if past and held is not None else [of_base]
     node = write(tape, aliases.read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)
     if past:
         node.mutates = ((1, 0),)
     node.outputs[0].constant = held is not None and held.constant
+    node.outputs[0].detached = held is not None and held.detached
     aliases.share(node.outputs[0], of_base)
+
+
+def _holds(wide: Tensor, part: Tensor) -> bool:
+    """Whether `wide` has every place of `part`, which is not one of its views, so that a write there is one to it."""
+    same = wide.dtype == part.dtype and as_stored(wide, part) is wide
+    return same and bound(wide) is not None and not aliases.covers(part, wide) and aliases.contains(wide, part)
+
+
+def _write_off(tape: Tape, part: Tensor, of_part: Value, wide: Tensor, detached: bool) -> None:
+    """Records what `wide` holds after a write to `part`, which has some of its memory and is no view of it."""
+    held = bound(wide)
+    assert held is not None
+    past = (of_part.constant or detached or held.detached) and not held.constant
+    place = aliases.place_of(part, wide)
+    node = write(tape, aliases.write_view, (held, of_part, *place), {}, [held, of_part], [None, None], [wide], cut=past)
+    if past:
+        node.mutates = ((0, 0),)
+    node.outputs[0].constant, node.outputs[0].detached = held.constant, held.detached
+    aliases.share(node.outputs[0], of_part)
 
 
 def unrecorded(func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1132,7 +1132,50 @@ def stop_gradient_written(x: Tensor) -> Tensor:
     return (y * x).sum()
 
 
+def a_detached_alias_of_a_view_written(x: Tensor) -> Tensor:
+    y = x * 2
+    v, flat = y[1:3], y.view(2, 2)
+    y[:2].detach().mul_(3)
+    return (y * x).sum() + (v * v).sum() + (flat * flat).sum()
+
+
+def a_row_of_data_written(x: Tensor) -> Tensor:
+    y = x.view(2, 2) * 2
+    y[0].data.zero_()
+    return (y * x.view(2, 2)).sum()
+
+
+def written_after_its_detached_alias(x: Tensor) -> Tensor:
+    y = x * 2
+    d = y.detach()
+    d.add_(1)
+    y.mul_(2)
+    return (y * x).sum() + (d * 3).sum()
+
+
+def written_after_an_alias_with_a_gradient_of_its_own(x: Tensor) -> Tensor:
+    y = x * 2
+    d = y.detach()
+    d.add_(x * 5)
+    y.mul_(2)
+    return (y * 3).sum() + (d * 7).sum()
+
+
+def written_after_a_detached_alias_of_a_view(x: Tensor) -> Tensor:
+    y = x * 2
+    d = y[1:].detach()
+    d[0].add_(1)
+    d.mul_(2)
+    y.mul_(2)
+    return (y * x * d.sum()).sum()
+
+
 DETACHED = [
+    a_detached_alias_of_a_view_written,
+    a_row_of_data_written,
+    written_after_its_detached_alias,
+    written_after_an_alias_with_a_gradient_of_its_own,
+    written_after_a_detached_alias_of_a_view,
     added_to_a_detached_alias,
     a_view_of_a_detached_alias_written,
     a_mask_written_into_data,
