@@ -22,7 +22,7 @@ import tape_engine as te
 from tape_engine import data
 
 from . import article, models, replay, steps
-from .report import figure, page, scale_of
+from .report import HELD, figure, held_table, page, scale_of
 from .timing import Table, Timing
 
 
@@ -145,13 +145,12 @@ def shown(table: Table) -> RichTable:
 
 def held(peaks: Sequence[models.Memory]) -> RichTable:
     """The table of memory as it is printed."""
-    title = "the most memory that tensors hold in a step, forward and back to the parameters, beyond those"
-    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", title_style="bold")
-    made.add_column("", no_wrap=True)
-    for column in ("torch.autograd, MB", "te.record() and sweep, MB", "of eager torch"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for each in peaks:
-        made.add_row(each.name, figure(each.autograd / 1e6), figure(each.recorded / 1e6), f"{each.ratio:.2f} x")
+    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=HELD, title_justify="left", title_style="bold")
+    heads, rows = held_table(peaks)
+    for i, head in enumerate(heads):
+        made.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
     return made
 
 
