@@ -168,7 +168,6 @@ class Program:
         frozen = self._frozen
         function = self._step if frozen.gradients else self._forward
         source = function.source
-        kept = sum(value.nbytes for value in source.buffers.values())
         rows = [("input", name, describe(given)) for name, given in zip(frozen.titles, frozen.given, strict=True)]
         rows += [("live", name, describe(tensor)) for name, tensor in self.params.items()]
         rows += [("output", frozen.names.get(id(v)) or "output", describe(v)) for v in frozen.outputs]
@@ -176,7 +175,8 @@ class Program:
         lines = [f"  {kind:<6}  {name:<12}  {text}" for kind, name, text in rows]
         head = (
             f"program: {len(frozen.forward)} operations forward, {len(frozen.backward)} in the sweep; "
-            f"backend {'native' if function.native else 'python'}; {len(source.buffers)} kept buffers, {kept:,} bytes"
+            f"backend {'native' if function.native else 'python'}; "
+            f"{len(source.buffers)} kept buffers in {source.kept:,} bytes"
         )
         plan = [f"  {told}"] if (told := function.native or function.refused) else []
         return "\n".join([head, *plan, *lines])

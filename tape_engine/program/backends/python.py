@@ -19,11 +19,12 @@ import torch
 from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
-from ..buffers import buffer, laid, rotating
-from ..calls import COPIES, Call, call_of
+from ..buffers import buffer, laid, own, placed, rotating
+from ..calls import COPIES, LAID_OUT, Call, call_of
 from ..data import VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
-from ..passes import drop_dead, fold_constants, laid_out
+from ..lifetimes import LARGE, Lifetimes, Stretch, stretches
+from ..passes import drop_dead, fold_constants, laid_out, turn_products, unmask
 
 __all__ = ["Source", "generate"]
 
@@ -37,8 +38,11 @@ class Source:
     Attributes:
         text: the function's source.
         constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
-        made: names for what each copy has for itself, with how to make it: buffers and results.
-        folded: the nodes that run once for each copy, in order.
+        buffers, results: names for what each copy has for itself: memory that is written to on each replay, and
+            sources of memory for what the caller gets.
+        places: where in the memory of a copy each buffer lies.
+        sizes: the bytes of that memory, on each device.
+        views: what is run once for each copy, in order: its name, and the call.
     """
 
     text: str
@@ -46,14 +50,25 @@ class Source:
     constants: dict[str, Any]
     buffers: dict[str, Value]
     results: dict[str, Value]
+    places: dict[Value, Stretch]
+    sizes: dict[torch.device, int]
     views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """The bytes of the buffers of a copy; they share places where they are not needed at one time."""
+        return sum(self.sizes.values())
 
     def function(self, *, copy: bool = True) -> Callable[..., Any]:
         """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
         space = {"__builtins__": builtins, **self.constants}
         with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
+            memory = {
+                device: torch.empty(size, dtype=torch.uint8, device=device) for device, size in self.sizes.items()
+            }
             for name, value in self.buffers.items():
-                space[name] = buffer(value)
+                place = self.places[value]
+                space[name] = placed(value, memory[place.device], place.offset)
             for name, value in self.results.items():
                 space[name] = rotating(value, copy=copy)
             for name, call, args, kwargs in self.views:
@@ -96,11 +111,15 @@ class _Writer:
     def __init__(self, frozen: Frozen, with_sweep: bool) -> None:
         self.frozen = frozen
         self.with_sweep = with_sweep
-        self.nodes = drop_dead(frozen, with_sweep=with_sweep)
+        wanted = {frozen.canonical(v) for v in (*frozen.outputs, *(g for _, g in frozen.gradients))}
+        wanted |= {frozen.canonical(after) for _, after in frozen.writes}
+        self.nodes = turn_products(unmask(drop_dead(frozen, with_sweep=with_sweep), frozen, wanted), frozen, wanted)
         self.folded = fold_constants(frozen, self.nodes)
         self.laid = laid_out(frozen, self.nodes)
         self.names: dict[Value, str] = {}
-        self.space: dict[str, Any] = {"torch": torch, "guard": check_guard, "measured": check_shape, "laid": laid}
+        self.space: dict[str, Any] = {
+            "torch": torch, "guard": check_guard, "measured": check_shape, "laid": laid, "own": own,
+        }  # fmt: skip
         self.used = dict.fromkeys([*keyword.kwlist, *self.space], 1)  # how often each name was asked for
         self.known: dict[tuple[str, int], str] = {}  # the names of what every copy of the function shares
         self.buffers: dict[str, Value] = {}
@@ -109,6 +128,9 @@ class _Writer:
         self.static = set(frozen.constants)  # values that lie in the same memory on every replay
         self.given: set[Value] = set()  # results in the caller's memory that were returned
         self.lines: list[str] = []
+        self.life = Lifetimes()
+        self.locals: dict[Value, str] = {}  # what has memory only while a replay runs, and the names of views of it
+        self.ends: dict[int, int] = {}  # the number of lines at the end of each step
 
     # -- names -------------------------------------------------------------------------------------------
 
@@ -118,6 +140,7 @@ class _Writer:
         found = self.names.get(value)
         if found is None:
             found = self.names[value] = self.unused(self.frozen.names.get(id(value)) or value.name or fallback)
+        self.life.touch(value)
         return found
 
     def unused(self, wanted: str) -> str:
@@ -161,6 +184,10 @@ class _Writer:
         self.mine = self._results({*wanted, *gradients})
         self._nodes()
         # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
+        self.fresh = self._fresh([*wanted, *gradients])
+        if self.fresh:
+            names = ", ".join(self.name(v) for v in self.fresh)
+            self.lines.append(f"{names}, = own({names})")
         returned = ", ".join([self.owned(v) for v in wanted])
         swept = ", ".join([self.owned(g) for g in gradients])
         for leaf, after in frozen.writes:
@@ -168,10 +195,37 @@ class _Writer:
         self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
         title = "step" if self.with_sweep else "forward"
-        text = f"def {title}({parameters}):\n" + "\n".join(f"    {line}" if line else "" for line in self.lines) + "\n"
+        lines = self._with_deletions()
+        text = f"def {title}({parameters}):\n" + "\n".join(f"    {line}" if line else "" for line in lines) + "\n"
         module = compile(text, f"<program.{title}>", "exec")
         code = next(each for each in module.co_consts if isinstance(each, CodeType))
-        return Source(text, code, self.space, self.buffers, self.results, self.views)
+        places, sizes = stretches(self.buffers.values(), self.life)
+        return Source(text, code, self.space, self.buffers, self.results, places, sizes, self.views)
+
+    def _fresh(self, wanted: list[Value]) -> list[Value]:
+        """The results in memory that an operation took for them alone, which need no copy: the caller gets it."""
+        alone = [v for v in dict.fromkeys(wanted) if v in self.locals and v in self.life.lives]
+        return [v for v in alone if v not in self.mine and v not in self.given and v.strides]
+
+    def _with_deletions(self) -> list[str]:
+        """The lines, with one that lets go of large memory where it was read for the last time."""
+        gone: dict[int, list[str]] = {}
+        for value, name in self.locals.items():
+            roots = [root for root in self.life.rooted(value) if root in self.locals]
+            last = self.life.last[value]
+            if last < self.life.step and any(root.nbytes >= LARGE for root in roots):
+                gone.setdefault(self.ends[last], []).append(name)
+        lines = []
+        for i, line in enumerate(self.lines, 1):
+            lines.append(line)
+            if i in gone:
+                lines.append(f"del {', '.join(gone[i])}")
+        return lines
+
+    def tick(self) -> None:
+        """The end of a step: what it read may be overwritten by the next one."""
+        self.ends[self.life.step] = len(self.lines)
+        self.life.step += 1
 
     def _nodes(self) -> None:
         """The lines of all nodes, each of the user's lines as a comment above its own."""
@@ -225,7 +279,7 @@ class _Writer:
 
     def owned(self, value: Value) -> str:
         """The name of a result: the caller's own memory, or a copy."""
-        if value in self.mine and value not in self.given:
+        if (value in self.mine or value in self.fresh) and value not in self.given:
             self.given.add(value)
             return self.name(value)
         name, take = self.unused("result"), self.unused("new_result")
@@ -246,15 +300,22 @@ class _Writer:
             self.lines.append(f"{target}.copy_({self.argument(node.args[0])})")
         elif node.op is write_view:
             self.write_view(node)
+        elif forward in LAID_OUT and node.mutates:
+            target = self.target(node.outputs[0], node.op.name)
+            self.lines.append(f"{target}.{forward.overloadpacket.__name__}_({self.arguments(node, 1)})")
         else:
             self.call(node, self.way(node))
+        self.tick()
 
     def plain_copy(self, node: Node) -> bool:
         kept = {"dtype", "layout", "device", "memory_format", "non_blocking", "pin_memory"}
         return set(node.kwargs) <= kept and node.outputs[0].shape == node.inputs[0].shape
 
-    def target(self, value: Value, fallback: str) -> str:
-        """The name of the memory that a value is written to: a kept buffer, or the caller's."""
+    def target(self, value: Value, fallback: str, over: Value | None = None) -> str:
+        """The name of the memory that a value is written to: a kept buffer, or the caller's.
+
+        A buffer may be that of `over`, if nothing reads this any more.
+        """
         value = self.frozen.canonical(value)
         name = self.name(value, fallback)
         if value in self.mine:
@@ -264,6 +325,7 @@ class _Writer:
         else:
             self.buffers[name] = value
             self.static.add(value)
+            self.life.make(value, over)
         return name
 
     def write_view(self, node: Node) -> None:
@@ -276,9 +338,14 @@ class _Writer:
             self.views.append((view, Tensor.as_strided, (_Name(name), *place), {}))
         self.lines += [f"{name}.copy_({self.argument(base)})", f"{view}.copy_({self.argument(part)})"]
 
+    def arguments(self, node: Node, first: int = 0, more: tuple[Any, ...] = ()) -> str:
+        """The text of a node's arguments, from the one at `first` on."""
+        found = [self.argument(each) for each in (*node.args[first:], *more)]
+        return ", ".join([*found, *(f"{name}={self.argument(each)}" for name, each in node.kwargs.items())])
+
     def call(self, node: Node, call: Call) -> None:
-        arguments = [self.argument(each) for each in node.args]
-        arguments += [f"{name}={self.argument(each)}" for name, each in node.kwargs.items()]
+        canonical = self.frozen.canonical
+        operands = [canonical(v) for v in node.inputs]
         if call.view and all(self.frozen.canonical(v) in self.static for v in node.inputs):
             self.once(node)
             return
@@ -288,20 +355,39 @@ class _Writer:
         function = function or self.shared(
             call.title.split(".")[-2] if ".ops." in call.title else call.title, call.function
         )
+        arguments = self.arguments(node, 0, call.more)
         if call.outs:
-            targets = [self.target(v, node.op.name) for v in node.outputs]
-            arguments += [f"{out}={target}" for out, target in zip(call.outs, targets, strict=True)]
-            self.lines.append(f"{function}({', '.join(arguments)})")
+            over = self.life.operand(canonical(node.outputs[0]), operands) if call.in_place else None
+            targets = [self.target(v, node.op.name, over) for v in node.outputs]
+            outs = ", ".join(f"{out}={target}" for out, target in zip(call.outs, targets, strict=True))
+            self.lines.append(f"{function}({arguments}{', ' if arguments else ''}{outs})")
             return
         names = [self.name(v, node.op.name) for v in node.outputs]
+        self.made(node, call, names, operands)
         written = node.returned(names)
         made = written if isinstance(written, str) else "".join(f"{name or '_'}, " for name in written).rstrip()
         if call.title.startswith("torch.Tensor."):
-            function, arguments = f"{arguments[0]}.{call.title.rpartition('.')[2]}", arguments[1:]
-        self.lines.append(f"{made} = {function}({', '.join(arguments)})")
+            function, arguments = (
+                f"{self.argument(node.args[0])}.{call.title.rpartition('.')[2]}",
+                self.arguments(node, 1),
+            )
+        self.lines.append(f"{made} = {function}({arguments})")
         if self.checked(node):
             for name, value in zip(names, node.outputs, strict=True):
                 self.lines.append(f"measured({name}, {tuple(value.shape)}, {self.shared('site', located(node))})")
+
+    def made(self, node: Node, call: Call, names: list[str], operands: list[Value]) -> None:
+        """Notes in whose memory the results of a call lie: in that of its operands, or in memory of their own."""
+        values = [self.frozen.canonical(v) for v in node.outputs]
+        for name, value in zip(names, values, strict=True):
+            self.locals[value] = name
+            if call.view or call.unknown:
+                self.life.view(value, operands)
+            else:
+                self.life.make(value)
+            self.life.touch(value)
+        if node.op.is_named and node.op not in VIEWS:
+            self.life.keep((*operands, *values))
 
     def once(self, node: Node) -> None:
         """A node that is run when a copy of the function is made: a constant, or a view of a kept buffer."""
@@ -313,7 +399,9 @@ class _Writer:
         if node.outputs_tuple:
             for i, name in ((i, n) for i, n in enumerate(node.returned(names)) if n is not None):
                 self.views.append((name, _item, (_Name(whole), i), {}))
-        self.static.update(self.frozen.canonical(v) for v in node.outputs)
+        for value in map(self.frozen.canonical, node.outputs):
+            self.static.add(value)
+            self.life.view(value, map(self.frozen.canonical, node.inputs))
 
     def stored(self, argument: Any) -> Any:
         if isinstance(argument, Value):

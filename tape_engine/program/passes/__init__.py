@@ -5,5 +5,7 @@ from __future__ import annotations
 from .dead import drop_dead
 from .fold import fold_constants
 from .layout import laid_out
+from .masks import unmask
+from .turned import turn_products
 
-__all__ = ["drop_dead", "fold_constants", "laid_out"]
+__all__ = ["drop_dead", "fold_constants", "laid_out", "turn_products", "unmask"]

@@ -128,6 +128,7 @@ class _Native(_Writer):
         changing = [name for name, still in zip(names, fixed, strict=True) if not still]
         self.lines.append(f"# {_in_words(part.nodes)}")
         self.lines.append(f"{title}({', '.join(changing)})")
+        self.tick()
 
 
 def _strides(value: Value) -> tuple[int, ...]:
