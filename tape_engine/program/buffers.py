@@ -45,11 +45,10 @@ def buffer(value: Value) -> Tensor:
     return torch.empty_strided(value.shape, strides_of(value), dtype=value.dtype, device=value.device)
 
 
-def placed(value: Value, memory: Tensor, offset: int) -> Tensor:
-    """The part of `memory` (bytes) from `offset` on, as memory for a value."""
+def placed(value: Value, memory: torch.UntypedStorage) -> Tensor:
+    """The beginning of `memory`, as a tensor of a value's description."""
     made = torch.empty(0, dtype=value.dtype, device=value.device)
-    place = offset // value.itemsize
-    return made.set_(memory.untyped_storage(), place, value.shape, strides_of(value))  # type: ignore[call-overload]
+    return made.set_(memory, 0, value.shape, strides_of(value))  # type: ignore[call-overload, no-any-return]
 
 
 def own(*results: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ have its place. An element-wise operation may even write where an operand lies t
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from .buffers import overlapping, strides_of
 
 __all__ = ["Lifetimes", "Stretch", "stretches"]
 
-ALIGNED = 512  # bytes: what torch's allocators align to, on the CPU and on GPUs
+ALIKE = 4  # how many times larger than a buffer the memory may be that it gets
 LARGE = 4096  # bytes from which on memory is worth a `del`
 
 
@@ -87,94 +88,54 @@ class Lifetimes:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Stretch:
-    """A place in the memory that a copy of a function keeps: on which device, and how many bytes from its beginning."""
+    """Memory that a copy of a function keeps, for one buffer after the other.
+
+    Each of them begins where it begins: what looks into a buffer by a place in its storage finds it there.
+    """
 
     device: torch.device
-    offset: int
+    size: int
+    ends: int = -1  # the last step at which the buffer that lies there is needed
 
 
-def stretches(buffers: Iterable[Value], lifetimes: Lifetimes) -> tuple[dict[Value, Stretch], dict[torch.device, int]]:
-    """A place for each buffer, such that no two overlap that are needed at one time; and the bytes of each memory."""
+def stretches(buffers: Iterable[Value], lifetimes: Lifetimes) -> dict[Value, Stretch]:
+    """The memory of each buffer; those that are not needed at one time share it, as far as their sizes are alike."""
     found: dict[Value, Stretch] = {}
-    sizes: dict[torch.device, int] = {}
-    by_device: dict[torch.device, list[Value]] = {}
-    for value in buffers:
-        by_device.setdefault(value.device, []).append(value)
-    for device, values in by_device.items():
-        free = _Free()
-        ends: list[tuple[int, int, Value]] = []  # who dies first, first
-        values.sort(key=lambda value: lifetimes.lives[value].born)
-        for i, value in enumerate(values):
-            life = lifetimes.lives[value]
-            while ends and ends[0][0] < life.born:
-                gone = ends.pop(0)[2]
-                free.give(found[gone].offset, _bytes(gone))
-            size = _bytes(value)
-            over = life.over
-            taken = over is not None and over in found and over not in lifetimes.lasting
-            if taken and over is not None and lifetimes.lives[over].dies == life.born:
-                place = next((k for k, end in enumerate(ends) if end[2] is over), None)
-                if place is not None:  # its place goes from the operand to the result
-                    ends.pop(place)
-                    found[value] = found[over]
-                    bisect.insort(ends, (_dies(value, lifetimes), i, value))
-                    continue
-            found[value] = Stretch(device, free.take(size))
-            bisect.insort(ends, (_dies(value, lifetimes), i, value))
-        sizes[device] = free.size
-    return found, sizes
+    lives = lifetimes.lives
+    free: list[tuple[int, int, Stretch]] = []  # by size
+    busy: list[tuple[int, int, Stretch]] = []  # who is free first, first
+    for i, value in enumerate(sorted(buffers, key=lambda value: lives[value].born)):
+        life = lives[value]
+        while busy and busy[0][0] < life.born:
+            ends, j, stretch = heapq.heappop(busy)
+            if stretch.ends == ends:  # it was not passed on meanwhile
+                bisect.insort(free, (stretch.size, j, stretch))
+        place = _passed_on(value, life, found, lifetimes) or _free(value, free)
+        place.ends = lifetimes.step + 1 if value in lifetimes.lasting else life.dies
+        found[value] = place
+        heapq.heappush(busy, (place.ends, i, place))
+    return found
 
 
-def _dies(value: Value, lifetimes: Lifetimes) -> int:
-    return lifetimes.step + 1 if value in lifetimes.lasting else lifetimes.lives[value].dies
+def _passed_on(value: Value, life: Life, found: dict[Value, Stretch], lifetimes: Lifetimes) -> Stretch | None:
+    """The memory of the operand in whose place a value may be written, if that is needed no more."""
+    over = life.over
+    if over is None or over not in found or over in lifetimes.lasting or lifetimes.lives[over].dies != life.born:
+        return None
+    return found[over] if found[over].ends == life.born else None  # else another result of the step has it
 
 
-def _bytes(value: Value) -> int:
-    """The bytes that a buffer takes, up to the next place where another may begin."""
-    return max(-(-extent(value.shape, strides_of(value)) * value.itemsize // ALIGNED), 1) * ALIGNED
-
-
-class _Free:
-    """The free stretches of a memory, by offset; neighbours are one."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._offsets: list[int] = []
-        self._sizes: dict[int, int] = {}
-
-    def take(self, size: int) -> int:
-        """The offset of a stretch: the smallest free one that is large enough, or new memory at the end."""
-        best = min((offset for offset in self._offsets if self._sizes[offset] >= size), key=self._fit, default=None)
-        if best is None:
-            last = self._offsets[-1] if self._offsets else None
-            if last is not None and last + self._sizes[last] == self.size:  # the free end grows
-                self._offsets.pop()
-                del self._sizes[last]
-                self.size = last + size
-                return last
-            self.size += size
-            return self.size - size
-        self._offsets.remove(best)
-        left = self._sizes.pop(best) - size
-        if left:
-            self._put(best + size, left)
-        return best
-
-    def _fit(self, offset: int) -> tuple[int, int]:
-        return self._sizes[offset], offset
-
-    def give(self, offset: int, size: int) -> None:
-        """Gives a stretch back."""
-        i = bisect.bisect(self._offsets, offset)
-        if i < len(self._offsets) and self._offsets[i] == offset + size:
-            size += self._sizes.pop(self._offsets.pop(i))
-        if i and self._offsets[i - 1] + self._sizes[self._offsets[i - 1]] == offset:
-            offset = self._offsets.pop(i - 1)
-            size += self._sizes.pop(offset)
-        self._put(offset, size)
-
-    def _put(self, offset: int, size: int) -> None:
-        bisect.insort(self._offsets, offset)
-        self._sizes[offset] = size
+def _free(value: Value, free: list[tuple[int, int, Stretch]]) -> Stretch:
+    """The smallest free memory that is large enough and not far too large; the next smaller one, grown; or new one."""
+    size = max(extent(value.shape, strides_of(value)), 1) * value.itemsize
+    fitting = [k for k, (_, _, each) in enumerate(free) if each.device == value.device and each.size <= ALIKE * size]
+    best = next((k for k in fitting if free[k][0] >= size), None)
+    if best is None:
+        best = next((k for k in reversed(fitting) if size <= ALIKE * free[k][0]), None)
+    if best is None:
+        return Stretch(value.device, size)
+    stretch = free.pop(best)[2]
+    stretch.size = max(stretch.size, size)
+    return stretch

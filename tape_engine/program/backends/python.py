@@ -40,8 +40,7 @@ class Source:
         constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
         buffers, results: names for what each copy has for itself: memory that is written to on each replay, and
             sources of memory for what the caller gets.
-        places: where in the memory of a copy each buffer lies.
-        sizes: the bytes of that memory, on each device.
+        places: in which memory each buffer lies.
         views: what is run once for each copy, in order: its name, and the call.
     """
 
@@ -51,24 +50,23 @@ class Source:
     buffers: dict[str, Value]
     results: dict[str, Value]
     places: dict[Value, Stretch]
-    sizes: dict[torch.device, int]
     views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     @property
     def kept(self) -> int:
-        """The bytes of the buffers of a copy; they share places where they are not needed at one time."""
-        return sum(self.sizes.values())
+        """The bytes of the buffers of a copy; those that are not needed at one time share memory."""
+        return sum(each.size for each in set(self.places.values()))
 
     def function(self, *, copy: bool = True) -> Callable[..., Any]:
         """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
         space = {"__builtins__": builtins, **self.constants}
         with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
             memory = {
-                device: torch.empty(size, dtype=torch.uint8, device=device) for device, size in self.sizes.items()
+                each: torch.empty(each.size, dtype=torch.uint8, device=each.device).untyped_storage()
+                for each in set(self.places.values())
             }
             for name, value in self.buffers.items():
-                place = self.places[value]
-                space[name] = placed(value, memory[place.device], place.offset)
+                space[name] = placed(value, memory[self.places[value]])
             for name, value in self.results.items():
                 space[name] = rotating(value, copy=copy)
             for name, call, args, kwargs in self.views:
@@ -199,8 +197,8 @@ class _Writer:
         text = f"def {title}({parameters}):\n" + "\n".join(f"    {line}" if line else "" for line in lines) + "\n"
         module = compile(text, f"<program.{title}>", "exec")
         code = next(each for each in module.co_consts if isinstance(each, CodeType))
-        places, sizes = stretches(self.buffers.values(), self.life)
-        return Source(text, code, self.space, self.buffers, self.results, places, sizes, self.views)
+        places = stretches(self.buffers.values(), self.life)
+        return Source(text, code, self.space, self.buffers, self.results, places, self.views)
 
     def _fresh(self, wanted: list[Value]) -> list[Value]:
         """The results in memory that an operation took for them alone, which need no copy: the caller gets it."""
