@@ -48,7 +48,7 @@ def buffer(value: Value) -> Tensor:
 def placed(value: Value, memory: torch.UntypedStorage) -> Tensor:
     """The beginning of `memory`, as a tensor of a value's description."""
     made = torch.empty(0, dtype=value.dtype, device=value.device)
-    return made.set_(memory, 0, value.shape, strides_of(value))  # type: ignore[call-overload, no-any-return]
+    return made.set_(memory, 0, value.shape, strides_of(value))
 
 
 def own(*results: Tensor) -> list[Tensor]:

@@ -48,7 +48,9 @@ class Call:
 
 
 #: Overloads that have no variant for given memory, by one that does the same and has, with its further arguments.
-SAME_WITH_OUT = {torch.ops.aten.relu.default: (torch.clamp_min, "torch.clamp_min", (0,))}
+SAME_WITH_OUT: dict[Any, tuple[Callable[..., Any], str, tuple[Any, ...]]] = {
+    torch.ops.aten.relu.default: (torch.clamp_min, "torch.clamp_min", (0,))
+}
 
 #: Overloads that copy: their result's memory is filled with ``copy_``.
 COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
@@ -127,8 +129,8 @@ def _find(node: Node, forward: OpOverload) -> Call:
     out = None if shares or node.gaps or reduced or sized_by_elements(node) else _out_variant(forward)
     ways: list[Call] = []
     if forward in SAME_WITH_OUT:
-        function, title, more = SAME_WITH_OUT[forward]
-        ways.append(Call(function, title, ("out",), more=more))
+        same, title, more = SAME_WITH_OUT[forward]
+        ways.append(Call(same, title, ("out",), more=more))
     for owner, place in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
         function = getattr(owner, name, None)
         if function is not None and out is not None and len(_outs(out)) == 1 == len(node.outputs):
@@ -136,9 +138,9 @@ def _find(node: Node, forward: OpOverload) -> Call:
     if out is not None and len(_outs(out)) == len(node.outputs):
         ways.append(Call(out, f"torch.ops.{out}", _outs(out)))
     if out is None and forward._overloadname == "Scalar" and not (shares or node.gaps or reduced):
-        function = getattr(torch, name, None)  # that of two tensors takes a number for the other one
-        if function is not None and len(node.outputs) == 1:
-            ways.append(Call(function, f"torch.{name}", ("out",)))
+        of_two = getattr(torch, name, None)  # takes a number for the second one
+        if of_two is not None and len(node.outputs) == 1:
+            ways.append(Call(of_two, f"torch.{name}", ("out",)))
     method = getattr(Tensor, name, None)
     if shares and method is not None:
         ways.append(Call(method, f"torch.Tensor.{name}", view=True))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..recorder import quietly
-from .backends import native, python
+from .backends import cudagraph, native, python
 from .data import Frozen
 
 __all__ = ["Function"]
@@ -21,17 +21,19 @@ class Function:
     Attributes:
         source: the generated source; made at its first use.
         one: the seed of a sweep from one element.
-        native: what the native backend made of it; ``None`` where the function is all calls of torch.
-        refused: why the native backend could not make it, if it was to.
+        native: what the native backend made of it; ``None`` where it is not of that backend.
+        backend: the name of the backend that made it, once it is made.
+        plan: what `print(program)` tells of how it runs; empty where there is nothing to tell.
     """
 
     def __init__(self, frozen: Frozen, *, with_sweep: bool, copy: bool, backend: str) -> None:
         self._frozen = frozen
         self._with_sweep = with_sweep
         self._copy = copy
-        self._backend = backend
+        self._wanted = backend
         self.native: native.Told | None = None
-        self.refused = ""
+        self.backend = "python"
+        self.plan = ""
         self._source: python.Source | None = None
         self._device = frozen.seed.device.type
         self._idle: list[Callable[..., Any]] = []
@@ -50,18 +52,38 @@ class Function:
             return self._source
 
     def _generate(self) -> python.Source:
+        frozen, sweep, wanted = self._frozen, self._with_sweep, self._wanted
+        if wanted == "inductor":
+            from .backends import inductor  # torch's compiler takes long to load
+
+            source, told = inductor.generate(frozen, with_sweep=sweep)
+            self.backend, self.plan = wanted, str(told)
+            return source
+        if wanted == "cudagraph" or (wanted == "auto" and self._device == cudagraph.DEVICE != "cpu"):
+            why = cudagraph.refusal(frozen, with_sweep=sweep)
+            if why is None:
+                self.backend, self.plan = "cudagraph", "captured at the first replay, and when a live tensor has moved"
+            else:
+                self.plan = f"not cudagraph: {why[0]}"
         made = None
-        if self._backend == "native":
-            made = native.generate(self._frozen, with_sweep=self._with_sweep)
-        elif self._backend == "auto" and self._device == "cpu" and native.available():
+        if wanted == "native":
+            made = native.generate(frozen, with_sweep=sweep)
+        elif wanted == "auto" and self._device == "cpu" and native.available():
             try:
-                made = native.generate(self._frozen, with_sweep=self._with_sweep, always=False)
+                made = native.generate(frozen, with_sweep=sweep, always=False)
             except Exception as error:  # an installation of numba that does not work must not stop a replay
-                self.refused = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
+                self.plan = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
         if made is not None:
             source, self.native = made
+            self.backend, self.plan = "native", str(self.native)
             return source
-        return python.generate(self._frozen, with_sweep=self._with_sweep)
+        return python.generate(frozen, with_sweep=sweep)
+
+    def _copy_of(self, source: python.Source) -> Callable[..., Any]:
+        """A copy of the function, with buffers of its own."""
+        if self.backend == "cudagraph":
+            return cudagraph.Captured(self._frozen, source, with_sweep=self._with_sweep, copy=self._copy)
+        return source.function(copy=self._copy)
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
         """Runs a copy of the function that no other replay uses meanwhile."""
@@ -69,7 +91,7 @@ class Function:
             run = self._idle.pop()  # atomic: no two threads get the same
         except IndexError:
             with torch.autocast(self._device, enabled=False):
-                run = self.source.function(copy=self._copy)
+                run = self._copy_of(self.source)
         try:
             if torch.is_autocast_enabled(self._device):  # casts that the code made are recorded; no others are meant
                 with torch.autocast(self._device, enabled=False):

@@ -11,7 +11,7 @@ import torch
 from ..errors import GuardError, message
 from .data import Frozen, sized_by_elements
 
-__all__ = ["check_guard", "check_shape", "streams_of"]
+__all__ = ["check_guard", "check_shape", "default_generator", "own_generators", "streams_of"]
 
 FIX = "record the code again on these inputs"
 
@@ -50,17 +50,18 @@ class _Streams:
         self.local = threading.local()  # several threads replay at once
 
     def __enter__(self) -> None:
-        states = [each.get_state() for each in (*self.generators, *map(_default, self.devices))]
+        states = [each.get_state() for each in (*self.generators, *map(default_generator, self.devices))]
         self.local.states = [*getattr(self.local, "states", []), states]
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         states = self.local.states.pop()
         if kind is not None and issubclass(kind, GuardError):
-            for each, state in zip((*self.generators, *map(_default, self.devices)), states, strict=True):
+            for each, state in zip((*self.generators, *map(default_generator, self.devices)), states, strict=True):
                 each.set_state(state)
 
 
-def _default(device: torch.device) -> torch.Generator:
+def default_generator(device: torch.device) -> torch.Generator:
+    """Torch's own generator of a device."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator
@@ -71,7 +72,13 @@ def streams_of(frozen: Frozen) -> AbstractContextManager[None]:
     random = [node for node in frozen.forward if node.random]
     if not random or not any(n.result is not None or sized_by_elements(n) for n in frozen.forward):
         return nullcontext()
+    return _Streams(own_generators(frozen), {v.device for n in random for v in n.outputs})
+
+
+def own_generators(frozen: Frozen) -> list[torch.Generator]:
+    """The generators of the user's that a frozen tape draws from; torch's own are not among them."""
+    random = [node for node in frozen.forward if node.random]
     found = {
         id(each): each for n in random for each in (*n.args, *n.kwargs.values()) if isinstance(each, torch.Generator)
     }
-    return _Streams(list(found.values()), {v.device for n in random for v in n.outputs})
+    return list(found.values())

@@ -208,7 +208,8 @@ def memory(model: Model, *, batch: int | None = None) -> Memory:
     What a first step keeps for the next ones, the buffers of a program, counts as held all the time.
     """
     peaks = {}
-    for name, (parameters, way) in _ways(model, batch).items():
+    for name in _ways(model, batch):
+        parameters, way = _ways(model, batch)[name]  # on a model of its own: what one way leaves is not another's
         with counting() as first:
             way()  # the most that a first run alone takes is not counted
             _forget(parameters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
@@ -24,11 +24,15 @@ from ..calls import COPIES, LAID_OUT, Call, call_of
 from ..data import VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
 from ..lifetimes import LARGE, Lifetimes, Stretch, stretches
-from ..passes import drop_dead, fold_constants, laid_out, turn_products, unmask
+from ..passes import drop_dead, fold_constants, laid_out, results_early, turn_products, unmask
 
 __all__ = ["Source", "generate"]
 
 Tensor = torch.Tensor
+
+
+#: A name, and the call that makes what it stands for.
+_Run = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Source:
     buffers: dict[str, Value]
     results: dict[str, Value]
     places: dict[Value, Stretch]
-    views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    views: list[_Run] = field(default_factory=list)
 
     @property
     def kept(self) -> int:
@@ -90,6 +94,13 @@ class _Like:
     value: Value
 
 
+def _names(arguments: Any) -> list[str]:
+    """The names among arguments, and in the lists among them."""
+    if isinstance(arguments, _Name):
+        return [arguments.name]
+    return [name for each in arguments for name in _names(each)] if isinstance(arguments, (list, tuple)) else []
+
+
 def _filled(argument: Any, space: dict[str, Any]) -> Any:
     if isinstance(argument, _Name):
         return space[argument.name]
@@ -111,7 +122,9 @@ class _Writer:
         self.with_sweep = with_sweep
         wanted = {frozen.canonical(v) for v in (*frozen.outputs, *(g for _, g in frozen.gradients))}
         wanted |= {frozen.canonical(after) for _, after in frozen.writes}
-        self.nodes = turn_products(unmask(drop_dead(frozen, with_sweep=with_sweep), frozen, wanted), frozen, wanted)
+        self.nodes = drop_dead(frozen, with_sweep=with_sweep)
+        for each in (unmask, turn_products, results_early):
+            self.nodes = each(self.nodes, frozen, wanted)
         self.folded = fold_constants(frozen, self.nodes)
         self.laid = laid_out(frozen, self.nodes)
         self.names: dict[Value, str] = {}
@@ -122,12 +135,13 @@ class _Writer:
         self.known: dict[tuple[str, int], str] = {}  # the names of what every copy of the function shares
         self.buffers: dict[str, Value] = {}
         self.results: dict[str, Value] = {}
-        self.views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.views: list[_Run] = []
         self.static = set(frozen.constants)  # values that lie in the same memory on every replay
         self.given: set[Value] = set()  # results in the caller's memory that were returned
         self.lines: list[str] = []
         self.life = Lifetimes()
         self.locals: dict[Value, str] = {}  # what has memory only while a replay runs, and the names of views of it
+        self.readers: dict[Value, list[Node]] = {}  # in the order in which they run
         self.ends: dict[int, int] = {}  # the number of lines at the end of each step
 
     # -- names -------------------------------------------------------------------------------------------
@@ -179,7 +193,11 @@ class _Writer:
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.loose = self._loose({*wanted, *gradients})
+        self.kept = {*wanted, *gradients, *(frozen.canonical(after) for _, after in frozen.writes)}
         self.mine = self._results({*wanted, *gradients})
+        for node in self.order():
+            for value in node.inputs:
+                self.readers.setdefault(frozen.canonical(value), []).append(node)
         self._nodes()
         # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
         self.fresh = self._fresh([*wanted, *gradients])
@@ -198,7 +216,16 @@ class _Writer:
         module = compile(text, f"<program.{title}>", "exec")
         code = next(each for each in module.co_consts if isinstance(each, CodeType))
         places = stretches(self.buffers.values(), self.life)
-        return Source(text, code, self.space, self.buffers, self.results, places, self.views)
+        return Source(text, code, self.space, self.buffers, self.results, places, self._views(set(code.co_names)))
+
+    def _views(self, read: set[str]) -> list[_Run]:
+        """What is run for a copy, without that of which neither a line nor a later one reads the result."""
+        found = []
+        for each in reversed(self.views):
+            if each[0] in read:
+                found.append(each)
+                read.update(_names([*each[2], *each[3].values()]))
+        return found[::-1]
 
     def _fresh(self, wanted: list[Value]) -> list[Value]:
         """The results in memory that an operation took for them alone, which need no copy: the caller gets it."""
@@ -239,6 +266,10 @@ class _Writer:
                 text = f"# {code_line(node) or node.op.name}    ({where(node)})"
                 self.lines.append("".join(c if c.isprintable() else " " for c in text))  # never a line of its own
             self.node(node)
+
+    def order(self) -> Iterable[Node]:
+        """The nodes in the order in which they run."""
+        return self.nodes
 
     def _loose(self, wanted: set[Value]) -> set[Value]:
         """Values of the sweep whose shape may differ from the recorded one: what a rule picked out by a mask.
@@ -354,6 +385,13 @@ class _Writer:
             call.title.split(".")[-2] if ".ops." in call.title else call.title, call.function
         )
         arguments = self.arguments(node, 0, call.more)
+        if call.in_place and (local := self.dying(node, operands)) is not None:
+            value = canonical(node.outputs[0])
+            arguments += f", {call.outs[0]}={self.name(local)}"
+            self.locals[value] = self.name(value, node.op.name)
+            self.life.make(value)
+            self.lines.append(f"{self.name(value)} = {function}({arguments})")
+            return
         if call.outs:
             over = self.life.operand(canonical(node.outputs[0]), operands) if call.in_place else None
             targets = [self.target(v, node.op.name, over) for v in node.outputs]
@@ -373,6 +411,17 @@ class _Writer:
         if self.checked(node):
             for name, value in zip(names, node.outputs, strict=True):
                 self.lines.append(f"measured({name}, {tuple(value.shape)}, {self.shared('site', located(node))})")
+
+    def dying(self, node: Node, operands: list[Value]) -> Value | None:
+        """An operand in fresh memory that nobody reads after a node, and that the node may write its result over."""
+        value = self.frozen.canonical(node.outputs[0])
+        found = None if value in self.mine else self.life.operand(value, [v for v in operands if v in self.locals])
+        if found is None or found in self.kept or self.life.operand(value, operands) is None:
+            return None
+        if self.readers[found][-1] is not node:
+            return None
+        ways = [None if each.op.is_named else self.way(each) for each in self.readers[found] if each is not node]
+        return found if all(way is not None and not (way.view or way.unknown) for way in ways) else None
 
     def made(self, node: Node, call: Call, names: list[str], operands: list[Value]) -> None:
         """Notes in whose memory the results of a call lie: in that of its operands, or in memory of their own."""

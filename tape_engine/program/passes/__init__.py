@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .dead import drop_dead
+from .early import results_early
 from .fold import fold_constants
 from .layout import laid_out
 from .masks import unmask
 from .turned import turn_products
 
-__all__ = ["drop_dead", "fold_constants", "laid_out", "turn_products", "unmask"]
+__all__ = ["drop_dead", "fold_constants", "laid_out", "results_early", "turn_products", "unmask"]

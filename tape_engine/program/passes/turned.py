@@ -55,7 +55,9 @@ def turn_products(nodes: list[Node], frozen: Frozen, wanted: set[Value]) -> list
         made.outputs = node.outputs
         turned[product] = [*steps, made]
         left_out |= {node, view}
-    return [each for node in nodes if node not in left_out for each in turned.get(node, [node])]
+    found = [each for node in nodes if node not in left_out for each in turned.get(node, [node])]
+    read = wanted | {canonical(v) for node in found for v in node.inputs}
+    return [node for node in found if not _is_turn(node) or canonical(node.outputs[0]) in read]
 
 
 def _dense(value: Value) -> tuple[int, ...]:
@@ -64,6 +66,8 @@ def _dense(value: Value) -> tuple[int, ...]:
 
 def _is_turn(node: Node) -> bool:
     """Whether a node swaps the two dimensions of a matrix."""
+    if node.op.forward not in (T, TRANSPOSE):
+        return False
     if node.inputs[0].ndim != 2 or node.outputs[0].ndim != 2:
         return False
     if node.op.forward is T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ....tape import Node, Value
@@ -97,6 +98,9 @@ class _Native(_Writer):
 
     def _compiled(self, part: Part) -> Segment:
         return compiled(part, self.plan, {v: _strides(v) for v in (*part.inputs, *part.outputs)})
+
+    def order(self) -> Iterable[Node]:
+        return (n for item in self.plan.items for n in (item.nodes if isinstance(item, Part) else (item,)))
 
     def _nodes(self) -> None:
         before, start = objects.loaded().compiled, objects.loaded().seconds
