@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,10 +181,12 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _compile(module: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    from torch._dynamo.backends.registry import lookup_backend
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch about torch, while it loads its compiler
+        from torch._dynamo.backends.registry import lookup_backend
 
-    compiler: Any = lookup_backend(COMPILER)
-    run: Callable[..., Any] = compiler(module, examples)
+        compiler: Any = lookup_backend(COMPILER)
+        run: Callable[..., Any] = compiler(module, examples)
     return run
 
 

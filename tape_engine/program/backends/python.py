@@ -230,7 +230,7 @@ class _Writer:
     def _fresh(self, wanted: list[Value]) -> list[Value]:
         """The results in memory that an operation took for them alone, which need no copy: the caller gets it."""
         alone = [v for v in dict.fromkeys(wanted) if v in self.locals and v in self.life.lives]
-        return [v for v in alone if v not in self.mine and v not in self.given and v.strides]
+        return [v for v in alone if v not in self.mine and (v.strides or not v.ndim)]
 
     def _with_deletions(self) -> list[str]:
         """The lines, with one that lets go of large memory where it was read for the last time."""
