@@ -26,11 +26,11 @@ LARGE = 4096  # bytes from which on memory is worth a `del`
 
 @dataclass
 class Life:
-    """From which step to which a value's memory is needed; `over`: the operand in whose place it may be written."""
+    """From which step to which a value's memory is needed; `over`: operands in whose place it may be written."""
 
     born: int
     dies: int
-    over: Value | None = None
+    over: Sequence[Value] = ()
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Lifetimes:
     lasting: set[Value] = field(default_factory=set)
     last: dict[Value, int] = field(default_factory=dict)
 
-    def make(self, value: Value, over: Value | None = None) -> None:
+    def make(self, value: Value, over: Sequence[Value] = ()) -> None:
         """A value gets memory of its own at this step."""
         self.lives[value] = Life(self.step, self.step, over)
 
@@ -74,18 +74,18 @@ class Lifetimes:
         """What these lie in stays as it is to the end: code that is not seen may have kept it."""
         self.lasting.update(root for value in values for root in self.rooted(value))
 
-    def operand(self, value: Value, operands: Sequence[Value]) -> Value | None:
-        """An operand in whose place the result `value` of an element-wise operation may be written, if it dies there.
+    def operands(self, value: Value, operands: Sequence[Value]) -> list[Value]:
+        """The operands in whose place the result `value` of an element-wise operation may be written if they die.
 
-        It has the elements of the result in the same order, and no other operand looks into its memory.
+        They have the elements of the result in the same order, and no other operand looks into their memory.
         """
+        found = []
         for each in operands:
             alike = each.shape == value.shape and each.dtype == value.dtype and each.strides == value.strides
-            if not alike or each not in self.lives or overlapping(each.shape, each.strides):
-                continue
-            if not any(each in self.rooted(other) for other in operands if other is not each):
-                return each
-        return None
+            seen = any(each in self.rooted(other) for other in operands if other is not each)
+            if alike and each in self.lives and not seen and not overlapping(each.shape, each.strides):
+                found.append(each)
+        return found
 
 
 @dataclass(eq=False)
@@ -120,11 +120,12 @@ def stretches(buffers: Iterable[Value], lifetimes: Lifetimes) -> dict[Value, Str
 
 
 def _passed_on(value: Value, life: Life, found: dict[Value, Stretch], lifetimes: Lifetimes) -> Stretch | None:
-    """The memory of the operand in whose place a value may be written, if that is needed no more."""
-    over = life.over
-    if over is None or over not in found or over in lifetimes.lasting or lifetimes.lives[over].dies != life.born:
-        return None
-    return found[over] if found[over].ends == life.born else None  # else another result of the step has it
+    """The memory of an operand in whose place a value may be written, if that is needed no more."""
+    for over in life.over:
+        dies = over in found and over not in lifetimes.lasting and lifetimes.lives[over].dies == life.born
+        if dies and found[over].ends == life.born:  # else another result of the step has it
+            return found[over]
+    return None
 
 
 def _free(value: Value, free: list[tuple[int, int, Stretch]]) -> Stretch:

@@ -6,12 +6,11 @@ function is what ``program.code`` shows.
 
 from __future__ import annotations
 
-import builtins
 import keyword
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from types import CodeType, FunctionType
+from collections.abc import Iterable, Sequence
+from operator import getitem
+from types import CodeType
 from typing import Any
 
 import torch
@@ -19,96 +18,17 @@ import torch
 from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
-from ..buffers import buffer, laid, own, placed, rotating
+from ..buffers import laid, own
 from ..calls import COPIES, LAID_OUT, Call, call_of
 from ..data import VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
-from ..lifetimes import LARGE, Lifetimes, Stretch, stretches
+from ..lifetimes import LARGE, Lifetimes, stretches
 from ..passes import drop_dead, fold_constants, laid_out, results_early, turn_products, unmask
+from .source import Like, Name, Run, Source, names_in
 
 __all__ = ["Source", "generate"]
 
 Tensor = torch.Tensor
-
-
-#: A name, and the call that makes what it stands for.
-_Run = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class Source:
-    """The text of a replay function, and what it needs to run.
-
-    Attributes:
-        text: the function's source.
-        constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
-        buffers, results: names for what each copy has for itself: memory that is written to on each replay, and
-            sources of memory for what the caller gets.
-        places: in which memory each buffer lies.
-        views: what is run once for each copy, in order: its name, and the call.
-    """
-
-    text: str
-    code: CodeType
-    constants: dict[str, Any]
-    buffers: dict[str, Value]
-    results: dict[str, Value]
-    places: dict[Value, Stretch]
-    views: list[_Run] = field(default_factory=list)
-
-    @property
-    def kept(self) -> int:
-        """The bytes of the buffers of a copy; those that are not needed at one time share memory."""
-        return sum(each.size for each in set(self.places.values()))
-
-    def function(self, *, copy: bool = True) -> Callable[..., Any]:
-        """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
-        space = {"__builtins__": builtins, **self.constants}
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
-            memory = {
-                each: torch.empty(each.size, dtype=torch.uint8, device=each.device).untyped_storage()
-                for each in set(self.places.values())
-            }
-            for name, value in self.buffers.items():
-                space[name] = placed(value, memory[self.places[value]])
-            for name, value in self.results.items():
-                space[name] = rotating(value, copy=copy)
-            for name, call, args, kwargs in self.views:
-                space[name] = call(
-                    *[_filled(each, space) for each in args], **{k: _filled(v, space) for k, v in kwargs.items()}
-                )
-        return FunctionType(self.code, space, self.code.co_name)
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A name in the function's space, in the arguments of what is run when a copy is made."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Like:
-    """Some tensor of a value's description, in the arguments of what is run when a copy is made."""
-
-    value: Value
-
-
-def _names(arguments: Any) -> list[str]:
-    """The names among arguments, and in the lists among them."""
-    if isinstance(arguments, _Name):
-        return [arguments.name]
-    return [name for each in arguments for name in _names(each)] if isinstance(arguments, (list, tuple)) else []
-
-
-def _filled(argument: Any, space: dict[str, Any]) -> Any:
-    if isinstance(argument, _Name):
-        return space[argument.name]
-    if isinstance(argument, _Like):
-        return buffer(argument.value)
-    if type(argument) in (list, tuple):
-        return type(argument)([_filled(each, space) for each in argument])
-    return argument
 
 
 def generate(frozen: Frozen, *, with_sweep: bool) -> Source:
@@ -129,13 +49,13 @@ class _Writer:
         self.laid = laid_out(frozen, self.nodes)
         self.names: dict[Value, str] = {}
         self.space: dict[str, Any] = {
-            "torch": torch, "guard": check_guard, "measured": check_shape, "laid": laid, "own": own,
+            "torch": torch, "guard": check_guard, "measured": check_shape, "laid": laid, "own": own
         }  # fmt: skip
         self.used = dict.fromkeys([*keyword.kwlist, *self.space], 1)  # how often each name was asked for
         self.known: dict[tuple[str, int], str] = {}  # the names of what every copy of the function shares
         self.buffers: dict[str, Value] = {}
         self.results: dict[str, Value] = {}
-        self.views: list[_Run] = []
+        self.views: list[Run] = []
         self.static = set(frozen.constants)  # values that lie in the same memory on every replay
         self.given: set[Value] = set()  # results in the caller's memory that were returned
         self.lines: list[str] = []
@@ -218,13 +138,13 @@ class _Writer:
         places = stretches(self.buffers.values(), self.life)
         return Source(text, code, self.space, self.buffers, self.results, places, self._views(set(code.co_names)))
 
-    def _views(self, read: set[str]) -> list[_Run]:
+    def _views(self, read: set[str]) -> list[Run]:
         """What is run for a copy, without that of which neither a line nor a later one reads the result."""
         found = []
         for each in reversed(self.views):
             if each[0] in read:
                 found.append(each)
-                read.update(_names([*each[2], *each[3].values()]))
+                read.update(names_in([*each[2], *each[3].values()]))
         return found[::-1]
 
     def _fresh(self, wanted: list[Value]) -> list[Value]:
@@ -340,10 +260,10 @@ class _Writer:
         kept = {"dtype", "layout", "device", "memory_format", "non_blocking", "pin_memory"}
         return set(node.kwargs) <= kept and node.outputs[0].shape == node.inputs[0].shape
 
-    def target(self, value: Value, fallback: str, over: Value | None = None) -> str:
+    def target(self, value: Value, fallback: str, over: Sequence[Value] = ()) -> str:
         """The name of the memory that a value is written to: a kept buffer, or the caller's.
 
-        A buffer may be that of `over`, if nothing reads this any more.
+        A buffer may be that of one of `over`, if nothing reads this any more.
         """
         value = self.frozen.canonical(value)
         name = self.name(value, fallback)
@@ -364,7 +284,7 @@ class _Writer:
         view = f"{name}.as_strided({', '.join(self.argument(each) for each in place)})"
         if self.frozen.canonical(node.outputs[0]) not in self.mine:
             view = self.unused(f"part_of_{name}")
-            self.views.append((view, Tensor.as_strided, (_Name(name), *place), {}))
+            self.views.append((view, Tensor.as_strided, (Name(name), *place), {}))
         self.lines += [f"{name}.copy_({self.argument(base)})", f"{view}.copy_({self.argument(part)})"]
 
     def arguments(self, node: Node, first: int = 0, more: tuple[Any, ...] = ()) -> str:
@@ -393,7 +313,7 @@ class _Writer:
             self.lines.append(f"{self.name(value)} = {function}({arguments})")
             return
         if call.outs:
-            over = self.life.operand(canonical(node.outputs[0]), operands) if call.in_place else None
+            over = self.life.operands(canonical(node.outputs[0]), operands) if call.in_place else []
             targets = [self.target(v, node.op.name, over) for v in node.outputs]
             outs = ", ".join(f"{out}={target}" for out, target in zip(call.outs, targets, strict=True))
             self.lines.append(f"{function}({arguments}{', ' if arguments else ''}{outs})")
@@ -415,13 +335,12 @@ class _Writer:
     def dying(self, node: Node, operands: list[Value]) -> Value | None:
         """An operand in fresh memory that nobody reads after a node, and that the node may write its result over."""
         value = self.frozen.canonical(node.outputs[0])
-        found = None if value in self.mine else self.life.operand(value, [v for v in operands if v in self.locals])
-        if found is None or found in self.kept or self.life.operand(value, operands) is None:
-            return None
-        if self.readers[found][-1] is not node:
-            return None
-        ways = [None if each.op.is_named else self.way(each) for each in self.readers[found] if each is not node]
-        return found if all(way is not None and not (way.view or way.unknown) for way in ways) else None
+        for found in () if value in self.mine else self.life.operands(value, operands):
+            if found in self.locals and found not in self.kept and self.readers[found][-1] is node:
+                ways = [None if n.op.is_named else self.way(n) for n in self.readers[found] if n is not node]
+                if all(way is not None and not (way.view or way.unknown) for way in ways):
+                    return found
+        return None
 
     def made(self, node: Node, call: Call, names: list[str], operands: list[Value]) -> None:
         """Notes in whose memory the results of a call lie: in that of its operands, or in memory of their own."""
@@ -445,7 +364,7 @@ class _Writer:
         self.views.append((whole, node.op.forward, args, kwargs))
         if node.outputs_tuple:
             for i, name in ((i, n) for i, n in enumerate(node.returned(names)) if n is not None):
-                self.views.append((name, _item, (_Name(whole), i), {}))
+                self.views.append((name, getitem, (Name(whole), i), {}))
         for value in map(self.frozen.canonical, node.outputs):
             self.static.add(value)
             self.life.view(value, map(self.frozen.canonical, node.inputs))
@@ -454,7 +373,7 @@ class _Writer:
         if isinstance(argument, Value):
             value = self.frozen.canonical(argument)
             # of a value that is not static, an operation run once reads no more than the description
-            return _Name(self.names[value]) if value in self.static else _Like(value)
+            return Name(self.names[value]) if value in self.static else Like(value)
         if type(argument) in (list, tuple):
             return type(argument)([self.stored(each) for each in argument])
         return argument
@@ -480,7 +399,3 @@ class _Writer:
         if isinstance(argument, (torch.dtype, torch.layout, torch.memory_format)):
             return str(argument) if str(argument).startswith("torch.") else self.shared("param", argument)
         return self.shared("param", argument)
-
-
-def _item(result: Any, i: int) -> Any:
-    return result[i]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
-from tests.helpers import close, g_of
+import tape_engine as te
+from tests.helpers import close, g_of, plain
 from tests.tape_engine.program.common import draw, follows, freeze
 
 Tensor = torch.Tensor
 
 
-def code_of(function, inputs, params, wrt=None):  # type: ignore[no-untyped-def]
+def code_of(
+    function: Callable[..., Any], inputs: Sequence[Tensor], params: Sequence[Tensor], wrt: list[Tensor] | None = None
+) -> te.Program:
     return freeze(function, inputs, params, backend="python", wrt=wrt)
 
 
@@ -53,7 +59,7 @@ def test_the_gradient_of_a_turned_factor_is_computed_as_it_lies() -> None:
     assert ".copy_(" not in program.code
     assert program.code.count("torch.mm(") == 3
     follows(program, function, [draw(5, 3)], [w])
-    assert g_of(w).is_contiguous()
+    assert plain(g_of(w)).is_contiguous()
 
 
 def test_a_product_that_is_read_otherwise_too_is_not_turned() -> None:

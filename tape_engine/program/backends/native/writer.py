@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ....tape import Node, Value
 from ...buffers import overlapping
 from ...data import Frozen
-from ..python import Source, _Name, _Writer
+from ..python import _Writer
+from ..source import Name, Source
 from . import objects
 from .compiler import compiled
 from .machine import Unfit, dense
@@ -127,7 +128,7 @@ class _Native(_Writer):
             fixed.append(value not in self.mine)
         addresses = objects.load(segment.kernels)
         title = self.unused("native")
-        arguments = [_Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
+        arguments = [Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
         self.views.append((title, segment.bind, (addresses, arguments), {}))
         changing = [name for name, still in zip(names, fixed, strict=True) if not still]
         self.lines.append(f"# {_in_words(part.nodes)}")
