@@ -298,12 +298,9 @@ class _Writer:
         if call.view and all(self.frozen.canonical(v) in self.static for v in node.inputs):
             self.once(node)
             return
-        function = (
-            call.title if call.title.startswith(("torch.", "torch._C._nn.")) and ".ops." not in call.title else ""
-        )
-        function = function or self.shared(
-            call.title.split(".")[-2] if ".ops." in call.title else call.title, call.function
-        )
+        by_overload = ".ops." in call.title
+        function = call.title if call.title.startswith("torch.") and not by_overload else ""
+        function = function or self.shared(call.title.split(".")[-2] if by_overload else call.title, call.function)
         arguments = self.arguments(node, 0, call.more)
         if call.in_place and (local := self.dying(node, operands)) is not None:
             value = canonical(node.outputs[0])
