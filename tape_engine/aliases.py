@@ -25,6 +25,7 @@ __all__ = [
     "covers",
     "join",
     "neighbours",
+    "overlapping",
     "place_of",
     "protect",
     "read_view",
@@ -52,6 +53,17 @@ def positions(size: tuple[int, ...], stride: tuple[int, ...], offset: int, devic
 def extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """How many positions of storage a view spans."""
     return 0 if 0 in size else 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+
+
+def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether strides may put two elements in one place (as those of an expanded tensor do)."""
+    span = 1
+    for step, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1:
+            if step < span:
+                return True
+            span = step * length
+    return False
 
 
 @op(
@@ -96,6 +108,9 @@ def write_view(
 
 @write_view.rule
 def write_view_grad(g, out, base, part, size, stride, offset):  # type: ignore[no-untyped-def]
+    if g.stride() == base.stride() and not (overlapping(base.shape, base.stride()) or overlapping(size, stride)):
+        g_part = read_view(g, size, stride, offset).clone()  # before the place in `g` is written, in its own memory
+        return write_view(g, g.new_zeros(size), size, stride, offset), g_part
     of_base = positions(base.shape, base.stride(), 0, g.device)
     of_part = positions(size, stride, offset, g.device)
     spread = g.new_zeros(extent(base.shape, base.stride())).index_copy(0, of_base, g.reshape(-1))
@@ -124,7 +139,8 @@ class Aliases:
     def alive(self) -> list[Value]:
         """The members that still matter; the others are dropped."""
         found = [v for ref in self.members if (v := ref()) is not None and (v.kept or v.tensor is not None)]
-        self.members = [weakref.ref(v) for v in found]
+        if len(found) < len(self.members):
+            self.members = [weakref.ref(v) for v in found]
         return found
 
 
@@ -163,6 +179,16 @@ def share(value: Value, with_whom: Value) -> None:
     if with_whom.aliases is not None:
         value.aliases = with_whom.aliases
         with_whom.aliases.add(value)
+
+
+def alone(tensor: torch.Tensor, value: Value) -> bool:
+    """Whether nothing else is known to live in the storage of `tensor`, which holds `value`, and no rule reads it."""
+    if tensor._base is not None or value.kept is not None:
+        return False
+    group = value.aliases
+    if group is None:
+        group = _by_storage.get(storage_of(tensor))
+    return group is None or all(member is value for member in group.alive())
 
 
 def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:

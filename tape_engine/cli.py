@@ -1,4 +1,4 @@
-"""The command line: ``tape-engine demo``, ``tape-engine draw``.
+"""The command line: ``tape-engine demo``, ``tape-engine draw``, ``tape-engine profile``.
 
 Exit status 0: all went well. 1: a comparison failed. 2: the job could not be done (a bad argument, data that
 cannot be read, a folder that cannot be written to), as one message says. 130: interrupted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,8 @@ import torch
 
 from . import __version__, data, demo
 from .errors import TapeError, message
-from .program.loading import draft
+from .program.loading import draft, load
+from .program.profiling import random_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,6 +101,25 @@ def parser() -> argparse.ArgumentParser:
     for name, (*offered, tells) in choices.items():
         command.add_argument(f"--{name}", choices=offered, default=offered[0], help=f"{tells} (default: %(default)s)")
     command.set_defaults(run=_draw)
+
+    command = commands.add_parser(
+        "profile",
+        help="time a program that program.save wrote, operation by operation",
+        description=(
+            "Replays a program file on random inputs of the recorded shapes (whole numbers and masks are 0), and tells "
+            "where the time went. Programs with operations of one's own are profiled from Python: program.profile(...)."
+        ),
+        epilog="Exit status 2 if the file cannot be loaded, or its guards refuse such inputs.",
+        allow_abbrev=False,
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="the file, as program.save wrote it")
+    command.add_argument("--forward", action="store_true", help="without the sweep")
+    command.add_argument("--top", type=_at_least_one, metavar="N", help="the N rows that take longest alone")
+    command.add_argument(
+        "--repeats", type=_at_least_one, default=10, metavar="N", help="how often it is run (default: %(default)s)"
+    )
+    command.add_argument("--json", action="store_true", help="JSON in the place of tables; times in seconds")
+    command.set_defaults(run=_profile)
     return top
 
 
@@ -108,7 +129,7 @@ def _at_least_one(text: str) -> int:
     except ValueError:
         count = 0
     if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 1 or more")
     return count
 
 
@@ -198,6 +219,19 @@ def _draw(options: argparse.Namespace) -> int:
     for each in drawing.warnings:
         print(f"tape-engine: {each}", file=sys.stderr)
     print(options.out)
+    return DONE
+
+
+# -- tape-engine profile -------------------------------------------------------------------------------------
+
+
+def _profile(options: argparse.Namespace) -> int:
+    program = load(options.file)
+    inputs, seed = random_arguments(program._frozen)
+    found = program.profile(*inputs, seed=seed, sweep=not options.forward, repeats=options.repeats)
+    if options.top is not None:
+        found = found.top(options.top)
+    print(json.dumps(found.as_data(), indent=2) if options.json else found)
     return DONE
 
 

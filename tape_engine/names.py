@@ -71,6 +71,7 @@ def _name_in(names: dict[str, Any], tensor: torch.Tensor) -> str | None:
     return None
 
 
+@lru_cache(maxsize=4096)
 def line_of(code: CodeType, lasti: int) -> int:
     """The line of an instruction."""
     positions = next(itertools.islice(code.co_positions(), lasti // 2, None), (None,))

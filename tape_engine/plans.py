@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from .registry import Op, composite, find
 
-__all__ = ["Plan", "plan_of", "plans"]
+__all__ = ["QUICK", "Plan", "plan_of", "plans"]
 
 aten = torch.ops.aten
 
@@ -51,6 +51,18 @@ BATCH_NORM = aten.native_batch_norm.default
 BATCH_NORM_TWIN = aten._native_batch_norm_legit_functional.default
 
 
+_NAMES = (
+    "add.Tensor sub.Tensor mul.Tensor div.Tensor neg exp log sqrt rsqrt sin cos tanh sigmoid relu abs reciprocal "
+    "maximum minimum mm bmm mv dot t addmm sign floor erf"
+)
+
+#: Overloads with the functions of torch that call them and nothing else.
+QUICK: dict[OpOverload, Any] = {}
+for _name in _NAMES.split():
+    _packet, _, _overload = _name.partition(".")
+    QUICK[getattr(getattr(aten, _packet), _overload or "default")] = getattr(torch, _packet)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The recorder's treatment of one overload.
@@ -62,11 +74,14 @@ class Plan:
         views: whether its result may share the storage of an argument.
         guard: whether it asks a value out of the tensors.
         random: whether it draws from a generator.
+        chance: the place of the argument by which it draws (``dropout_p``): with a 0 there it draws nothing.
         known: whether a functional twin was found, if it writes.
         defaults: for each argument the default that its twin does not have, where one was found.
         statistics: whether what it writes are statistics, through which no gradient passes.
-        plain: whether it makes one tensor or view of others, in no list, and does nothing else, as most do.
+        plain: whether it makes tensors or views of others, which are given in no list, and does nothing else.
+        single: whether it makes one tensor, and gives it as it is.
         call: runs it; torch's own callable, without the overload's wrapping.
+        quick: runs it on plain tensors; torch's function of that name where there is one, which takes less time.
         order: which of its arguments the twin takes at each place, if in another order (``polygamma_(x, n)``).
     """
 
@@ -80,8 +95,17 @@ class Plan:
     defaults: tuple[Any, ...] = ()
     statistics: bool = False
     plain: bool = False
+    single: bool = False
     call: Any = None
+    quick: Any = None
     order: tuple[int, ...] = ()
+    chance: int | None = None
+
+    def draws(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call with these arguments draws from a generator."""
+        if not self.random or self.chance is None:
+            return self.random
+        return len(args) > self.chance and args[self.chance] != 0
 
 
 #: Those made so far, by overload.
@@ -107,7 +131,7 @@ def _make(overload: OpOverload) -> Plan:
     twin = _functional(overload) if written else overload
     views, guard = shared or overload in HIDDEN_VIEWS, overload in GUARDS
     random = torch.Tag.nondeterministic_seeded in overload.tags
-    one = [str(each.type) for each in overload._schema.returns] == ["Tensor"]
+    returned = [str(each.type) for each in overload._schema.returns]
     flat = not any(str(a.type).startswith(("List[Tensor", "List[Optional", "Dict")) for a in arguments)
     return Plan(
         op=find(twin or overload),
@@ -116,13 +140,23 @@ def _make(overload: OpOverload) -> Plan:
         views=views,
         guard=guard,
         random=random,
-        plain=one and flat and not (written or guard or random or overload in APART),
+        plain=_makes_tensors(returned)
+        and flat
+        and not (written or guard or random or overload in {*APART, BATCH_NORM}),
+        single=returned == ["Tensor"],
+        chance=next((i for i, a in enumerate(arguments) if a.name == "dropout_p" and not a.kwarg_only), None),
         call=overload._op,
+        quick=QUICK.get(overload, overload._op),
         known=twin is not None,
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,
         order=_order(overload, twin) if written and twin is not None else (),
     )
+
+
+def _makes_tensors(returned: list[str]) -> bool:
+    """Whether results of these types are one tensor, several, or a list of them."""
+    return returned == ["List[Tensor]"] or (bool(returned) and set(returned) == {"Tensor"})
 
 
 def _functional(overload: OpOverload) -> OpOverload | None:

@@ -193,11 +193,13 @@ class Op:
         """
         if isinstance(key, str):
             return self._reads_all or key in (self.saves or ())
-        return self._reads_all or (key < len(self._reads) and self._reads[key])
+        return self._reads_all or (key < len(self.argument_reads) and self.argument_reads[key])
 
     def reads_places(self, count: int) -> Sequence[bool]:
         """`reads_argument` of the first `count` positions, and perhaps some more."""
-        return self._reads if count <= len(self._reads) else [self.reads_argument(i) for i in range(count)]
+        return (
+            self.argument_reads if count <= len(self.argument_reads) else [self.reads_argument(i) for i in range(count)]
+        )
 
     def reads_output_at(self, place: int, count: int) -> bool:
         """Whether its rule reads the data of the output at `place`, of `count`."""
@@ -209,7 +211,8 @@ class Op:
         self._reads_all = self.differentiable and (self.grad is None or not names)
         reads = [self._reads_all or (self.differentiable and name in saves) for name in names[2:]]
         spare = max(0, len(self.parameters) - len(reads))
-        self._reads = (*reads, *[self._reads_all] * spare)
+        #: for each argument by position, whether its rule reads the data; of those beyond, it may read all
+        self.argument_reads = (*reads, *[self._reads_all] * spare)
         #: whether its rule reads the data of its output
         self.reads_output = self.differentiable and self.grad is not None and (not names or names[1] in saves)
 

@@ -180,7 +180,11 @@ def root_of(C: Tensor, caller: str) -> tuple[Value, Node | None]:
     """The value that `C` holds and the node that made it."""
     if not isinstance(C, Tensor):
         raise DTypeError(
-            message(f"{caller} takes a recorded tensor, not {type(C).__name__}.", where=call_site(user_frame()))
+            message(
+                f"{caller} takes a recorded tensor, not {type(C).__name__}.",
+                where=call_site(user_frame()),
+                fix=f"give the tensor itself, before .item() or float(): {caller}(C{', [w]' * (caller == 'te.grad')})",
+            )
         )
 
     binding = values_by_tensor.get(id(C))
@@ -233,7 +237,11 @@ def _seed(C: Tensor, seed: Tensor | None) -> Tensor:
         return torch.ones(C.shape, dtype=C.dtype, device=C.device)
     if not isinstance(seed, Tensor):
         raise DTypeError(
-            message(f"the seed must be a tensor, not {type(seed).__name__}.", where=call_site(user_frame()))
+            message(
+                f"the seed must be a tensor, not {type(seed).__name__}.",
+                where=call_site(user_frame()),
+                fix=f"seed=torch.ones({tuple(C.shape)})",
+            )
         )
     if seed.shape != C.shape:
         fix = f"give a seed of shape {tuple(C.shape)}"

@@ -102,6 +102,7 @@ class Value:
         name: the name under which a module holds it (``net.0.weight``), if any is known.
         aliases: the group of values that share its storage; ``None`` while it is alone there.
         marks: how many tapes have its tensor listen for plain operations (leaves only).
+        rests: how many frozen tapes have its tensor listen, but only for what torch's own gradient would not show.
         stale: true once a write through an alias made its tensor hold other contents.
         observed: outside a block, how many operations lie between it and values that have a gradient.
     """
@@ -114,17 +115,24 @@ class Value:
     name: str | None = None
     aliases: Any = None
     marks = 0
+    rests = 0
     stale = False
     observed = 0
     _node: weakref.ref[Node] | None = None
     _kept: weakref.ref[Kept] | None = None
 
-    def __init__(self, tensor: torch.Tensor, *, constant: bool = False) -> None:
-        self.shape = tensor.shape
+    def __init__(
+        self, tensor: torch.Tensor, ref: weakref.ref[torch.Tensor] | None = None, *, constant: bool = False
+    ) -> None:
+        shape = tensor.shape
+        strides = tensor.stride() if tensor.layout is _STRIDED else ()
+        try:
+            self.shape, self.strides = _layouts.get((shape, strides)) or _layout(shape, strides)
+        except TypeError:  # symbolic sizes are no numbers to look up
+            self.shape, self.strides = shape, strides
         self.dtype = tensor.dtype
         self.device = tensor.device
-        self.strides = tensor.stride() if tensor.layout is _STRIDED else ()
-        self._tensor: weakref.ref[torch.Tensor] = weakref.ref(tensor)
+        self._tensor: Callable[[], torch.Tensor | None] = weakref.ref(tensor) if ref is None else ref
         if constant:
             self.constant = True
 
@@ -209,6 +217,19 @@ class Value:
         return f"<value {self.name + ' ' if self.name else ''}{describe(self)}>"
 
 
+#: Shapes with strides, each once: a tape of a thousand nodes has few, and fewer objects are less work for the
+#: collector of cycles, which would otherwise take a fifth of the time of a recording.
+_layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[torch.Size, tuple[int, ...]]] = {}
+
+
+def _layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torch.Size, tuple[int, ...]]:
+    """Both, from now on the ones that stand for their equals."""
+    if len(_layouts) >= 4096:
+        _layouts.clear()
+    found = _layouts[shape, strides] = shape, strides
+    return found
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """Torch's count of writes to the tensor's storage; 0 where it keeps none (inference tensors)."""
     try:
@@ -222,8 +243,10 @@ _FEW = tuple((count,) for count in range(32))
 
 def versions_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """`version_of` alone in a tuple; for small counts always the same one, as this is asked at each operation."""
-    count = version_of(tensor)
-    return _FEW[count] if count < len(_FEW) else (count,)
+    try:
+        return _FEW[tensor._version]
+    except (RuntimeError, IndexError):
+        return (version_of(tensor),)
 
 
 def address_of(tensor: torch.Tensor) -> int:
@@ -267,18 +290,20 @@ class Node:
         mutates: for each value that the operation wrote over: its place in `inputs`, and in `outputs`
             the place of the value that its tensor held afterwards.
         cut: recorded under ``no_grad``: no gradient passes.
+        ordinary: whether it has one output, given as it is, no keyword arguments, and is not cut, as most have.
         random: whether it draws from a generator.
         swept: whether a sweep has passed over it.
         outline: its copy without tensors, once a decision on the global tape keeps one; `is_outline` in that copy.
     """
 
-    outputs: tuple[Value, ...] = ()
+    _outputs: Value | tuple[Value, ...] = ()
     outputs_tuple = False
     gaps: tuple[int, ...] = ()
     result: Any = None
     saved: tuple[Kept | None, ...] = ()
     mutates: tuple[tuple[int, int], ...] = ()
     cut = False
+    ordinary = False
     random = False
     swept = False
     tape: Token | None = None
@@ -305,6 +330,15 @@ class Node:
         self.seq = next(_sequence)
         self._code = code
         self._lasti = lasti
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        made = self._outputs
+        return made if type(made) is tuple else (made,)  # type: ignore[return-value]
+
+    @outputs.setter
+    def outputs(self, made: tuple[Value, ...]) -> None:
+        self._outputs = made[0] if len(made) == 1 else made
 
     @property
     def closed(self) -> bool:
@@ -384,14 +418,16 @@ def ancestors(node: Node, through: Callable[[Node], Sequence[Node | None]] = att
 class Token:
     """What a node knows its tape by; it lives as long as the tape or a node of it.
 
-    ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``.
+    ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``; ``resting``
+    those that do so no more than needed, since the tape was frozen.
     What was recorded before ``closed_at`` belongs to a sweep that is over.
     """
 
-    __slots__ = ("__weakref__", "closed_at", "marked")
+    __slots__ = ("__weakref__", "closed_at", "marked", "resting")
 
     def __init__(self) -> None:
         self.marked: dict[int, weakref.ref[Value]] = {}
+        self.resting: dict[int, weakref.ref[Value]] = {}
         self.closed_at = 0
 
 
@@ -404,6 +440,7 @@ class Tape:
         strict: whether an operation without a registered rule raises as it is recorded.
         token: what its nodes know it by.
         decisions: the guards of the global tape, each with how many nodes it keeps; those of a block are its nodes.
+        frozen: how long it was when it was last frozen; -1 before.
         forgotten: where in the order of recording the last of them stood that were given up.
     """
 
@@ -417,6 +454,7 @@ class Tape:
         self.streams: Any = None  # of random numbers, in a block; the recorder follows them
         self.decisions: list[tuple[Node, int]] = []
         self.forgotten = -1
+        self.frozen = -1
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches
 
     @property
@@ -553,10 +591,16 @@ class Binding(weakref.ref[torch.Tensor]):
 values_by_tensor: dict[int, Binding] = {}
 
 
-def forget(ref: Any, table: dict[int, Binding] = values_by_tensor) -> None:
+def gone() -> None:
+    """What a value refers to its tensor by when that is gone."""
+
+
+def forget(ref: Any, table: dict[int, Binding] = values_by_tensor, gone: Any = gone) -> None:
     """Drops the binding of a tensor that is gone."""
-    key = ref.key
-    if table.get(key) is ref:  # the default outlives the module when the interpreter ends
+    key, value = ref.key, ref.value
+    if value._tensor is ref:
+        value._tensor = gone  # or each would keep the other
+    if table.get(key) is ref:  # the defaults outlive the module when the interpreter ends
         del table[key]
 
 
@@ -567,7 +611,14 @@ def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     made.value = value
     made.node = node
     made.versions = versions_of(tensor)
+    _part(tensor, values_by_tensor.get(key))
     values_by_tensor[key] = made
+
+
+def _part(tensor: torch.Tensor, binding: Binding | None) -> None:
+    """Has the value of a binding that goes out of the table refer to its tensor by a reference of its own."""
+    if binding is not None and binding.value._tensor is binding:
+        binding.value._tensor = weakref.ref(tensor)
 
 
 def rebind(tensor: torch.Tensor, *also: int) -> None:
@@ -585,7 +636,7 @@ def unwritten(tensor: torch.Tensor) -> bool:
 
 def unbind(tensor: torch.Tensor) -> None:
     """From now on `tensor` is unknown to every tape."""
-    values_by_tensor.pop(id(tensor), None)
+    _part(tensor, values_by_tensor.pop(id(tensor), None))
 
 
 def bound(tensor: torch.Tensor) -> Value | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from .errors import NotRecordedError, OverwrittenError, RuleError, SweptError, T
 from .gradients import borrowed, fitted, in_order, refill
 from .names import located
 from .specialise import specialise
+from .steps import Needs, all_steps, made_for, order_of, steps_to
 from .tape import (
-    DIFFERENTIABLE,
     Kept,
     Node,
     Value,
@@ -44,6 +43,7 @@ class Sweep:
         structure: whether only the recording of the sweep matters and no number in it, so that contents
             overwritten since do not.
         order: the nodes that `root` depends on, in the order of recording.
+        reached: for a recorded sweep, each node with how long the tape was once its rule had run.
         arrivals: for a recorded sweep, each value with its complete gradient, in the order of the walk.
         gradients: the gradients of the values that are asked for, as far as known.
     """
@@ -61,15 +61,20 @@ class Sweep:
     ) -> None:
         self.structure = structure
         self.root = root
-        self.order = _ancestors(node)
+        self.order = order_of(node)
         self.record = record
-        self.asked = None if targets is None else self._asked(targets)
-        self.useful = None if targets is None or self.asked is None else self._useful(self.asked, targets)
+        self.asked: set[Value] | None = None
+        if targets is None:
+            self._steps = all_steps(self.order)
+        else:
+            self.asked = made_for(targets, root, self.order)
+            self._steps = steps_to(self.asked, targets, self.order)
         self.pending: dict[Value, Tensor] = {}
         self.gradients: dict[Value, Tensor] = {}
         self.arrivals: list[tuple[Value, Tensor]] = []
         self._summed: set[Value] = set()  # whose pending gradient is memory of our own: it may be added to
         self.tape = current_tape()
+        self.reached: list[tuple[Node, int]] = []
         self._began = next_in_sequence()
         self._given = given
         self.pending[root] = seed
@@ -81,8 +86,9 @@ class Sweep:
         try:
             with torch.no_grad(), recording:
                 if self.record or self.structure:
-                    for node in reversed(self.order):
-                        self._step(node)
+                    for node, needs in reversed(self._steps):
+                        self._step(node, needs)
+                        self.reached.append((node, self.tape.length))
                 else:
                     self._walk()
                 for value in list(self.pending):  # what is left are the leaves
@@ -99,37 +105,33 @@ class Sweep:
 
         Most nodes have one output and a rule, read what is intact, and their gradients fit as they are.
         """
-        pending, gradients, asked, useful, summed = self.pending, self.gradients, self.asked, self.useful, self._summed
+        pending, gradients, asked, summed = self.pending, self.gradients, self.asked, self._summed
         devices = torch.accelerator.is_available()  # else all tensors are on the CPU, or shapes alone
-        for node in reversed(self.order):
-            op, inputs = node.op, node.inputs
-            if len(node.outputs) != 1 or op.grad is None or node.cut or node.outputs_tuple or node.kwargs:
-                self._step(node)
+        for node, needs in reversed(self._steps):
+            rule = node.op.grad
+            if rule is None or not node.ordinary:
+                self._step(node, needs)
                 continue
-            out = node.outputs[0]
+            inputs, out = node.inputs, node._outputs
+            assert isinstance(out, Value)
             g = pending.pop(out, None)
             if g is None:
                 continue
             if (out._tensor() is not None) if asked is None else (out in asked):
                 gradients[out] = g
-            if useful is None:
-                needs = tuple([not v.constant and v.dtype in DIFFERENTIABLE for v in inputs])
-            else:
-                needs = tuple([v in useful for v in inputs])
-            if True not in needs or not op.differentiable:
-                continue
             given: list[Any] = [*inputs, out]
             for i, kept in enumerate(node.saved):
                 if kept is not None:
                     tensor, holder = kept.tensor, given[i]._tensor()
-                    if not ((kept.own or kept.intact) and (holder is None or holder is tensor)):
+                    if not (holder is None if kept.own else (holder is tensor and kept.intact)):
                         tensor = self._contents(node, kept, given[i])
                     given[i] = tensor
             read = given.pop()
             if node.args is not inputs:
                 left = iter(given)
                 given = [refill(each, left) for each in node.args]
-            rule = op.grad if False not in needs else specialise(op.grad, needs)
+            if False in needs:
+                rule = specialise(rule, needs)
             try:
                 contributions = rule(g, read, *given)
             except TapeError:
@@ -156,7 +158,7 @@ class Sweep:
                 else:
                     self._add(value, contribution, node)
 
-    def _step(self, node: Node) -> None:
+    def _step(self, node: Node, needs: Needs) -> None:
         """Takes the gradients of a node's outputs, and passes on those of its inputs."""
         g = [self._arrive(value) for value in node.outputs]
         if not any(each is not None for each in g):
@@ -166,14 +168,7 @@ class Sweep:
                 if i >= 0 and g[j] is not None:
                     self._add(node.inputs[i], g[j], node)  # type: ignore[arg-type]
             return
-        inputs, useful = node.inputs, self.useful
-        if useful is None:
-            needs = tuple([value.differentiable for value in inputs])
-        else:
-            needs = tuple([value in useful for value in inputs])
-        if True not in needs or not node.op.differentiable:
-            return
-        for value, need, contribution in zip(inputs, needs, self._apply(node, g, needs), strict=True):
+        for value, need, contribution in zip(node.inputs, needs, self._apply(node, g, needs), strict=True):
             if need and contribution is not None:
                 self._add(value, fitted(contribution, value, node), node)
 
@@ -200,7 +195,7 @@ class Sweep:
             self.pending[value] = before + contribution
             self._summed.add(value)
 
-    def _apply(self, node: Node, g: list[Tensor | None], needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
+    def _apply(self, node: Node, g: list[Tensor | None], needs: Needs) -> Sequence[Tensor | None]:
         """The contributions of one node to its inputs, as its rule gives them."""
         op = node.op
         contents: list[Any] = [*node.inputs, *node.outputs]
@@ -246,34 +241,6 @@ class Sweep:
             bind(alias, value, source)
         return alias
 
-    # -- which values matter ----------------------------------------------------------------------------
-
-    def _asked(self, targets: list[Tensor]) -> set[Value]:
-        """The values that the tensors of `wrt` hold, or held as leaves."""
-        wanted = {id(tensor) for tensor in targets}
-        asked = {self.root} if id(self.root.holder) in wanted else set()
-        made = [value for each in targets if (value := bound(each)) is not None and not value.leaf]
-        if made:
-            nodes = set(self.order)
-            asked.update(value for value in made if value.node in nodes and value.differentiable)
-        for node in self.order:
-            for value in node.inputs:
-                if value._node is None and id(value._tensor()) in wanted and value.differentiable:
-                    asked.add(value)
-        return asked
-
-    def _useful(self, asked: set[Value], targets: list[Tensor]) -> set[Value]:
-        """The values through which a gradient finds its way to those asked for."""
-        useful = set(asked)
-        # a tensor that is not found here may lie behind a closed value: then that has to say so
-        hidden = {id(tensor) for tensor in targets} > {id(value.holder) for value in asked}
-        for node in self.order:
-            if hidden:
-                useful.update(value for value in node.inputs if value.closed)
-            if not useful.isdisjoint(node.inputs):
-                useful.update([value for value in node.outputs if value.differentiable])
-        return useful
-
     # -- what comes out ---------------------------------------------------------------------------------
 
     def by_tensor(self) -> list[tuple[Tensor, Tensor]]:
@@ -305,10 +272,14 @@ class Sweep:
             known = values_by_tensor.get(id(g))
             older = known is not None and (known.node is None or known.node.seq < self._began)
             storage = g.untyped_storage()
-            # counted: the tensor itself and the handle in the line above
-            if g is self._given or older or storage._cdata in seen or _uses(storage) > 2:
-                g = g.clone(memory_format=torch.contiguous_format)
-                self.gradients[value] = g
+            taken = g is self._given or older or storage._cdata in seen
+            # counted: the tensor itself and the handle above
+            if not taken and _uses(storage) == 3 and g._base is not None and g.is_contiguous():
+                # A view of what may be nobody else's: an alias in its place lets go of its base.
+                del known
+                g = self.gradients[value] = recorder.ALIAS(g)
+            if taken or _uses(storage) > 2:
+                g = self.gradients[value] = g.clone(memory_format=torch.contiguous_format)
                 storage = g.untyped_storage()
             seen.add(storage._cdata)
 
@@ -316,29 +287,6 @@ class Sweep:
 def _uses(storage: torch.UntypedStorage) -> int:
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
-
-
-_by_seq = attrgetter("seq")
-
-
-def _ancestors(node: Node | None) -> list[Node]:
-    """The nodes through which a gradient can pass from `node` back, in the order of recording."""
-    if node is None:
-        return []
-    seen = {node}
-    stack = [node]
-    while stack:
-        here = stack.pop()
-        if not here.op.differentiable or (here.cut and not here.mutates):
-            continue
-        for i, source in enumerate(here.sources):
-            if source is None or source in seen:
-                continue
-            value = here.inputs[i]
-            if value.dtype in DIFFERENTIABLE and not value.constant:
-                seen.add(source)
-                stack.append(source)
-    return sorted(seen, key=_by_seq)
 
 
 def _written_unseen(value: Value) -> bool:

@@ -26,14 +26,15 @@ def test_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__}" in text
     assert text.count("\n## ") == len(report["tables"]) + 1
     assert all(table["title"][1:] in text for table in report["tables"])
-    assert len(report["tables"]) == 11 + len(models.MODELS)
+    assert len(report["tables"]) == 12 + len(models.MODELS)
     assert [each["name"] for each in report["memory"]] == [model.name for model in models.MODELS]
     for each in report["memory"]:
         assert each["name"] in printed
         assert next(iter(each["peaks"])) == "torch.autograd, eager"
         assert len(each["peaks"]) == 2 + len(replay.BACKENDS)
         assert min(each["peaks"].values()) > 0
-    *against_torch, first_results, loops = report["tables"]
+    *against_torch, first_results, growth, loops = report["tables"]
+    assert [each["name"].split()[-1] for each in growth["timings"]] == ["python", "python", "native", "native"]
     assert all("compiled" in each["name"] or "process" in each["name"] for each in first_results["timings"])
     for table in against_torch:
         assert table["title"] in printed

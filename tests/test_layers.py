@@ -38,6 +38,7 @@ ROOMS = (
     "ops",
     "rules",
     "gradients",
+    "steps",
     "walk",
     "sweep",
     "bridge",

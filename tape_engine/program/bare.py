@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +19,8 @@ def bare(nodes: Sequence[Node], known: dict[Node, Node] | None = None) -> list[N
     for node in nodes:
         made = known.get(node)
         if made is None:
-            made = known[node] = copy.copy(node)
+            made = known[node] = Node.__new__(Node)  # a copy; `copy.copy` takes five times as long
+            vars(made).update(vars(node))
             made.saved = ()
             made.sources = tuple([None if source is None else known.get(source) for source in node.sources])
         found.append(made)

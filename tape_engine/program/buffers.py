@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..aliases import overlapping
 from ..tape import Value
 
 __all__ = ["buffer", "laid", "overlapping", "own", "placed", "rotating", "strides_of"]
@@ -20,17 +21,6 @@ __all__ = ["buffer", "laid", "overlapping", "own", "placed", "rotating", "stride
 Tensor = torch.Tensor
 
 KEPT_RESULTS = 3  # memories a result rotates between: the one being read, the one on ``.g``, and one more
-
-
-def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether strides may put two elements in one place (as those of an expanded tensor do)."""
-    span = 1
-    for step, length in sorted(zip(strides, shape, strict=True)):
-        if length > 1:
-            if step < span:
-                return True
-            span = step * length
-    return False
 
 
 def strides_of(value: Value) -> tuple[int, ...]:

@@ -92,7 +92,8 @@ class Frozen:
 
     def canonical(self, value: Value) -> Value:
         """The value that stands for `value`."""
-        while (other := self.same.get(value, value)) is not value:
+        same = self.same
+        while (other := same.get(value)) is not None and other is not value:
             value = other
         return value
 

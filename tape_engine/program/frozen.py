@@ -22,6 +22,7 @@ from .bare import bare, bare_tape
 from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
 from .decisive import decisive
 from .opened import opened
+from .passes.common import merge_common
 from .passes.dead import drop_dead
 
 __all__ = ["freeze_nodes"]
@@ -82,6 +83,7 @@ def freeze_nodes(
         reached = {id(frozen.given[t] if isinstance(t, int) else t) for t, _ in frozen.gradients}
         frozen.unreached = [_target(each, frozen) for each in targets if id(each) not in reached]
     _merge_same(frozen)
+    merge_common(frozen)
     _find_live(frozen)
     frozen.held.clear()  # what of it is read is live now
     return frozen
@@ -315,6 +317,18 @@ def _by_tensor(sweep: Sweep) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def _traced(nodes: list[Node], sweep: Sweep) -> list[Node]:
+    """The nodes of a recorded sweep, with line and scope of the operations whose gradients they compute."""
+    start = 0
+    for source, stop in sweep.reached:
+        for node in nodes[start:stop]:
+            (node._code, node._lasti), node.scope = source.site, source.scope
+        start = stop
+    for node in nodes[start:]:  # sums over readings, copies that keep results apart: of no line in particular
+        node._code = None
+    return nodes
+
+
 def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor, targets: list[Tensor] | None) -> None:
     """Records the sweep from the first output; by default to the leaves of the forward pass, and no further."""
     if targets is None:
@@ -335,7 +349,7 @@ def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor
             arrivals = [(value, bound(g)) for value, g in sweep.arrivals]
     finally:
         pop_tape(inner)
-    frozen.backward = [each for node in bare(inner.nodes) for each in opened(node, frozen)]
+    frozen.backward = [each for node in _traced(bare(inner.nodes), sweep) for each in opened(node, frozen)]
     made = {value for node in (*frozen.forward, *frozen.backward) for value in node.outputs}
     frozen.held += [h for n in inner.nodes for v in n.inputs if v not in made and (h := v.holder) is not None]
     names = frozen.names

@@ -10,7 +10,9 @@ import torch
 
 from ..recorder import quietly
 from .backends import cudagraph, native, python
+from .backends.source import Source
 from .data import Frozen
+from .uncollected import uncollected
 
 __all__ = ["Function"]
 
@@ -22,6 +24,7 @@ class Function:
         source: the generated source; made at its first use.
         one: the seed of a sweep from one element.
         native: what the native backend made of it; ``None`` where it is not of that backend.
+        device: the type of device that it runs on.
         backend: the name of the backend that made it, once it is made.
         plan: what `print(program)` tells of how it runs; empty where there is nothing to tell.
     """
@@ -30,12 +33,12 @@ class Function:
         self._frozen = frozen
         self._with_sweep = with_sweep
         self._copy = copy
-        self._wanted = backend
+        self._asked = backend
         self.native: native.Told | None = None
         self.backend = "python"
         self.plan = ""
-        self._source: python.Source | None = None
-        self._device = frozen.seed.device.type
+        self._source: Source | None = None
+        self.device = frozen.seed.device.type
         self._idle: list[Callable[..., Any]] = []
         self._lock = threading.Lock()
         with torch.inference_mode(False):
@@ -43,23 +46,23 @@ class Function:
             self.one = torch.ones(shape, dtype=frozen.seed.dtype, device=frozen.seed.device)
 
     @property
-    def source(self) -> python.Source:
+    def source(self) -> Source:
         with self._lock:
             if self._source is None:
-                without = torch.autocast(self._device, enabled=False)
-                with quietly(), torch.inference_mode(False), torch.no_grad(), without:
+                without = torch.autocast(self.device, enabled=False)
+                with quietly(), uncollected(), torch.inference_mode(False), torch.no_grad(), without:
                     self._source = self._generate()
             return self._source
 
-    def _generate(self) -> python.Source:
-        frozen, sweep, wanted = self._frozen, self._with_sweep, self._wanted
+    def _generate(self) -> Source:
+        frozen, sweep, wanted = self._frozen, self._with_sweep, self._asked
         if wanted == "inductor":
             from .backends import inductor  # torch's compiler takes long to load
 
             source, told = inductor.generate(frozen, with_sweep=sweep)
             self.backend, self.plan = wanted, str(told)
             return source
-        if wanted == "cudagraph" or (wanted == "auto" and self._device == cudagraph.DEVICE != "cpu"):
+        if wanted == "cudagraph" or (wanted == "auto" and self.device == cudagraph.DEVICE != "cpu"):
             why = cudagraph.refusal(frozen, with_sweep=sweep)
             if why is None:
                 self.backend, self.plan = "cudagraph", "captured at the first replay, and when a live tensor has moved"
@@ -68,7 +71,7 @@ class Function:
         made = None
         if wanted == "native":
             made = native.generate(frozen, with_sweep=sweep)
-        elif wanted == "auto" and self._device == "cpu" and native.available():
+        elif wanted == "auto" and self.device == "cpu" and native.available():
             try:
                 made = native.generate(frozen, with_sweep=sweep, always=False)
             except Exception as error:  # an installation of numba that does not work must not stop a replay
@@ -79,7 +82,7 @@ class Function:
             return source
         return python.generate(frozen, with_sweep=sweep)
 
-    def _copy_of(self, source: python.Source) -> Callable[..., Any]:
+    def _copy_of(self, source: Source) -> Callable[..., Any]:
         """A copy of the function, with buffers of its own."""
         if self.backend == "cudagraph":
             return cudagraph.Captured(self._frozen, source, with_sweep=self._with_sweep, copy=self._copy)
@@ -90,11 +93,11 @@ class Function:
         try:
             run = self._idle.pop()  # atomic: no two threads get the same
         except IndexError:
-            with torch.autocast(self._device, enabled=False):
+            with uncollected(), torch.autocast(self.device, enabled=False):
                 run = self._copy_of(self.source)
         try:
-            if torch.is_autocast_enabled(self._device):  # casts that the code made are recorded; no others are meant
-                with torch.autocast(self._device, enabled=False):
+            if torch.is_autocast_enabled(self.device):  # casts that the code made are recorded; no others are meant
+                with torch.autocast(self.device, enabled=False):
                     return run(*arguments)
             return run(*arguments)
         finally:

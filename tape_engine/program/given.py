@@ -40,14 +40,14 @@ class Given:
 
     # -- shapes, dtypes, devices ---------------------------------------------------------------------------
 
-    def check(self, inputs: Sequence[Any]) -> None:
+    def check(self, inputs: Sequence[Any], caller: str = "program") -> None:
         """Refuses inputs (or live tensors) that are not as recorded, naming all that differ.
 
         Raises:
             InputError: also where tensors share memory in another way than the recorded ones, and one is written to.
         """
         if len(inputs) != len(self._specs):
-            self._refuse(inputs)
+            self._refuse(inputs, caller)
         for tensor, (shape, dtype, device) in zip(inputs, self._specs):  # noqa: B905 - as many, and each µs counts
             if (
                 not isinstance(tensor, Tensor)
@@ -56,21 +56,21 @@ class Given:
                 or tensor.device != device
                 or tensor.layout is not STRIDED
             ):
-                self._refuse(inputs)
+                self._refuse(inputs, caller)
         for tensor, shape, dtype, device in self._held:
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
-                self._refuse(inputs)
+                self._refuse(inputs, caller)
         if self._written:
             self._check_writes(inputs)
 
-    def _refuse(self, inputs: Sequence[Any]) -> None:
+    def _refuse(self, inputs: Sequence[Any], caller: str) -> None:
         frozen = self._frozen
         titles = frozen.titles
         if len(inputs) != len(titles):
             takes = ", ".join(titles)
             what = f"the program takes {len(titles)} input{'s'[: len(titles) != 1]} ({takes}), not {len(inputs)}."
             rows = [(name, f"recorded {describe(given)}") for name, given in zip(titles, frozen.given, strict=True)]
-            raise InputError(message(what, where=call_site(user_frame()), operands=rows, fix=f"program({takes})"))
+            raise InputError(message(what, where=call_site(user_frame()), operands=rows, fix=f"{caller}({takes})"))
         rows = [
             (name, f"recorded {describe(given)}, given {_described(tensor, given)}")
             for name, given, tensor in zip(titles, frozen.given, inputs, strict=True)
@@ -122,22 +122,35 @@ class Given:
             if overlapping(tensor.shape, tensor.stride()):
                 what = "a tensor that the recorded code writes to has elements that share one place in memory."
                 self._refuse_write(what)
-        if self._sharing(inputs) != self.shared:
-            self._refuse_write(
-                "a tensor that the recorded code writes to shares memory with another in another way than recorded."
-            )
+        sharing = self._sharing(inputs)
+        if sharing != self.shared:
+            self._refuse_sharing(sharing)
 
     def forget_written(self, inputs: Sequence[Tensor]) -> None:
         """After a replay: what it wrote to is a leaf to the next recording, as after ``opt.step()``."""
         for target in self._written:
             unbind(inputs[target] if isinstance(target, int) else target)
 
+    def _refuse_sharing(self, sharing: list[tuple[int, int, int]]) -> None:
+        """Names a pair that shares memory now and did not, or the other way round, or elsewhere."""
+        now = next((pair for pair in sharing if pair not in self.shared), None)
+        written, other, _ = now or next(pair for pair in self.shared if pair not in sharing)
+        titles = [*self._frozen.titles, *(self._frozen.title(value) or "a live tensor" for value, _ in self.live)]
+        one, two = titles[min(written, other)], titles[max(written, other)]  # inputs come first: these can be changed
+        if now is None:  # a copy of what is given now would not help: nor does it share memory
+            what = f"the recorded code writes to memory that {one} and {two} shared, and share no more."
+            fix = f"record on tensors of their own: {one} = {one}.clone() before the block"
+            raise InputError(message(what, where=call_site(user_frame()), fix=fix))
+        self._refuse_write(
+            f"the recorded code writes to memory that {one} and {two} share in another way than recorded."
+        )
+
     def _refuse_write(self, what: str) -> None:
         raise InputError(message(what, where=call_site(user_frame()), fix="give a copy: .clone()"))
 
     # -- the seed, and what is there to be added to --------------------------------------------------------------
 
-    def seed(self, seed: Tensor | None, one: Tensor) -> Tensor:
+    def seed(self, seed: Tensor | None, one: Tensor, caller: str = "program.step") -> Tensor:
         """The gradient of the first output: `seed`, checked, or `one`.
 
         Raises:
@@ -151,20 +164,26 @@ class Given:
         where = call_site(user_frame())
         row = (name, describe(wanted))
         if seed is None:
-            what = f"program.step: {name} has {wanted.numel()} elements; its gradient needs a seed of its shape."
-            fix = f"program.step(..., seed=torch.ones({tuple(wanted.shape)}))"
+            what = f"{caller}: {name} has {wanted.numel()} elements; its gradient needs a seed of its shape."
+            fix = f"{caller}(..., seed=torch.ones({tuple(wanted.shape)}))"
             raise ShapeError(message(what, where=where, operands=[row], fix=fix))
         if not isinstance(seed, Tensor):
-            raise DTypeError(message(f"the seed must be a tensor, not {type(seed).__name__}.", where=where))
+            raise DTypeError(
+                message(
+                    f"the seed must be a tensor, not {type(seed).__name__}.",
+                    where=where,
+                    fix=f"seed=torch.ones({tuple(wanted.shape)})",
+                )
+            )
         rows = [row, ("seed", describe(seed))]
         if seed.shape != wanted.shape:
             what, fix = (
-                f"program.step: the seed has another shape than {name}.",
+                f"{caller}: the seed has another shape than {name}.",
                 f"give a seed of shape {tuple(wanted.shape)}",
             )
             raise ShapeError(message(what, where=where, operands=rows, fix=fix))
         if seed.is_complex() and not wanted.is_complex():
-            what = f"program.step: the seed is complex, and {name} is real."
+            what = f"{caller}: the seed is complex, and {name} is real."
             raise DTypeError(message(what, where=where, operands=rows, fix="give a real seed, such as seed.real"))
         return laid(seed.to(wanted.device, wanted.dtype), wanted.strides)  # rules were recorded for these strides
 

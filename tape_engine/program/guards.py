@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from ..errors import GuardError, message
+from ..tape import Node
 from .data import Frozen, sized_by_elements
 
-__all__ = ["check_guard", "check_shape", "default_generator", "own_generators", "streams_of"]
+__all__ = ["check_guard", "check_shape", "default_generator", "generators_kept", "generators_of", "streams_of"]
 
 FIX = "record the code again on these inputs"
 
@@ -69,16 +73,31 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 def streams_of(frozen: Frozen) -> AbstractContextManager[None]:
     """The context in which a frozen tape is replayed: it takes back what was drawn before a guard refused."""
-    random = [node for node in frozen.forward if node.random]
-    if not random or not any(n.result is not None or sized_by_elements(n) for n in frozen.forward):
+    drawing = [node for node in frozen.forward if node.random]
+    if not drawing or not any(n.result is not None or sized_by_elements(n) for n in frozen.forward):
         return nullcontext()
-    return _Streams(own_generators(frozen), {v.device for n in random for v in n.outputs})
+    return _Streams(generators_of(drawing), {v.device for n in drawing for v in n.outputs})
 
 
-def own_generators(frozen: Frozen) -> list[torch.Generator]:
-    """The generators of the user's that a frozen tape draws from; torch's own are not among them."""
-    random = [node for node in frozen.forward if node.random]
-    found = {
-        id(each): each for n in random for each in (*n.args, *n.kwargs.values()) if isinstance(each, torch.Generator)
-    }
-    return list(found.values())
+def generators_of(nodes: Iterable[Node]) -> list[torch.Generator]:
+    """The generators that nodes were given to draw from."""
+    arguments = (each for n in nodes for each in (*n.args, *n.kwargs.values()))
+    return list({id(each): each for each in arguments if isinstance(each, torch.Generator)}.values())
+
+
+@contextmanager
+def generators_kept(devices: Iterable[torch.device], given: Iterable[torch.Generator] = ()) -> Iterator[None]:
+    """Leaves the random streams of torch on the CPU and `devices`, of Python and of NumPy, and those `given`."""
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()
+    states = [(each, each.get_state()) for each in given]
+    try:
+        with torch.random.fork_rng(devices=[each for each in devices if each.type == "cuda"]):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
+        for each, state in states:
+            each.set_state(state)

@@ -104,15 +104,16 @@ def stretches(buffers: Iterable[Value], lifetimes: Lifetimes) -> dict[Value, Str
     """The memory of each buffer; those that are not needed at one time share it, as far as their sizes are alike."""
     found: dict[Value, Stretch] = {}
     lives = lifetimes.lives
-    free: list[tuple[int, int, Stretch]] = []  # by size
+    free: dict[torch.device, _Free] = {}
     busy: list[tuple[int, int, Stretch]] = []  # who is free first, first
     for i, value in enumerate(sorted(buffers, key=lambda value: lives[value].born)):
         life = lives[value]
         while busy and busy[0][0] < life.born:
-            ends, j, stretch = heapq.heappop(busy)
+            ends, _, stretch = heapq.heappop(busy)
             if stretch.ends == ends:  # it was not passed on meanwhile
-                bisect.insort(free, (stretch.size, j, stretch))
-        place = _passed_on(value, life, found, lifetimes) or _free(value, free)
+                free[stretch.device].give(stretch)
+        unused = free.setdefault(value.device, _Free())
+        place = _passed_on(value, life, found, lifetimes) or unused.take(value)
         place.ends = lifetimes.step + 1 if value in lifetimes.lasting else life.dies
         found[value] = place
         heapq.heappush(busy, (place.ends, i, place))
@@ -128,15 +129,29 @@ def _passed_on(value: Value, life: Life, found: dict[Value, Stretch], lifetimes:
     return None
 
 
-def _free(value: Value, free: list[tuple[int, int, Stretch]]) -> Stretch:
-    """The smallest free memory that is large enough and not far too large; the next smaller one, grown; or new one."""
-    size = max(extent(value.shape, strides_of(value)), 1) * value.itemsize
-    fitting = [k for k, (_, _, each) in enumerate(free) if each.device == value.device and each.size <= ALIKE * size]
-    best = next((k for k in fitting if free[k][0] >= size), None)
-    if best is None:
-        best = next((k for k in reversed(fitting) if size <= ALIKE * free[k][0]), None)
-    if best is None:
-        return Stretch(value.device, size)
-    stretch = free.pop(best)[2]
-    stretch.size = max(stretch.size, size)
-    return stretch
+class _Free:
+    """The free memory of a device, by size."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._of_size: dict[int, list[Stretch]] = {}
+
+    def give(self, stretch: Stretch) -> None:
+        if stretch.size not in self._of_size:
+            bisect.insort(self._sizes, stretch.size)
+        self._of_size.setdefault(stretch.size, []).append(stretch)
+
+    def take(self, value: Value) -> Stretch:
+        """The smallest that is large enough and not far too large; the next smaller one, grown; or new memory."""
+        size = max(extent(value.shape, strides_of(value)), 1) * value.itemsize
+        place = bisect.bisect_left(self._sizes, size)
+        if place == len(self._sizes) or self._sizes[place] > ALIKE * size:
+            place -= 1
+            if place < 0 or size > ALIKE * self._sizes[place]:
+                return Stretch(value.device, size)
+        stack = self._of_size[self._sizes[place]]
+        stretch = stack.pop()
+        if not stack:
+            del self._of_size[self._sizes.pop(place)]
+        stretch.size = max(stretch.size, size)
+        return stretch

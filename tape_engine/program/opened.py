@@ -8,10 +8,7 @@ branches on its numbers, draws random ones or leaves torch is left whole, and ca
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +19,8 @@ from ..exits import close_exits, open_exits
 from ..recorder import recording
 from ..recorder.apart import Apart
 from ..tape import Node, Tape, Value, bind, bound, pop_tape, push_tape
-from .data import LIFT, Frozen, sized_by_elements
+from .data import LIFT, VIEWS, Frozen, sized_by_elements
+from .guards import generators_kept
 
 __all__ = ["opened"]
 
@@ -41,9 +39,9 @@ class _Body:
 
 def opened(node: Node, frozen: Frozen) -> list[Node]:
     """The torch operations of which a named operation consists; the node itself if they cannot be told."""
-    if not node.op.is_named or node.result is not None:
+    if not node.op.is_named or node.op in VIEWS or node.result is not None:
         return [node]
-    with _generators_kept(node):
+    with generators_kept({v.device for v in node.inputs}):
         body = _run(node, 0)
         again = None if body is None else _run(node, 1)
     if body is None or again is None or not _alike(body, again):
@@ -166,19 +164,3 @@ def _stand_in(value: Value, turn: int) -> Tensor:
         low, high = ((0.1, 0.9), (-0.2, -0.8))[turn]
         flat = torch.linspace(low, high, size, device=value.device).to(value.dtype)
     return flat.as_strided(value.shape, value.strides) if value.strides else flat.reshape(value.shape)
-
-
-@contextmanager
-def _generators_kept(node: Node) -> Iterator[None]:
-    """Leaves the random streams of torch, Python and NumPy as they were."""
-    devices = {v.device for v in node.inputs if v.device.type == "cuda"}
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    drawn = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(drawn)

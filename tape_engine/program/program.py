@@ -10,7 +10,7 @@ import torch
 
 from ..errors import BackendError, DTypeError, MissingRuleError, message
 from ..names import call_site, user_frame
-from ..recorder import quietly
+from ..recorder import quietly, rest_leaves
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_recorded, run_recorded
 from .backends import cudagraph, native
@@ -21,6 +21,9 @@ from .frozen import freeze_nodes
 from .function import Function
 from .given import Given
 from .guards import streams_of
+from .profile import Profile
+from .profiling import profiled
+from .uncollected import uncollected
 
 __all__ = ["Program", "freeze"]
 
@@ -100,7 +103,7 @@ class Program:
         """
         frozen, given = self._frozen, self._given
         with quietly():
-            given.check(inputs)
+            given.check(inputs, "program.step")
         if not frozen.gradients and not (frozen.unreached and frozen.outputs[0].differentiable):
             raise MissingRuleError(
                 message(
@@ -127,6 +130,38 @@ class Program:
                 value.closed = STEPPED
                 bind(made, value, None)
         return outputs[0] if frozen.single else outputs
+
+    def profile(self, *inputs: Tensor, seed: Tensor | None = None, sweep: bool = True, repeats: int = 10) -> Profile:
+        """Times a replay on `inputs`, operation by operation: `print` shows a table, ``.rows`` is the data.
+
+        What is timed is the replay's own function, with a clock between its lines. It leaves nothing behind: no ``.g``
+        is written, live tensors, running statistics and inputs keep their contents, random streams stand where they
+        stood. (Named operations that a replay calls as a whole do what they do.) Inside a recording nothing of it is
+        recorded.
+
+        Args:
+            inputs: as `step` takes them.
+            seed: likewise.
+            sweep: whether the sweep runs as well; a program that has none is timed forward.
+            repeats: how often it is run; times are medians.
+
+        Raises:
+            InputError, GuardError, ShapeError, DTypeError: as `step`; DTypeError for `repeats` below 1.
+        """
+        frozen, given = self._frozen, self._given
+        if type(repeats) is not int or repeats < 1:
+            what = f"program.profile: repeats is how often the program is run, 1 or more: not {repeats!r}."
+            raise DTypeError(message(what, where=call_site(user_frame()), fix="repeats=10"))
+        function = self._step if sweep and frozen.gradients else self._forward
+        with quietly(), torch.inference_mode(False), torch.no_grad():
+            given.check(inputs, "program.profile")
+            start = given.seed(seed, function.one, "program.profile") if function is self._step else None
+            without = torch.autocast(function.device, enabled=False)
+            source = function.source
+            with without:
+                return profiled(
+                    frozen, source, inputs, start, lambda: given.check(inputs), backend=function.backend, runs=repeats
+                )
 
     def targets(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The tensors on which a step on `inputs` writes ``.g``, in order."""
@@ -175,8 +210,7 @@ class Program:
         lines = [f"  {kind:<6}  {name:<12}  {text}" for kind, name, text in rows]
         head = (
             f"program: {len(frozen.forward)} operations forward, {len(frozen.backward)} in the sweep; "
-            f"backend {function.backend}; "
-            f"{len(source.buffers)} kept buffers in {source.kept:,} bytes"
+            f"backend {function.backend}; {len(source.buffers)} kept buffers in {source.kept:,} bytes"
         )
         plan = [f"  {function.plan}"] if function.plan else []
         return "\n".join([head, *plan, *lines])
@@ -258,11 +292,14 @@ def freeze(
             )
         )
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
-    with quietly():
+    with quietly(), uncollected():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
         _check_backend(backend, frozen)
         program = Program(tape, frozen, copy=copy, backend=backend)
         let_go(frozen)
+        if tape.strong:
+            tape.frozen = tape.length
+            rest_leaves(tape.token)
         return program
 
 

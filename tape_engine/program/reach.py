@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Facts", "facts_of"]
+__all__ = ["Facts", "difference", "facts_of", "told"]
 
 Tensor = torch.Tensor
 
@@ -239,3 +239,44 @@ def facts_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     facts.thing(getattr(function, "__name__", type(function).__name__), function, 0)
     facts.also_live()
     return facts
+
+
+# -- facts in words ----------------------------------------------------------------------------------------------
+
+
+def told(facts: Facts) -> Facts:
+    """Facts as they are kept for a later message: without the things themselves."""
+    facts_only = Facts()
+    facts_only.key, facts_only.names = facts.key, facts.names
+    return facts_only
+
+
+def difference(before: Facts, now: Facts) -> str:
+    """What differs between two calls, in words."""
+    old = dict(zip(before.names or (), before.key, strict=True))
+    new = dict(zip(now.names or (), now.key, strict=True))
+    for name, fact in new.items():
+        if name not in old:
+            return f"{name}, which was not there before."
+        if old[name] != fact:
+            return f"{name}: {_said(old[name])} before, {_said(fact)} now."
+    return "what it reaches: something is there no more."
+
+
+def _said(fact: Any) -> str:
+    """A fact in words."""
+    if isinstance(fact, tuple) and fact and fact[0] == "input":
+        _, _, shape, dtype, device, _, requires_grad = fact
+        more = [str(device)] * (device.type != "cpu") + ["requires_grad"] * requires_grad
+        return "  ".join([f"a tensor {shape}", str(dtype).removeprefix("torch."), *more])
+    if isinstance(fact, tuple) and len(fact) == 2 and isinstance(fact[0], type):
+        return fact[1] if fact[0] in (float, complex) else repr(fact[1])
+    if (
+        isinstance(fact, tuple)
+        and fact
+        and isinstance(fact[0], int)
+        and not isinstance(fact[0], bool)
+        and fact[0] > 1 << 20
+    ):
+        return f"one object (at {fact[0]:#x})"
+    return repr(fact)

@@ -13,15 +13,25 @@ from typing import Any
 
 import torch
 
-from ..errors import DTypeError, GuardError, InputError, MissingRuleError, TapeError, TapeWarning, message
+from ..errors import (
+    DTypeError,
+    GuardError,
+    InputError,
+    MissingRuleError,
+    NotRecordedError,
+    TapeError,
+    TapeWarning,
+    message,
+)
 from ..names import call_site, user_frame
 from ..recorder import is_quiet, quietly, record
 from ..recorder.state import state
 from ..sweep import backward
 from ..tape import Tape, current_tape
 from .again import is_recorded
+from .profile import Profile
 from .program import Program, freeze
-from .reach import Facts, facts_of
+from .reach import Facts, difference, facts_of, told
 
 __all__ = ["Replayable", "replayable"]
 
@@ -105,6 +115,30 @@ class Replayable:
             k: kwargs.pop(k) for k in ("seed", "accumulate") if k in kwargs and k not in self._parameters
         }
         return self._run(args, kwargs, options)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """`Program.profile` of the program that replays this kind of call; the function itself is not run.
+
+        The keywords ``seed``, ``sweep`` and ``repeats`` are those of `Program.profile`, unless the function has such
+        parameters itself.
+
+        Raises:
+            NotRecordedError: for a kind of call that was not recorded yet, or cannot be replayed.
+            ShapeError, DTypeError: as `Program.profile`.
+        """
+        names = ("seed", "sweep", "repeats")
+        options: dict[str, Any] = {k: kwargs.pop(k) for k in names if k in kwargs and k not in self._parameters}
+        with quietly():
+            facts = facts_of(self._function, args, kwargs, named=False)
+        for each in self._known(tuple(facts.key), []):
+            if each.program is not None:
+                try:
+                    return each.program.profile(*facts.inputs, **options)
+                except (GuardError, InputError):  # another way through the function
+                    continue
+        name = getattr(self, "__name__", "the function")
+        what = f"{name}.profile: this kind of call has no recording that could be replayed."
+        raise NotRecordedError(message(what, where=call_site(user_frame()), fix=f"call {name}(...) once, before"))
 
     def __get__(self, owner: Any, kind: type | None = None) -> Any:
         return self if owner is None else _Bound(self, owner)
@@ -244,12 +278,12 @@ class Replayable:
     def _tell(self, facts: Facts, failed: GuardError | None) -> None:
         """Warns where a function records again and again, which costs more than running it."""
         self._in_a_row += 1
-        last, self._last = self._last, _told(facts)
+        last, self._last = self._last, told(facts)
         if self._in_a_row < AGAIN or last is None:
             return
         self._in_a_row = 0
         name = getattr(self, "__name__", "a function")
-        cause = f"a decision in it: {failed.args[0]}" if failed is not None else _difference(last, facts)
+        cause = f"a decision in it: {failed.args[0]}" if failed is not None else difference(last, facts)
         warnings.warn(
             message(
                 f"{name} was recorded {AGAIN} times in a row without a replay. What changes is {cause}",
@@ -275,6 +309,10 @@ class _Bound:
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """`Replayable.step` of the method."""
         return self._replayable.step(self.__self__, *args, **kwargs)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Profile:
+        """`Replayable.profile` of the method."""
+        return self._replayable.profile(self.__self__, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._replayable, name)
@@ -360,41 +398,3 @@ def _first(shape: Any) -> Any:
         return shape
     inside = shape.values() if isinstance(shape, dict) else shape if isinstance(shape, (tuple, list)) else ()
     return next((found for each in inside if (found := _first(each)) is not None), None)
-
-
-def _told(facts: Facts) -> Facts:
-    """Facts as they are kept for a later message: without the things themselves."""
-    facts_only = Facts()
-    facts_only.key, facts_only.names = facts.key, facts.names
-    return facts_only
-
-
-def _difference(before: Facts, now: Facts) -> str:
-    """What differs between two calls, in words."""
-    old = dict(zip(before.names or (), before.key, strict=True))
-    new = dict(zip(now.names or (), now.key, strict=True))
-    for name, fact in new.items():
-        if name not in old:
-            return f"{name}, which was not there before."
-        if old[name] != fact:
-            return f"{name}: {_said(old[name])} before, {_said(fact)} now."
-    return "what it reaches: something is there no more."
-
-
-def _said(fact: Any) -> str:
-    """A fact in words."""
-    if isinstance(fact, tuple) and fact and fact[0] == "input":
-        _, _, shape, dtype, device, _, requires_grad = fact
-        more = [str(device)] * (device.type != "cpu") + ["requires_grad"] * requires_grad
-        return "  ".join([f"a tensor {shape}", str(dtype).removeprefix("torch."), *more])
-    if isinstance(fact, tuple) and len(fact) == 2 and isinstance(fact[0], type):
-        return fact[1] if fact[0] in (float, complex) else repr(fact[1])
-    if (
-        isinstance(fact, tuple)
-        and fact
-        and isinstance(fact[0], int)
-        and not isinstance(fact[0], bool)
-        and fact[0] > 1 << 20
-    ):
-        return f"one object (at {fact[0]:#x})"
-    return repr(fact)

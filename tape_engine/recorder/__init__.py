@@ -16,12 +16,13 @@ from then on. `aliases` follows the other tensors that look into the same storag
 from __future__ import annotations
 
 from .doors import pause, record, scope, stop_gradient
-from .listening import Recorded, forget_leaves, listen_to
+from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
 from .state import OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
-from .writing import is_update, read, rule_to_add
+from .writing import ALIAS, is_update, read, rule_to_add
 
 __all__ = [
+    "ALIAS",
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
@@ -38,6 +39,7 @@ __all__ = [
     "read",
     "record",
     "recording",
+    "rest_leaves",
     "rule_to_add",
     "scope",
     "stop_gradient",

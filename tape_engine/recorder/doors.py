@@ -15,7 +15,7 @@ from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
 from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
-from .listening import listen, listen_to, mark
+from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, quietly
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in
 from .streams import Streams
@@ -119,7 +119,8 @@ class record:
             otherwise it would borrow its rule from ``torch.func.vjp``.
 
     After the block the tape remains. Plain torch operations on its values are recorded on the global
-    tape then, so that a gradient still finds its way through them.
+    tape then, so that a gradient still finds its way through them. Once it is frozen (`tape.program`), what is
+    computed from a leaf that requires torch's own gradient is not, and a sweep that reaches it says so.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -148,13 +149,15 @@ class record:
         with quietly():
             tape.streams.end()
             swept = tape.token.closed_at  # what a sweep inside the block has closed listens no more
-            open_still = [node for node in tape.nodes if node.seq >= swept]
-            if open_still:
+            still_open = [node for node in tape.nodes if node.seq >= swept] if swept else tape.nodes
+            if still_open:
                 listen_to(tape.held, tape)
-            holders = [(holder, v) for node in open_still for v in node.outputs if (holder := v._tensor()) is not None]
-            for holder, value in holders:
+            made = [value for node in still_open for value in node.outputs]
+            for holder, value in [(holder, value) for value in made if (holder := value._tensor()) is not None]:
                 if bound(holder) is value:
                     mark(holder, tape)
+            if tape.frozen == tape.length:  # nothing was recorded since
+                rest_leaves(tape.token)
 
 
 @contextmanager

@@ -46,11 +46,19 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         refuse_without_rule(plan.op, taken.inputs)
     written = _written(plan, args, kwargs)
     before = [taken.value_of(tensor) for tensor in written]
-    wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
-    spared = [each for tensor, value in zip(written, before, strict=True) for each in aliases.protect(tensor, value)]
+    alone = all(aliases.alone(tensor, value) for tensor, value in zip(written, before, strict=True))
+    spared: list[Any] = []
+    wholes: list[Value | None] = []
+    if not alone:
+        wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
+        for tensor, value in zip(written, before, strict=True):
+            spared += aliases.protect(tensor, value)
     result = func(*args, **kwargs)
-    fresh = [t for t in tensors_in(result) if not any(t is w for w in written)]
-    made = [*fresh, *written]
+    if result is written[0]:
+        fresh, made = [], written
+    else:
+        fresh = [t for t in tensors_in(result) if not any(t is w for w in written)]
+        made = [*fresh, *written]
     if stays_closed(tape, plan.op, taken.inputs, made):
         for tensor in written:
             rebind(tensor, version_of(tensor) + 1)
@@ -59,7 +67,10 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     node.random = plan.random
     node.outputs_tuple = len(made) > 1 or not isinstance(result, Tensor)
     node.mutates = tuple(
-        (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k) for k, old in enumerate(before)
+        [
+            (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k)
+            for k, old in enumerate(before)
+        ]
     )
     aliases.refresh(spared)
     untouched = {id(tensor) for _, tensor in spared}
@@ -70,9 +81,11 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         new.name = old.name if old.leaf else None
         if old.detached:
             new.detached = True
-        aliases.share(new, old)
+        if not alone or old.aliases is not None:
+            aliases.share(new, old)
         rebind(tensor, version_of(tensor) + 1)
-        _spread(tape, tensor, new, wholes[k], untouched, node.cut)
+        if not alone:
+            _spread(tape, tensor, new, wholes[k], untouched, node.cut)
     return result
 
 

@@ -3,6 +3,10 @@
 While a tape waits for its sweep, the tensors it knows stand under another class name, `Recorded`, which sends
 the operations applied to them through the dispatch mode onto the global tape: none of them cuts a gradient in
 silence. Leaves (inputs, parameters) get their own class back when their tape has been swept.
+
+Once a tape is frozen, its leaves only rest: training with plain torch beside its program must not pay for it. What
+requires torch's own gradient listens no more, for what is computed from it shows that (`grad_fn`), and a sweep that
+reaches it says so. The others still hear what would otherwise be cut in silence: operations without such an operand.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from .decisions import observe_from, record_tolist
 from .mode import quietly, recording
 from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in
 
-__all__ = ["Recorded", "RecordedParameter", "forget_leaves", "listen", "listen_to", "mark"]
+__all__ = ["Recorded", "RecordedParameter", "forget_leaves", "listen", "listen_to", "mark", "rest_leaves"]
 
 Tensor = torch.Tensor
 
@@ -48,6 +52,9 @@ class Recorded(Tensor):
                 return func(*args, **kwargs)
             if _writes(func) and _leaves_only(args, kwargs):
                 return _update_leaf(func, args, kwargs)
+            rests = _rest(args, kwargs)
+            if rests and torch.is_grad_enabled() and not _writes(func) and _shows(args, kwargs):
+                return func(*args, **kwargs)
             if (func in _DETACHES or is_cut()) and not (kwargs or _writes(func)) and _all_swept(args):
                 return func(*args)  # no gradient, and no decision, has to do with it: a running total of losses
             tape = current_tape()
@@ -72,6 +79,10 @@ class Recorded(Tensor):
                     mark(tensor, tape)  # what it made, and what it wrote to
             for tensor in () if func in _DETACHES else tensors_in(result):
                 observe(tensor, depth)
+            for tensor in tensors_in(result) if rests else ():
+                value = bound(tensor)
+                if value is not None and not value.leaf:
+                    value.rests = 1
             return result
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -181,6 +192,17 @@ def _all_swept(args: Any) -> bool:
     return bool(known) and all(v.closed == SWEPT or ((node := v.node) is not None and node.closed) for v in known)
 
 
+def _rest(args: Any, kwargs: Any) -> bool:
+    """Whether all that is known of the arguments of a call are leaves that no tape waits for, or made of such alone."""
+    known = [v for t in (*tensors_in(args), *tensors_in(list(kwargs.values()))) if (v := bound(t)) is not None]
+    return any(v.rests for v in known) and all(not v.marks and (v.rests or (v.leaf and not v.closed)) for v in known)
+
+
+def _shows(args: Any, kwargs: Any) -> bool:
+    """Whether torch's own gradient passes through a call, so that what comes out tells where it is from."""
+    return "out" not in kwargs and any(t.requires_grad for t in (*tensors_in(args), *tensors_in(list(kwargs.values()))))
+
+
 #: How many operations without a gradient are heard in a row outside a block: a running count must not keep each turn.
 DEEPEST = 8
 
@@ -248,16 +270,43 @@ def listen_to(tensors: Sequence[Tensor], tape: Tape) -> None:
             mark(tensor, tape)
 
 
+def rest_leaves(token: Token) -> None:
+    """A tape is frozen: its leaves listen no more than needed."""
+    resting = token.resting
+    if token.marked and not resting:
+        weakref.finalize(token, _wake, resting)
+    for key, ref in token.marked.items():
+        value = ref()
+        holder = None if value is None else value.holder
+        if value is not None and holder is not None and not holder.requires_grad and key not in resting:
+            value.rests += 1
+            resting[key] = ref
+    _forget(token.marked)
+
+
 def forget_leaves(token: Token | None) -> None:
     """Ends the listening on a tape's leaves: their recording is over (they are inputs and parameters)."""
     if token is not None:
         _forget(token.marked)
+        _wake(token.resting)
 
 
 def _forget(marked: dict[int, weakref.ref[Value]]) -> None:
     for value in (v for ref in marked.values() if (v := ref()) is not None):
         value.marks -= 1
-        holder = value.holder
-        if value.marks == 0 and holder is not None and isinstance(holder, Recorded):
-            holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)
+        _listen_no_more(value)
     marked.clear()
+
+
+def _wake(resting: dict[int, weakref.ref[Value]]) -> None:
+    for value in (v for ref in resting.values() if (v := ref()) is not None):
+        value.rests -= 1
+        _listen_no_more(value)
+    resting.clear()
+
+
+def _listen_no_more(value: Value) -> None:
+    """Gives the tensor of a leaf its own class back, if nothing listens to it."""
+    holder = value.holder
+    if not (value.marks or value.rests) and holder is not None and isinstance(holder, Recorded):
+        holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)

@@ -49,7 +49,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plan = plan_of(func, args)
         if state.paused:
             return unrecorded(func, plan, args, kwargs)
-        if plan.random and tape.streams is not None and not tape.streams.drawing:
+        random = plan.draws(args)
+        if random and tape.streams is not None and not tape.streams.drawing:
             with tape.streams.draw(args, kwargs):
                 return self.__torch_dispatch__(func, types, args, kwargs)
         if plan.writes:
@@ -74,7 +75,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result  # nothing was done: it is the argument itself
         if (made or plan.guard) and not stays_closed(tape, plan.op, taken.inputs, made):
             node = enter(taken, made)
-            node.random = plan.random
+            node.random = random
             if not isinstance(result, Tensor):
                 node.outputs_tuple = True
                 node.gaps = gaps(result)

@@ -1,4 +1,4 @@
-"""Recording what programs do most: an operation that makes one tensor or view of others, and does nothing else.
+"""Recording what programs do most: an operation that makes tensors or views of others, and does nothing else.
 
 It is `Taken` and `write` in one, written out, with their calls put in place: what is saved here is saved at every
 operation of a program (`tests/benchmarks` has the figures). Whatever is out of the ordinary (a list of tensors, a
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .. import modules
+from ..modules import path
 from ..names import user_frame
 from ..plans import Plan
-from ..tape import Kept, Node, Tape, Value, bind, values_by_tensor
-from .state import state
+from ..tape import Binding, Kept, Node, Tape, Value, bind, forget, values_by_tensor, versions_of
+from .state import gaps, state
 from .writing import ALIAS, call, join_views, read, refuse_without_rule, stays_closed, undo
 
 __all__ = ["record_plain"]
@@ -25,88 +26,146 @@ __all__ = ["record_plain"]
 Tensor = torch.Tensor
 
 _WITHOUT: dict[str, Any] = {}  # the keyword arguments of a call that has none
+_FLOAT = torch.float32
+_binding_of = values_by_tensor.get
+_grad_enabled = torch.is_grad_enabled
+_frame = sys._getframe
+_ref = weakref.ref
 
 
-def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Tensor:
+def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
     """The result of ``plan.call(*args)``, recorded on `tape`; `plan` is plain.
 
     It is called by `Mode.__torch_dispatch__`, and that by torch: the user's frame lies beyond.
     """
-    op, token, length = plan.op, tape.token, tape.length
-    reads = op.reads_places(len(args))
+    op, token, strong, length = plan.op, tape.token, tape.strong, len(tape._nodes)
     inputs: list[Value] = []
     sources: list[Node | None] = []
     saved: list[Kept | None] = []
-    only_tensors, is_complex = True, False
-    for i, argument in enumerate(args):
-        if not isinstance(argument, Tensor):
-            only_tensors = False
-            continue
-        value, source = None, None
-        binding = values_by_tensor.get(id(argument))
+    is_complex = keeps = False
+    run = plan.quick
+    reads: Sequence[bool] = op.argument_reads
+    if len(reads) < len(args):
+        reads = op.reads_places(len(args))
+    for argument, is_read in zip(args, reads, strict=False):
+        if type(argument) is not Tensor:
+            if not isinstance(argument, Tensor):
+                continue
+            run = plan.call
+        value = None
+        binding = _binding_of(id(argument))
         if binding is not None:
             value, source = binding.value, binding.node
             try:
                 unchanged = argument._version in binding.versions
             except RuntimeError:  # an inference tensor, whose writes nobody counts
                 unchanged = True
-            if not unchanged or value.stale or value.dtype is not argument.dtype:
+            if not unchanged or value.stale:
                 value = None
             elif source is None:  # a leaf
-                if value.shape == argument.shape:
-                    tape.hold(argument)
-                else:
+                if value.dtype is not argument.dtype or value.shape != argument.shape:
                     value = None
-            elif source.tape is not token or value.constant or value._tensor() is not argument:
-                value = None  # not what the same tape has just made
+                elif strong:
+                    tape._leaves[id(argument)] = argument
+            elif (
+                source.tape is not token
+                or value.constant
+                or not (strong and (value._tensor is binding or value._tensor() is argument))
+            ):
+                value = None  # not what the same block has just made
         if value is None:
             value = read(argument, tape)
             source = value.node
-        if value.dtype.is_complex:
+        if value.dtype is not _FLOAT and value.dtype.is_complex:
             is_complex = True
         inputs.append(value)
         sources.append(source)
-        if reads[i]:
+        if is_read:
             cell = None if value._kept is None else value._kept()
             saved.append(value.keep(argument) if cell is None else cell)
+            keeps = True
         else:
             saved.append(None)
     if tape.strict:
         refuse_without_rule(op, inputs)
     try:
-        result: Tensor = call(plan.call, args, _WITHOUT, lazily=True) if is_complex else plan.call(*args)
+        result: Any = call(plan.call, args, _WITHOUT, lazily=True) if is_complex else run(*args)
     except BaseException:
         undo(tape, length)
         raise
-    given = args
-    if plan.views and any(result is each for each in given):
+    views, single = plan.views, plan.single
+    if views and any(result is each for each in args):
         return result  # nothing was done: it is the argument itself
-    if not tape.strong and stays_closed(tape, op, inputs, [result]):
+    if not strong and stays_closed(tape, op, inputs, (result,) if single else _tensors(result)):
         return result
 
     read_values = tuple(inputs)
-    args = read_values if only_tensors else _refilled(args, inputs)
-    frame = user_frame(sys._getframe(2))
+    frame = user_frame(_frame(2))
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
-    node = Node(op, args, _WITHOUT, read_values, tuple(sources), code, lasti, modules.path())
-    value = Value(result)
-    value._node = weakref.ref(node)
-    bind(result, value, node)
-    node.outputs = (value,)
-    if state.grad_mode and not torch.is_grad_enabled():
-        value.constant = node.cut = True
+    call_args = read_values if len(read_values) == len(args) else _refilled(args, inputs)
+    node = Node(op, call_args, _WITHOUT, read_values, tuple(sources), code, lasti, path())
+    node.tape = token
+    cut = not _grad_enabled() and state.grad_mode
+    if single:
+        binding = Binding(result, forget)  # what `bind` does, with one weak reference for the value's as well
+        binding.value = node._outputs = value = Value(result, binding)
+        binding.node = node
+        binding.versions = versions_of(result)
+        binding.key = key = id(result)
+        values_by_tensor[key] = binding
+        value._node = _ref(node)
+        if cut:
+            value.constant = True
+        else:
+            node.ordinary = True
+            if op.reads_output:
+                kept = Kept(ALIAS(result), own=True)  # below autograd: the count is not shared
+                value._kept = _ref(kept)
+                saved.append(kept)
+                keeps = True
     else:
-        if op.reads_output:
-            saved.append(value.keep(ALIAS(result), own=True))  # below autograd: the count is not shared
+        made = _tensors(result)
+        node.outputs = _bound(made, node)
+        node.outputs_tuple = True
+        node.gaps = gaps(result)
+        for i, (value, each) in enumerate(zip(node.outputs, made, strict=True)):
+            if cut:
+                value.constant = True
+            elif op.reads_output:
+                wanted = op.reads_output_at(i, len(made))
+                saved.append(value.keep(ALIAS(each), own=True) if wanted else None)
+                keeps = True
+    if cut:
+        node.cut = True
+    elif keeps:
         node.saved = tuple(saved)
-    if plan.views:
-        join_views(node.outputs, (result,), inputs, [each for each in given if isinstance(each, Tensor)])
-    if tape.strong:
-        node.tape = token
+    if views:
+        made = (result,) if single else _tensors(result)
+        join_views(node.outputs, made, inputs, [each for each in args if isinstance(each, Tensor)])
+    if strong:
         tape._nodes.append(node)
     else:
         tape.append(node)
     return result
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result that is a tuple or list of them."""
+    return tuple([each for each in result if each is not None])
+
+
+def _bound(made: tuple[Tensor, ...], node: Node) -> tuple[Value, ...]:
+    """The values of several outputs of `node`."""
+    ref = weakref.ref(node)
+    outputs = []
+    for index, tensor in enumerate(made):
+        value = Value(tensor)
+        value._node = ref
+        if index:
+            value.index = index
+        bind(tensor, value, node)
+        outputs.append(value)
+    return tuple(outputs)
 
 
 def _refilled(args: tuple[Any, ...], inputs: list[Value]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .common import Tensor, keep_where, rule_name, unary
+from .common import Tensor, keep_where, kernels, rule_name, unary
 
 aten = torch.ops.aten
 
@@ -23,37 +23,37 @@ _pair = [sample(spec(3, 4), spec(3, 4)), sample(spec(), spec())]
     samples=[*unary(complex=False), sample(_kink), sample(spec(2, values=[math.nan, 1.0]))],
 )
 def relu_grad(g, out, x):
-    return aten.threshold_backward(g, out, 0)
+    return kernels.threshold_backward(g, out, 0)
 
 
 @rule(aten.threshold.default, samples=[*unary(-2, 2, 0.1, 0.7, complex=False), sample(_kink, 0.0, 1.0)])
 def threshold_grad(g, out, x, threshold, value):
-    return aten.threshold_backward(g, x, threshold)
+    return kernels.threshold_backward(g, x, threshold)
 
 
 @rule(aten.threshold_backward.default, samples=[sample(spec(3, 4), spec(3, 4), 0.1)])
 def threshold_backward_grad(g, out, gy, x, threshold):
-    return aten.threshold_backward(g, x, threshold), torch.zeros_like(g)
+    return kernels.threshold_backward(g, x, threshold), torch.zeros_like(g)
 
 
 @rule(aten.hardtanh.default, samples=[*unary(complex=False), sample(_kink), sample(_kink, 0.0, 6.0)])
 def hardtanh_grad(g, out, x, low=-1, high=1):
-    return aten.hardtanh_backward(g, x, low, high)
+    return kernels.hardtanh_backward(g, x, low, high)
 
 
 @rule(aten.hardtanh_backward.default, samples=[sample(spec(3, 4), spec(3, 4), -1.0, 1.0)])
 def hardtanh_backward_grad(g, out, gy, x, low, high):
-    return aten.hardtanh_backward(g, x, low, high), torch.zeros_like(g)
+    return kernels.hardtanh_backward(g, x, low, high), torch.zeros_like(g)
 
 
 @rule(aten.leaky_relu.default, samples=[*unary(complex=False), *unary(-2, 2, 0.3, complex=False)[:1], sample(_kink)])
 def leaky_relu_grad(g, out, x, slope=0.01):
-    return aten.leaky_relu_backward(g, x, slope, False)
+    return kernels.leaky_relu_backward(g, x, slope, False)
 
 
 @rule(aten.leaky_relu_backward.default, samples=[sample(spec(3, 4), spec(3, 4), 0.1, False)])
 def leaky_relu_backward_grad(g, out, gy, x, slope, is_result):
-    return aten.leaky_relu_backward(g, x, slope, is_result), torch.zeros_like(g)
+    return kernels.leaky_relu_backward(g, x, slope, is_result), torch.zeros_like(g)
 
 
 @rule(aten._prelu_kernel.default, broadcasts=True, samples=[sample(spec(3, 4), spec(1, 4)), sample(_kink, spec(1))])
@@ -71,12 +71,12 @@ def rrelu_with_noise_grad(g, out, x, noise, lower=0.125, upper=1 / 3, training=F
         return None, None
     if training:  # the noise that was drawn is each element's slope, 1 where it was positive
         return g[0] * out[1], None
-    return aten.leaky_relu_backward(g[0], x, (lower + upper) / 2, False), None
+    return kernels.leaky_relu_backward(g[0], x, (lower + upper) / 2, False), None
 
 
 @rule(aten.gelu.default, formula="gelu(x)", samples=[*unary(complex=False), *unary(approximate="tanh", complex=False)])
 def gelu_grad(g, out, x, *, approximate="none"):
-    return aten.gelu_backward(g, x, approximate=approximate)
+    return kernels.gelu_backward(g, x, approximate=approximate)
 
 
 @rule(aten.gelu_backward.default, samples=[*_pair, sample(spec(3, 4), spec(3, 4), approximate="tanh")])
@@ -89,7 +89,7 @@ def gelu_backward_grad(g, out, gy, x, *, approximate="none"):
         bend = 1 - t * t
         du = scale * (1 + 3 * 0.044715 * x * x)
         second = bend * du + 0.5 * x * bend * (6 * 0.044715 * scale * x - 2 * t * du * du)
-    return aten.gelu_backward(g, x, approximate=approximate), g * gy * second
+    return kernels.gelu_backward(g, x, approximate=approximate), g * gy * second
 
 
 @rule(aten.silu.default, formula="x · σ(x)", samples=unary(complex=False))
@@ -106,7 +106,7 @@ def mish_grad(g, out, x):
 
 @rule(aten.elu.default, samples=[*unary(complex=False), sample(spec(3, 4), 1.5, 1.2, 0.7), sample(_kink)])
 def elu_grad(g, out, x, alpha=1, scale=1, input_scale=1):
-    return aten.elu_backward(g, alpha, scale, input_scale, False, x)
+    return kernels.elu_backward(g, alpha, scale, input_scale, False, x)
 
 
 @rule(aten.elu_backward.default, samples=[sample(spec(3, 4), 1.5, 1.2, 0.7, False, spec(3, 4))])
@@ -116,14 +116,14 @@ def elu_backward_grad(g, out, gy, alpha, scale, input_scale, is_result, x):
     else:
         bend = (x * input_scale).exp() * (input_scale * input_scale * alpha * scale)
     return (
-        aten.elu_backward(g, alpha, scale, input_scale, is_result, x),
+        kernels.elu_backward(g, alpha, scale, input_scale, is_result, x),
         keep_where(x <= 0, g * gy * bend),
     )
 
 
 @rule(aten.celu.default, samples=[*unary(complex=False), sample(spec(3, 4), 1.5), sample(_kink)])
 def celu_grad(g, out, x, alpha=1.0):
-    return aten.elu_backward(g, alpha, 1, 1 / alpha, False, x)
+    return kernels.elu_backward(g, alpha, 1, 1 / alpha, False, x)
 
 
 @rule(
@@ -132,14 +132,14 @@ def celu_grad(g, out, x, alpha=1.0):
     samples=[*unary(complex=False), sample(spec(3, 4, low=-8, high=8), 2.0, 5.0)],
 )
 def softplus_grad(g, out, x, beta=1, threshold=20):
-    return aten.softplus_backward(g, x, beta, threshold)
+    return kernels.softplus_backward(g, x, beta, threshold)
 
 
 @rule(aten.softplus_backward.default, samples=[sample(spec(3, 4), spec(3, 4), 2.0, 5.0)])
 def softplus_backward_grad(g, out, gy, x, beta, threshold):
     s = (x * beta).sigmoid()
     bend = keep_where(x * beta <= threshold, g * gy * s * (1 - s) * beta)
-    return aten.softplus_backward(g, x, beta, threshold), bend
+    return kernels.softplus_backward(g, x, beta, threshold), bend
 
 
 @rule(aten.log_sigmoid_forward.default, formula="log σ(x)", samples=unary(complex=False))
@@ -149,22 +149,22 @@ def log_sigmoid_grad(g, out, x):
 
 @rule(aten.hardsigmoid.default, samples=[*unary(complex=False), sample(spec(3, values=[-3.0, 0.0, 3.0]))])
 def hardsigmoid_grad(g, out, x):
-    return aten.hardsigmoid_backward(g, x)
+    return kernels.hardsigmoid_backward(g, x)
 
 
 @rule(aten.hardsigmoid_backward.default, samples=[sample(spec(3, 4), spec(3, 4))])
 def hardsigmoid_backward_grad(g, out, gy, x):
-    return aten.hardsigmoid_backward(g, x), torch.zeros_like(g)
+    return kernels.hardsigmoid_backward(g, x), torch.zeros_like(g)
 
 
 @rule(aten.hardswish.default, samples=[*unary(complex=False), sample(spec(5, values=[-4.0, -3.0, 0.0, 3.0, 4.0]))])
 def hardswish_grad(g, out, x):
-    return aten.hardswish_backward(g, x)
+    return kernels.hardswish_backward(g, x)
 
 
 @rule(aten.hardswish_backward.default, samples=[sample(spec(3, 4), spec(3, 4))])
 def hardswish_backward_grad(g, out, gy, x):
-    return aten.hardswish_backward(g, x), keep_where((x > -3) & (x < 3), g * gy / 3)
+    return kernels.hardswish_backward(g, x), keep_where((x > -3) & (x < 3), g * gy / 3)
 
 
 def shrink(target: Any) -> None:
@@ -201,7 +201,7 @@ _rows = [
 
 @rule(aten._softmax.default, formula="softmax(x)", samples=_rows)
 def softmax_grad(g, out, x, dim, half_to_float):
-    return aten._softmax_backward_data(g, out, dim, x.dtype)
+    return kernels._softmax_backward_data(g, out, dim, x.dtype)
 
 
 @rule(
@@ -210,7 +210,7 @@ def softmax_grad(g, out, x, dim, half_to_float):
     samples=[sample(spec(3, 4), -1), sample(spec(2, 2, values=[-math.inf, -math.inf, 0.0, 1.0]), -1)],
 )
 def safe_softmax_grad(g, out, x, dim, dtype=None):
-    return aten._softmax_backward_data(g, out, dim, out.dtype)
+    return kernels._softmax_backward_data(g, out, dim, out.dtype)
 
 
 @rule(aten._softmax_backward_data.default, samples=[sample(spec(3, 4), spec(3, 4), 1, torch.float64)])
@@ -221,7 +221,7 @@ def softmax_backward_grad(g, out, gy, y, dim, dtype):
 
 @rule(aten._log_softmax.default, formula="log softmax(x)", samples=_rows)
 def log_softmax_grad(g, out, x, dim, half_to_float):
-    return aten._log_softmax_backward_data(g, out, dim, x.dtype)
+    return kernels._log_softmax_backward_data(g, out, dim, x.dtype)
 
 
 @rule(aten._log_softmax_backward_data.default, samples=[sample(spec(3, 4), spec(3, 4), 1, torch.float64)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import rule, sample, spec
-from .common import C128, Tensor
+from .common import C128, Tensor, kernels
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def linalg_det_grad(g, out, x):
     """``g det(x)* x⁻ᴴ``; a singular matrix is first moved off by the root of a rounding, to be near the limit."""
     if g[0] is None or x.numel() == 0:
         return None if g[0] is None else torch.zeros_like(x)
-    permutation, lower, upper = aten.lu_unpack(out[1], out[2])
+    permutation, lower, upper = kernels.lu_unpack(out[1], out[2])
     pivots = _diagonal(upper)
     largest = pivots.abs().amax(-1, keepdim=True)
     step = torch.where(largest == 0, 1, largest) * torch.finfo(pivots.dtype).eps ** 0.5
@@ -121,7 +121,7 @@ def triangular_solve_grad(g, out, b, a, upper=True, transpose=False, unitriangul
     by_a = g[1]
     if g[0] is None:
         return None, by_a
-    by_b = aten.triangular_solve(g[0], a.conj(), upper, not transpose, unitriangular)[0]
+    by_b = kernels.triangular_solve(g[0], a.conj(), upper, not transpose, unitriangular)[0]
     part = -(out[0].conj() @ by_b.mT if transpose else by_b @ out[0].mH)
     part = _part(part, upper, unitriangular)
     return by_b, part if by_a is None else part + by_a
@@ -220,7 +220,7 @@ def linalg_lu_factor_ex_grad(g, out, x, *, pivot=True, check_errors=False):
     if g[0] is None:
         return None
     k = min(x.shape[-2:])
-    permutation, lower, upper = aten.lu_unpack(out[0], out[1])
+    permutation, lower, upper = kernels.lu_unpack(out[0], out[1])
     return _lu(g[0][..., :, :k].tril(-1), g[0][..., :k, :].triu(), permutation, lower, upper)
 
 
@@ -260,7 +260,7 @@ def linalg_lu_solve_grad(g, out, lu, pivots, b, *, left=True, adjoint=False):
     by_b = torch.linalg.lu_solve(lu, pivots, g, left=left, adjoint=not adjoint)
     whole = -(by_b @ out.mH if left else out.mH @ by_b)
     whole = whole.mH if adjoint else whole
-    permutation, lower, upper = aten.lu_unpack(lu, pivots)
+    permutation, lower, upper = kernels.lu_unpack(lu, pivots)
     rows = permutation.mT @ whole
     return (rows @ upper.mH).tril(-1) + (lower.mH @ rows).triu(), None, by_b
 

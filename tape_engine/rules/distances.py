@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .common import C128, Tensor, keep_dims, reduced
+from .common import C128, Tensor, keep_dims, kernels, reduced
 
 aten = torch.ops.aten
 
@@ -88,8 +88,8 @@ def cdist_grad(g, out, a, b, p, compute_mode):
     g = g.contiguous()
     batch = g.shape[:-2]  # each pair of rows of the two, whose further dimensions broadcast
     a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
-    by_b = aten._cdist_backward(g.mT.contiguous(), b, a, p, out.mT.contiguous())
-    return aten._cdist_backward(g, a, b, p, out), by_b
+    by_b = kernels._cdist_backward(g.mT.contiguous(), b, a, p, out.mT.contiguous())
+    return kernels._cdist_backward(g, a, b, p, out), by_b
 
 
 @rule(aten._euclidean_dist.default, samples=[sample(spec(3, 2), spec(4, 2)), sample(spec(2, 3, 2), spec(2, 4, 2))])
@@ -101,7 +101,7 @@ def euclidean_dist_grad(g, out, a, b):
 
 @rule(aten._pdist_forward.default, samples=[sample(spec(4, 2)), sample(spec(4, 3), 1.0)])
 def pdist_grad(g, out, x, p=2.0):
-    return aten._pdist_backward(g, x, p, out)
+    return kernels._pdist_backward(g, x, p, out)
 
 
 @rule(
@@ -110,9 +110,9 @@ def pdist_grad(g, out, x, p=2.0):
 )
 def trilinear_grad(g, out, a, b, c, expand1, expand2, expand3, sumdim, unroll_dim=1):
     """Each of the three and `g` play the same part: what was summed stands in `g` as a dimension of size 1."""
-    by_a = aten._trilinear(g, b.conj(), c.conj(), sumdim, expand2, expand3, expand1)
-    by_b = aten._trilinear(a.conj(), g, c.conj(), expand1, sumdim, expand3, expand2)
-    return by_a, by_b, aten._trilinear(a.conj(), b.conj(), g, expand1, expand2, sumdim, expand3)
+    by_a = kernels._trilinear(g, b.conj(), c.conj(), sumdim, expand2, expand3, expand1)
+    by_b = kernels._trilinear(a.conj(), g, c.conj(), expand1, sumdim, expand3, expand2)
+    return by_a, by_b, kernels._trilinear(a.conj(), b.conj(), g, expand1, expand2, sumdim, expand3)
 
 
 @rule(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import C128, Tensor, binary, keep_where, rule_name, unary
+from .common import C128, Tensor, binary, keep_where, kernels, rule_name, unary
 
 aten = torch.ops.aten
 
@@ -95,7 +95,7 @@ by_input(aten.rad2deg.default, lambda x: torch.full_like(x, 180 / math.pi), _rea
 
 @rule(aten.tanh.default, formula="tanh(x)", samples=unary())
 def tanh_grad(g, out, x):
-    return aten.tanh_backward(g, out)
+    return kernels.tanh_backward(g, out)
 
 
 @rule(
@@ -108,7 +108,7 @@ def tanh_backward_grad(g, out, gy, y):
 
 @rule(aten.sigmoid.default, formula="σ(x)", samples=unary())
 def sigmoid_grad(g, out, x):
-    return aten.sigmoid_backward(g, out)
+    return kernels.sigmoid_backward(g, out)
 
 
 @rule(

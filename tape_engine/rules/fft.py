@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import rule, sample, spec
-from .common import C128
+from .common import C128, kernels
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ aten = torch.ops.aten
     ],
 )
 def fft_c2c_grad(g, out, x, dim, normalization, forward):
-    return aten._fft_c2c(g, dim, normalization, not forward)
+    return kernels._fft_c2c(g, dim, normalization, not forward)
 
 
 @rule(
@@ -43,7 +43,7 @@ def fft_r2c_grad(g, out, x, dim, normalization, onesided):
         missing = list(g.shape)
         missing[dim[-1]] = x.shape[dim[-1]] - g.shape[dim[-1]]
         g = torch.cat([g, g.new_zeros(missing)], dim[-1])
-    return aten._fft_c2c(g, dim, normalization, False).real
+    return kernels._fft_c2c(g, dim, normalization, False).real
 
 
 @rule(
@@ -57,7 +57,7 @@ def fft_r2c_grad(g, out, x, dim, normalization, onesided):
 )
 def fft_c2r_grad(g, out, x, dim, normalization, last_dim_size):
     last = dim[-1]
-    half = aten._fft_r2c(g, dim, normalization, True)
+    half = kernels._fft_r2c(g, dim, normalization, True)
     # what stands for its mirror image too counts twice
     mirrored = last_dim_size - half.shape[last]
     first, middle, rest = half.split([1, mirrored, half.shape[last] - mirrored - 1], last)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor, stand_in
+from .common import C128, Tensor, kernels, stand_in
 from .reductions import at_index
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ _grid = indices(0, 1, 2, 0, shape=(2, 2))
 )
 @rule(aten._unsafe_index.Tensor, samples=[sample(spec(3, 4), [_rows])])
 def index_grad(g, out, x, where):
-    return aten.index_put(g.new_zeros(x.shape), where, g, True), *[None for _ in where]
+    return kernels.index_put(g.new_zeros(x.shape), where, g, True), *[None for _ in where]
 
 
 @rule(
@@ -67,8 +67,9 @@ def index_grad(g, out, x, where):
 )
 @rule(aten._unsafe_index_put.default, samples=[sample(spec(3, 4), [indices(2, 0)], spec(2, 4))])
 def index_put_grad(g, out, x, where, values, accumulate=False):
-    kept = g if accumulate else aten.index_put(g, where, g.new_zeros(()))
-    return kept, *[None for _ in where], to_shape(aten.index.Tensor(g, where), values.shape)
+    g_values = to_shape(aten.index.Tensor(g, where), values.shape)  # before `g` is written to, which a replay may do
+    kept = g if accumulate else kernels.index_put(g, where, g.new_zeros(()))
+    return kept, *[None for _ in where], g_values
 
 
 def to_shape(g: Tensor, shape: Sequence[int]) -> Tensor:
@@ -105,7 +106,8 @@ def index_add_grad(g, out, x, dim, index, source, *, alpha=1):
     samples=[sample(spec(3, 4), 0, indices(2, 0), spec(2, 4)), sample(spec(3, 4), -1, indices(1), spec(3, 1))],
 )
 def index_copy_grad(g, out, x, dim, index, source):
-    return g.index_fill(dim, index, 0), None, g.index_select(dim, index).reshape(source.shape)
+    g_source = g.index_select(dim, index).reshape(source.shape)
+    return g.index_fill(dim, index, 0), None, g_source
 
 
 @rule(
@@ -145,7 +147,8 @@ def gather_grad(g, out, x, dim, index, *, sparse_grad=False):
 
 @rule(aten.scatter.src, samples=[sample(spec(2, 3), 1, _each, spec(2, 3)), sample(spec(3, 3), 0, _each, spec(2, 3))])
 def scatter_grad(g, out, x, dim, index, src):
-    return g.scatter(dim, index, 0), None, g.gather(dim, index)
+    g_src = g.gather(dim, index)
+    return g.scatter(dim, index, 0), None, g_src
 
 
 @rule(aten.scatter.value, samples=[sample(spec(2, 3), 1, _at, 2.5)])
@@ -282,7 +285,7 @@ def masked_scatter_grad(g, out, x, mask, source):
 
 @rule(aten._unsafe_masked_index.default, samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], 0)])
 def unsafe_masked_index_grad(g, out, x, mask, where, fill):
-    back = aten._unsafe_masked_index_put_accumulate(g.new_zeros(x.shape), mask, where, g)
+    back = kernels._unsafe_masked_index_put_accumulate(g.new_zeros(x.shape), mask, where, g)
     return back, None, *[None for _ in where]
 
 
@@ -291,7 +294,7 @@ def unsafe_masked_index_grad(g, out, x, mask, where, fill):
     samples=[sample(spec(3), mask(1, 0, 1), [indices(2, 0, 2)], spec(3))],
 )
 def unsafe_masked_index_put_accumulate_grad(g, out, x, mask, where, values):
-    return g, None, *[None for _ in where], aten._unsafe_masked_index(g, mask, where, 0)
+    return g, None, *[None for _ in where], kernels._unsafe_masked_index(g, mask, where, 0)
 
 
 # -- sorted ------------------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ def sort_stable_grad(g, out, x, *, stable=None, dim=-1, descending=False):
     ],
 )
 def embedding_grad(g, out, weight, index, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
-    return aten.embedding_dense_backward(g, index, weight.shape[0], padding_idx, scale_grad_by_freq), None
+    return kernels.embedding_dense_backward(g, index, weight.shape[0], padding_idx, scale_grad_by_freq), None
 
 
 @rule(

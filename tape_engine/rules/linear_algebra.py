@@ -23,6 +23,14 @@ def scaled(g: Any, factor: Any) -> Any:
     return g if factor == 1 else g * conj(factor)
 
 
+def product(x: Any, y: Any, strides: tuple[int, ...]) -> Any:
+    """`x @ y`, column by column in memory if `strides` are.
+
+    So the gradient of a weight that is given transposed (``nn.Linear``) comes to lie as the weight itself does.
+    """
+    return (y.mT @ x.mT).mT if strides == (1, x.shape[0]) else x @ y
+
+
 @rule(
     aten.mm.default,
     formula="a @ b",
@@ -34,7 +42,7 @@ def scaled(g: Any, factor: Any) -> Any:
     ],
 )
 def mm_grad(g, out, a, b):
-    return g @ b.mH, a.mH @ g
+    return product(g, b.mH, a.stride()), product(a.mH, g, b.stride())
 
 
 @rule(
@@ -77,7 +85,7 @@ def vdot_grad(g, out, a, b):
 )
 def addmm_grad(g, out, c, a, b, *, beta=1, alpha=1):
     scaled_g = scaled(g, alpha)
-    return scaled(g, beta), scaled_g @ b.mH, a.mH @ scaled_g
+    return scaled(g, beta), product(scaled_g, b.mH, a.stride()), product(a.mH, scaled_g, b.stride())
 
 
 @rule(

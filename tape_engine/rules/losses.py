@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import Tensor, keep_where, stand_in
+from .common import Tensor, keep_where, kernels, stand_in
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def backward_samples(*more: Any) -> list[Sample]:
 
 @rule(aten.mse_loss.default, broadcasts=True, formula="mse(a, b)", samples=[*pairs(), sample(spec(3), spec(3))])
 def mse_loss_grad(g, out, a, b, reduction=1):
-    by_a = aten.mse_loss_backward(g, a, b, reduction)
+    by_a = kernels.mse_loss_backward(g, a, b, reduction)
     return by_a, -by_a
 
 
@@ -52,7 +52,7 @@ def mse_loss_backward_grad(g, out, gy, a, b, reduction):
 
 @rule(aten.smooth_l1_loss.default, broadcasts=True, samples=[*pairs(), sample(spec(3), spec(3), 2, 0.5)])
 def smooth_l1_loss_grad(g, out, a, b, reduction=1, beta=1.0):
-    by_a = aten.smooth_l1_loss_backward(g, a, b, reduction, beta)
+    by_a = kernels.smooth_l1_loss_backward(g, a, b, reduction, beta)
     return by_a, -by_a
 
 
@@ -66,7 +66,7 @@ def smooth_l1_loss_backward_grad(g, out, gy, a, b, reduction, beta):
 
 @rule(aten.huber_loss.default, broadcasts=True, samples=[*pairs(), sample(spec(3), spec(3), 2, 0.5)])
 def huber_loss_grad(g, out, a, b, reduction=1, delta=1.0):
-    by_a = aten.huber_loss_backward(g, a, b, reduction, delta)
+    by_a = kernels.huber_loss_backward(g, a, b, reduction, delta)
     return by_a, -by_a
 
 
@@ -103,7 +103,7 @@ def nll_loss_grad(g, out, x, target, weight, reduction, ignore_index):
     if g[0] is None:
         return None, None, None
     whole = stand_in(g[0], x.shape)
-    return aten.nll_loss_backward(g[0], whole, target, weight, reduction, ignore_index, out[1]), None, None
+    return kernels.nll_loss_backward(g[0], whole, target, weight, reduction, ignore_index, out[1]), None, None
 
 
 @rule(
@@ -114,7 +114,7 @@ def nll_loss_grad(g, out, x, target, weight, reduction, ignore_index):
     ],
 )
 def nll_loss_backward_grad(g, out, gy, x, target, weight, reduction, ignore_index, total_weight):
-    each = aten.nll_loss_forward(g, target, weight, reduction, ignore_index)[0]
+    each = kernels.nll_loss_forward(g, target, weight, reduction, ignore_index)[0]
     return each, None, None, None, None
 
 
@@ -130,7 +130,7 @@ def nll_loss2d_grad(g, out, x, target, weight, reduction, ignore_index):
     if g[0] is None:
         return None, None, None
     whole = stand_in(g[0], x.shape)
-    return aten.nll_loss2d_backward(g[0], whole, target, weight, reduction, ignore_index, out[1]), None, None
+    return kernels.nll_loss2d_backward(g[0], whole, target, weight, reduction, ignore_index, out[1]), None, None
 
 
 @rule(
@@ -138,7 +138,7 @@ def nll_loss2d_grad(g, out, x, target, weight, reduction, ignore_index):
     samples=[sample(spec(), spec(2, 3, 2, 2), _pixels, None, 1, -100, spec(values=[8.0]))],
 )
 def nll_loss2d_backward_grad(g, out, gy, x, target, weight, reduction, ignore_index, total_weight):
-    each = aten.nll_loss2d_forward(g, target, weight, reduction, ignore_index)[0]
+    each = kernels.nll_loss2d_forward(g, target, weight, reduction, ignore_index)[0]
     return each, None, None, None, None
 
 
@@ -147,7 +147,7 @@ def nll_loss2d_backward_grad(g, out, gy, x, target, weight, reduction, ignore_in
     samples=[sample(spec(4, 3), _classes), sample(spec(4, 3), _classes, 2, 0.5, None, 0)],
 )
 def multi_margin_loss_grad(g, out, x, target, p=1, margin=1, weight=None, reduction=1):
-    return aten.multi_margin_loss_backward(g, x, target, p, margin, weight, reduction), None, None
+    return kernels.multi_margin_loss_backward(g, x, target, p, margin, weight, reduction), None, None
 
 
 @rule(
@@ -157,7 +157,7 @@ def multi_margin_loss_grad(g, out, x, target, p=1, margin=1, weight=None, reduct
 def multilabel_margin_loss_grad(g, out, x, target, reduction):
     if g[0] is None:
         return None, None
-    return aten.multilabel_margin_loss_backward(g[0], x, target, reduction, out[1]), None
+    return kernels.multilabel_margin_loss_backward(g[0], x, target, reduction, out[1]), None
 
 
 def _weighted(g: Tensor, weight: Any) -> Tensor:
@@ -177,7 +177,7 @@ _probabilities = spec(3, 4, low=0.1, high=0.9)
     ],
 )
 def binary_cross_entropy_grad(g, out, x, y, weight=None, reduction=1):
-    by_x = aten.binary_cross_entropy_backward(g, x, y, weight, reduction)
+    by_x = kernels.binary_cross_entropy_backward(g, x, y, weight, reduction)
     each = _weighted(averaged(g, reduction, x.numel()), weight)
     # the loss takes no logarithm below -100
     return by_x, each * ((-x).log1p().clamp(min=-100) - x.log().clamp(min=-100)), None

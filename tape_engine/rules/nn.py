@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import Tensor, rule_name, stand_in
+from .common import Tensor, kernels, rule_name, stand_in
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ def convolved(
 )
 def convolution_grad(g, out, x, w, b, stride, padding, dilation, transposed, output_padding, groups):
     wanted = [True, True, b is not None]
-    return aten.convolution_backward(
+    return kernels.convolution_backward(
         g, x, w, [g.shape[1]], stride, padding, dilation, transposed, output_padding, groups, wanted
     )
 
@@ -64,7 +64,7 @@ def convolution_backward_grad(
     g, out, gy, x, w, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, wanted
 ):
     by_x, by_w, by_b = (*g, None)[:3]  # without a bias there are two
-    return aten._convolution_double_backward(
+    return kernels._convolution_double_backward(
         by_x, by_w, by_b, gy, w, x, stride, padding, dilation, transposed, output_padding, groups, [True, True, True]
     )
 
@@ -89,7 +89,9 @@ def max_pool2d_grad(g, out, x, kernel_size, stride=(), padding=0, dilation=1, ce
     if g[0] is None:
         return None
     whole = stand_in(g[0], x.shape)
-    return aten.max_pool2d_with_indices_backward(g[0], whole, kernel_size, stride, padding, dilation, ceil_mode, out[1])
+    return kernels.max_pool2d_with_indices_backward(
+        g[0], whole, kernel_size, stride, padding, dilation, ceil_mode, out[1]
+    )
 
 
 @rule(
@@ -105,7 +107,9 @@ def max_pool3d_grad(g, out, x, kernel_size, stride=(), padding=0, dilation=1, ce
     if g[0] is None:
         return None
     whole = stand_in(g[0], x.shape)
-    return aten.max_pool3d_with_indices_backward(g[0], whole, kernel_size, stride, padding, dilation, ceil_mode, out[1])
+    return kernels.max_pool3d_with_indices_backward(
+        g[0], whole, kernel_size, stride, padding, dilation, ceil_mode, out[1]
+    )
 
 
 @rule(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import Tensor
+from .common import Tensor, kernels
 
 aten = torch.ops.aten
 
@@ -97,7 +97,7 @@ def native_layer_norm_grad(g, out, x, shape, weight, bias, eps):
     if g[0] is None:
         return None, None, None
     wanted = _wanted(weight, bias)
-    gradients = aten.native_layer_norm_backward(g[0], x, shape, out[1], out[2], weight, bias, wanted)
+    gradients = kernels.native_layer_norm_backward(g[0], x, shape, out[1], out[2], weight, bias, wanted)
     return _with_bias(gradients, g[0], weight, bias, list(range(g[0].ndim - len(shape))))
 
 
@@ -132,7 +132,7 @@ def native_group_norm_grad(g, out, x, weight, bias, n, channels, pixels, groups,
     by_x = by_weight = by_bias = None
     if g[0] is not None:
         wanted = _wanted(weight, bias)
-        gradients = aten.native_group_norm_backward(
+        gradients = kernels.native_group_norm_backward(
             g[0].contiguous(), x.contiguous(), out[1], out[2], weight, n, channels, pixels, groups, wanted
         )
         dims = [d for d in range(g[0].ndim) if d != 1]
@@ -213,7 +213,7 @@ def _batch_norm(
     training: bool,
     eps: float,
 ) -> tuple[Any, ...]:
-    gradients = aten.native_batch_norm_backward(
+    gradients = kernels.native_batch_norm_backward(
         g, x, weight, running_mean, running_var, mean, r, training, eps, _wanted(weight, bias)
     )
     return _with_bias(gradients, g, weight, bias, [d for d in range(x.ndim) if d != 1])

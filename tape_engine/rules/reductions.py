@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, declare, rule, sample, spec
-from .common import C128, Tensor, count, flipped_cumsum, keep_dims, reduced, rule_name, spread
+from .common import C128, Tensor, count, flipped_cumsum, keep_dims, kernels, reduced, rule_name, spread
 
 aten = torch.ops.aten
 
@@ -361,7 +361,7 @@ _lengths = spec(3, dtype=torch.int64, values=[2, 1, 2])
 def segment_reduce_grad(
     g, out, x, reduce, *, lengths=None, indices=None, offsets=None, axis=0, unsafe=False, initial=None
 ):
-    back = aten._segment_reduce_backward(
+    back = kernels._segment_reduce_backward(
         g.contiguous(), out, x, reduce, lengths=lengths, offsets=offsets, axis=axis, initial=initial
     )
     return back, None, None, None

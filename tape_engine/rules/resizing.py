@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import Tensor, rule_name, stand_in
+from .common import Tensor, kernels, rule_name, stand_in
 
 aten = torch.ops.aten
 
@@ -90,7 +90,7 @@ for _name, _size, _larger, _aligns in (
     ],
 )
 def grid_sampler_2d_grad(g, out, x, grid, mode, padding, align_corners):
-    return aten.grid_sampler_2d_backward(g, x, grid, mode, padding, align_corners, [True, True])
+    return kernels.grid_sampler_2d_backward(g, x, grid, mode, padding, align_corners, [True, True])
 
 
 @rule(
@@ -98,7 +98,7 @@ def grid_sampler_2d_grad(g, out, x, grid, mode, padding, align_corners):
     samples=[sample(spec(1, 1, 2, 3, 3), spec(1, 1, 2, 2, 3, low=-0.9, high=0.9), 0, 0, False)],
 )
 def grid_sampler_3d_grad(g, out, x, grid, mode, padding, align_corners):
-    return aten.grid_sampler_3d_backward(g, x, grid, mode, padding, align_corners, [True, True])
+    return kernels.grid_sampler_3d_backward(g, x, grid, mode, padding, align_corners, [True, True])
 
 
 @rule(
@@ -109,7 +109,7 @@ def affine_grid_generator_grad(g, out, theta, size, align_corners):
     """``out = base @ thetaᵀ`` for a grid of homogeneous points, which the identity's grid tells."""
     n = len(size) - 2
     identity = torch.eye(n, n + 1, dtype=g.dtype, device=g.device).unsqueeze(0)
-    points = aten.affine_grid_generator(identity, [1, 1, *size[2:]], align_corners).reshape(-1, n)
+    points = kernels.affine_grid_generator(identity, [1, 1, *size[2:]], align_corners).reshape(-1, n)
     points = torch.cat([points, torch.ones_like(points.narrow(1, 0, 1))], 1)
     return g.reshape(g.shape[0], -1, n).mT @ points
 
@@ -149,9 +149,9 @@ def _windows(x: Any) -> Sample:
 
 @rule(aten.im2col.default, samples=[_windows(spec(1, 2, 4, 3)), _windows(spec(2, 4, 3))])
 def im2col_grad(g, out, x, kernel, dilation, padding, stride):
-    return aten.col2im(g, x.shape[-2:], kernel, dilation, padding, stride)
+    return kernels.col2im(g, x.shape[-2:], kernel, dilation, padding, stride)
 
 
 @rule(aten.col2im.default, samples=[sample(spec(1, 8, 8), [4, 3], [2, 2], [1, 1], [0, 1], [2, 1])])
 def col2im_grad(g, out, x, size, kernel, dilation, padding, stride):
-    return aten.im2col(g, kernel, dilation, padding, stride)
+    return kernels.im2col(g, kernel, dilation, padding, stride)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .common import Tensor
+from .common import Tensor, kernels
 from .indexing import indices, to_shape
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 def scaled_dot_product_attention_cpu_grad(
     g, out, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None
 ):
-    by_q, by_k, by_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    by_q, by_k, by_v = kernels._scaled_dot_product_flash_attention_for_cpu_backward(
         g[0], q, k, v, out[0], out[1], dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )
     return by_q, by_k, by_v, None if attn_mask is None else _mask_grad(g[0], q, k, v, attn_mask, scale)
@@ -102,11 +102,11 @@ def mkldnn_rnn_layer_grad(
     by_out, by_h, by_c = (torch.zeros_like(y) if each is None else each for each, y in zip(g[:3], out[:3], strict=True))
     if len(out) < 4 or out[3] is None:  # run without grad mode, as in a replay, the layer makes no workspace
         with torch.enable_grad():
-            out = aten.mkldnn_rnn_layer(
+            out = kernels.mkldnn_rnn_layer(
                 x, w0, w1, w2, w3, hx, cx, reverse, batch_sizes, mode, hidden_size, num_layers, has_biases,
                 bidirectional, batch_first, train,
             )  # fmt: skip
-    by_x, by_w0, by_w1, by_w2, by_w3, by_hx, by_cx = aten.mkldnn_rnn_layer_backward(
+    by_x, by_w0, by_w1, by_w2, by_w3, by_hx, by_cx = kernels.mkldnn_rnn_layer_backward(
         x, w0, w1, w2, w3, hx, cx, out[0], out[1], out[2], by_out, by_h, by_c, reverse, mode, hidden_size,
         num_layers, has_biases, train, bidirectional, batch_sizes, batch_first, out[3],
     )  # fmt: skip
@@ -117,7 +117,7 @@ def mkldnn_rnn_layer_grad(
 def pack_padded_sequence_grad(g, out, x, lengths, batch_first):
     if g[0] is None:
         return None, None
-    return aten._pack_padded_sequence_backward(g[0], x.shape, out[1], batch_first), None
+    return kernels._pack_padded_sequence_backward(g[0], x.shape, out[1], batch_first), None
 
 
 # -- losses over alignments --------------------------------------------------------------------------
@@ -132,7 +132,7 @@ _targets = indices(1, 2, 2, 1, shape=(2, 2))
 def ctc_loss_grad(g, out, x, targets, input_lengths, target_lengths, blank=0, zero_infinity=False):
     if g[0] is None:
         return None, *_no_lengths(input_lengths)
-    by_x = aten._ctc_loss_backward(
+    by_x = kernels._ctc_loss_backward(
         g[0], x, targets, input_lengths, target_lengths, out[0], out[1], blank, zero_infinity
     )
     return by_x, *_no_lengths(input_lengths)
@@ -169,12 +169,12 @@ def embedding_bag_grad(
     if bags.numel() == 0:  # the kernel did not need to tell which bag an index is in
         bags = torch.searchsorted(offsets, torch.arange(index.numel(), device=index.device), right=True) - 1
         bags = bags.to(index.dtype)
-    by_weight = aten._embedding_bag_dense_backward(
+    by_weight = kernels._embedding_bag_dense_backward(
         g[0], index, bags, sizes, places, weight.shape[0], scale_grad_by_freq, mode, per_sample_weights, padding_idx
     )
     if per_sample_weights is None:
         return by_weight, None, None, None
-    by_each = aten._embedding_bag_per_sample_weights_backward(g[0], weight, index, offsets, bags, mode, padding_idx)
+    by_each = kernels._embedding_bag_per_sample_weights_backward(g[0], weight, index, offsets, bags, mode, padding_idx)
     return by_weight, None, None, by_each
 
 

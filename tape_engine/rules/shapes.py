@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor
+from .common import C128, Tensor, kernels
 
 aten = torch.ops.aten
 
@@ -161,7 +161,7 @@ def rot90_grad(g, out, x, k=1, dims=(0, 1)):
 @rule(aten.unfold.default, samples=[sample(spec(2, 7), 1, 3, 2), sample(spec(5), -1, 3, 1), sample(spec(), 0, 1, 1)])
 @rule(aten.unfold_copy.default, samples=[sample(spec(2, 7), 1, 3, 2)])
 def unfold_grad(g, out, x, dim, size, step):
-    return aten.unfold_backward(g, x.shape, dim, size, step)
+    return kernels.unfold_backward(g, x.shape, dim, size, step)
 
 
 @rule(aten.unfold_backward.default, samples=[sample(spec(2, 3, 3), [2, 7], 1, 3, 2)])
@@ -175,7 +175,7 @@ def unfold_backward_grad(g, out, gy, sizes, dim, size, step):
 @rule(aten.select.int, samples=[sample(_x, 1, 0), sample(_x, -1, -2), sample(spec(2, 0), 0, 1)])
 @rule(aten.select_copy.int, samples=[sample(_x, 1, 0)])
 def select_grad(g, out, x, dim, index):
-    return aten.select_backward(g, x.shape, dim, index)
+    return kernels.select_backward(g, x.shape, dim, index)
 
 
 @rule(aten.select_backward.default, samples=[sample(spec(2, 4), [2, 3, 4], 1, 0)])
@@ -196,12 +196,12 @@ _slices = [(0, 0, 1), (1, 1, 3), (2, 0, 4, 2), (-1, -3, -1), (1, 2, 2), (1,), (2
 @rule(aten.slice_copy.Tensor, samples=[sample(_x, 1, 1, 3)])
 def slice_grad(g, out, x, dim=0, start=None, end=None, step=1):
     start, end, _ = slice(start, end).indices(x.shape[dim])
-    return aten.slice_backward(g, x.shape, dim, start, end, step)
+    return kernels.slice_backward(g, x.shape, dim, start, end, step)
 
 
 @rule(aten.slice_backward.default, samples=[sample(spec(2, 2, 4), [2, 3, 4], 1, 1, 3, 1)])
 def slice_backward_grad(g, out, gy, sizes, dim, start, end, step):
-    return aten.slice(g, dim, start, end, step)
+    return kernels.slice(g, dim, start, end, step)
 
 
 @rule(
@@ -209,14 +209,14 @@ def slice_backward_grad(g, out, gy, sizes, dim, start, end, step):
     samples=[sample(_x, spec(2, 2, 4), 1, 1, 3), sample(_x, spec(2, 3, 2), 2, None, None, 2)],
 )
 def slice_scatter_grad(g, out, x, src, dim=0, start=None, end=None, step=1):
-    part = aten.slice(g, dim, start, end, step)
-    return aten.slice_scatter(g, torch.zeros_like(part), dim, start, end, step), part
+    part = kernels.slice(g, dim, start, end, step)
+    return kernels.slice_scatter(g, torch.zeros_like(part), dim, start, end, step), part
 
 
 @rule(aten.narrow_copy.default, samples=[sample(_x, 1, 1, 2), sample(_x, -1, -3, 2)])
 def narrow_copy_grad(g, out, x, dim, start, length):
     start = start % x.shape[dim] if start < 0 else start
-    return aten.slice_backward(g, x.shape, dim, start, start + length, 1)
+    return kernels.slice_backward(g, x.shape, dim, start, start + length, 1)
 
 
 @rule(
@@ -225,7 +225,7 @@ def narrow_copy_grad(g, out, x, dim, start, length):
 )
 @rule(aten.diagonal_copy.default, samples=[sample(_x, 1, -1, 0)])
 def diagonal_grad(g, out, x, offset=0, dim1=0, dim2=1):
-    return aten.diagonal_backward(g, x.shape, offset, dim1, dim2)
+    return kernels.diagonal_backward(g, x.shape, offset, dim1, dim2)
 
 
 @rule(aten.diagonal_backward.default, samples=[sample(spec(3), [3, 4], 0, 0, 1)])
@@ -265,7 +265,7 @@ def tril_grad(g, out, x, diagonal=0):
     ],
 )
 def constant_pad_grad(g, out, x, pad, value=0):
-    return aten.constant_pad_nd(g, [-p for p in pad])
+    return kernels.constant_pad_nd(g, [-p for p in pad])
 
 
 # -- joins and splits --------------------------------------------------------------------------------

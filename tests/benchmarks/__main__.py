@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda tell: replay.first_result(
             rows, 60 if options.quick else 3_000, min(rounds, 3), others=others, on_run=tell
         ),
+        lambda tell: replay.growth((30, 60) if options.quick else (10_000, 30_000, 100_000), 1, on_run=tell),
         lambda tell: article.loops(X, Y, 1, on_run=tell),
     ]
     tables = []

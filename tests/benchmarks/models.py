@@ -67,7 +67,7 @@ class Attention(nn.Module):
 class Language(nn.Module):
     """Which of 200 tokens comes next: embedding, attention, one score a token."""
 
-    def __init__(self, tokens: int = 200, places: int = 64, width: int = 128) -> None:
+    def __init__(self, tokens: int = 200, places: int = 128, width: int = 128) -> None:
         super().__init__()
         self.embed = nn.Embedding(tokens, width)
         self.place = nn.Parameter(torch.randn(places, width) / 50)
@@ -139,7 +139,7 @@ class Model:
 MODELS = (
     Model("perceptron 784-512-512-10, batch 1,024", perceptron, (784,), batch=1024),
     Model("residual net, 32 channels of 32 x 32, batch 32", residual, (3, 32, 32), batch=32),
-    Model("attention, 3 blocks of width 128, 16 x 64 tokens", Language, (64,), 200, 200, batch=16, scores=64),
+    Model("attention, 3 blocks of width 128, 32 x 128 tokens", Language, (128,), 200, 200, batch=32, scores=128),
     Model("LSTM, 2 layers of 128, 64 x 50 places", Sequence, (50, 64)),
 )
 

@@ -21,7 +21,7 @@ from tape_engine.program.backends import native
 from .others import JAX, TORCH_COMPILE, by_jax, by_torch_compile, has_compiler, has_jax
 from .timing import Case, Table, Timing, measure
 
-__all__ = ["BACKENDS", "first_result", "posterior", "replays", "tiny"]
+__all__ = ["BACKENDS", "first_result", "growth", "posterior", "replays", "tiny"]
 
 Tensor = torch.Tensor
 
@@ -205,10 +205,44 @@ def first_result(
     return Table("from the recording to the first result of a replay", "program", tuple(timings))
 
 
-def _seconds(arguments: Sequence[Any], cache: Path) -> float:
-    """What a process with this folder for its kernels tells."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TAPE_ENGINE_CACHE": str(cache)}
-    environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    command = [sys.executable, "-c", FIRST, *map(str, arguments)]
+def _seconds(arguments: Sequence[Any], cache: Path | None, code: str = FIRST) -> float:
+    """What a process that runs `code`, with this folder for its kernels, or the user's own, tells."""
+    folders = {"TAPE_ENGINE_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache)} if cache else {}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **folders}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout))
+
+
+GROWTH = """
+import sys, time
+import torch, tape_engine as te
+count, backend = int(sys.argv[1]), sys.argv[2]
+x, w = torch.randn(8, 8), torch.randn(8, 8) / 3
+def recorded(count):
+    with te.record() as tape:
+        y = x
+        for _ in range(count // 2):
+            y = torch.tanh(y * w)
+        C = y.sum()
+    return tape, C
+tape, C = recorded(30)
+tape.program(inputs=x, outputs=C, backend=backend).step(x)  # what is imported and compiled once
+tape, C = recorded(count)
+start = time.perf_counter()
+tape.program(inputs=x, outputs=C, backend=backend).step(x)
+print(time.perf_counter() - start)
+"""
+
+
+def growth(counts: Sequence[int], rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
+    """From a recording of so many operations to the first result of its replay, for each of them."""
+    timings = []
+    for backend in ("python", "native"):
+        for count in counts:
+            name = f"{count:,} operations, {backend}"
+            on_run(name)
+            taken = [_seconds((count, backend), None, GROWTH) / count for _ in range(rounds)]
+            timings.append(Timing(name, statistics.median(taken), min(taken), max(taken), rounds))
+    title = "a tape of N operations (element-wise, 8 x 8) to a program and its first step, for each of them"
+    return Table(title, "operation", tuple(timings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -160,6 +161,36 @@ def test_a_picture_that_cannot_be_written(saved: Path, tmp_path: Path, capsys: p
     assert "tape-engine: " in capsys.readouterr().err
 
 
+# -- profile -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    X, w, index, Y = torch.randn(6, 3), torch.randn(9, 3), torch.randint(9, (6,)), torch.randn(6, dtype=torch.float16)
+    with tape_engine.record() as tape:
+        C = ((X * w[index]).sum(1) - Y).square()
+    tape.program(inputs=(X, index, Y), outputs=C).save(tmp_path / "step.te")
+    return tmp_path / "step.te"
+
+
+def test_a_saved_program_is_profiled(step: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("profile", step, "--repeats", "3") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("profile of a replay with its sweep; backend ")
+    assert "median of 3 runs" in printed
+    assert run("profile", step, "--forward", "--json", "--top", "1") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["sweep"] is False
+    assert len(told["rows"]) == 1
+
+
+def test_a_file_that_cannot_be_profiled(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("profile", tmp_path / "none.te") == 2
+    assert "none.te cannot be read" in capsys.readouterr().err
+    assert run("profile", saved) == 2  # an operation of one's own
+    assert "mine" in capsys.readouterr().err
+
+
 # -- what cannot be done -----------------------------------------------------------------------------------
 
 
@@ -169,9 +200,9 @@ def test_a_picture_that_cannot_be_written(saved: Path, tmp_path: Path, capsys: p
         ([], "required: COMMAND"),
         (["dome"], "invalid choice"),
         (["demo", "--step", "3"], "unrecognized arguments"),  # no abbreviations
-        (["demo", "--steps", "0"], "'0' is not a number of steps, 1 or more"),
-        (["demo", "--steps", "-3"], "'-3' is not a number of steps"),
-        (["demo", "--steps", "many"], "'many' is not a number of steps"),
+        (["demo", "--steps", "0"], "'0' is not a number, 1 or more"),
+        (["demo", "--steps", "-3"], "'-3' is not a number"),
+        (["demo", "--steps", "many"], "'many' is not a number"),
         (["demo", "more"], "unrecognized arguments: more"),
         (["draw"], "the following arguments are required: FILE, -o/--out"),
         (["draw", "a.te"], "the following arguments are required: -o/--out"),

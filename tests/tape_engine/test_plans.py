@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tape_engine.plans import Plan, plan_of
+from tape_engine.plans import QUICK, Plan, plan_of
 from tests.helpers import Tensor, plain
 
 aten = torch.ops.aten
@@ -176,3 +178,44 @@ def test_what_draws_from_a_generator(overload: Any, random: bool) -> None:
 )
 def test_what_asks_a_value_out_of_the_tensors(overload: Any, guard: bool) -> None:
     assert plan_of(overload).guard is guard
+
+
+class Heard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lists the overloads that it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.overloads: list[OpOverload] = []
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.overloads.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "mm": [(3, 3)] * 2,
+    "bmm": [(2, 3, 3)] * 2,
+    "mv": [(3, 3), (3,)],
+    "dot": [(3,)] * 2,
+    "addmm": [(3, 3)] * 3,
+}
+
+
+@pytest.mark.parametrize("overload", QUICK, ids=str)
+def test_the_quick_way_to_call_an_overload_calls_that_and_nothing_else(overload: OpOverload) -> None:
+    shapes = SHAPES.get(overload._schema.name.removeprefix("aten::"))
+    count = sum(str(argument.type) == "Tensor" for argument in overload._schema.arguments)
+    args = [torch.rand(shape) for shape in shapes or [(3, 3)] * count]
+    with Heard() as heard:
+        quick = QUICK[overload](*args)
+    assert heard.overloads == [overload]
+    torch.testing.assert_close(quick, overload(*args), rtol=0, atol=0)
+
+
+def test_a_number_in_a_tensors_place_is_no_other_overload() -> None:
+    x = torch.rand(3)
+    for overload in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
+        with Heard() as heard:
+            quick = QUICK[overload](x, 2.5)
+        assert heard.overloads == [overload]
+        torch.testing.assert_close(quick, overload(x, 2.5), rtol=0, atol=0)

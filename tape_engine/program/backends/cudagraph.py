@@ -23,9 +23,9 @@ from ...names import located
 from ...tape import Node, Value, address_of
 from ..buffers import buffer, rotating
 from ..data import VIEWS, Frozen, sized_by_elements
-from ..guards import default_generator, own_generators
+from ..guards import default_generator, generators_of
 from ..passes import drop_dead
-from .python import Source
+from .source import Source
 
 __all__ = ["DEVICE", "Captured", "CudaGraph", "Graph", "refusal"]
 
@@ -127,7 +127,7 @@ class Captured:
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if with_sweep else []
         self._outputs = len(wanted)
         self._takes = [rotating(value) for value in (*wanted, *gradients)]
-        self._own = own_generators(frozen)
+        self._own = generators_of(node for node in frozen.forward if node.random)
         devices = {value.device for node in frozen.forward if node.random for value in node.outputs}
         self._generators = [*self._own, *map(default_generator, devices)]
         self._step: _Step | None = None

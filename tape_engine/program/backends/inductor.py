@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from ...tape import Node, Value
 from ..buffers import buffer, laid, strides_of
 from ..calls import GRAD_MODE
 from ..data import Frozen, sized_by_elements
-from .python import Source, _Writer
+from .python import _Writer
+from .source import Source
 
 __all__ = ["COMPILER", "Told", "generate", "missing"]
 
@@ -80,18 +81,22 @@ class _Inductor(_Writer):
         super().__init__(frozen, with_sweep)
         self.told = Told()
         self.items: list[Node | list[Node]] = []
+        self.taken: set[Node] = set()  # what is compiled
 
     def _results(self, wanted: set[Value]) -> set[Value]:
         self.items = self._parted()
-        taken = {node for item in self.items if isinstance(item, list) for node in item}
+        self.taken = {node for item in self.items if isinstance(item, list) for node in item}
         everything = self.nodes
-        self.nodes = [node for node in everything if node not in taken]
+        self.nodes = [node for node in everything if node not in self.taken]
         mine = super()._results(wanted)
         self.nodes = everything
         return mine
 
-    def order(self) -> Iterable[Node]:
-        return (node for item in self.items for node in (item if isinstance(item, list) else (item,)))
+    def order(self) -> list[list[Node]]:
+        return [item if isinstance(item, list) else [item] for item in self.items]
+
+    def makes(self, node: Node) -> bool:
+        return node not in self.taken and super().makes(node)
 
     def _parted(self) -> list[Node | list[Node]]:
         """The nodes in their order, with lists of those that are compiled together; what runs once comes first."""
@@ -133,6 +138,7 @@ class _Inductor(_Writer):
         wanted = [v for v in made if v in self.kept or any(r not in mine for r in self.readers.get(v, ()))]
         if not wanted:
             return
+        start = len(self.lines)
         arguments = ", ".join(self.name(v) for v in given)
         function = self.unused("compiled")
         self.space[function] = Compiled(nodes, given, wanted, canonical)
@@ -149,6 +155,7 @@ class _Inductor(_Writer):
                 self.life.make(value)
             self.life.touch(value)
         self.lines.append(f"{', '.join(names)}, = {function}({arguments})")
+        self.unit("compiled", start, nodes, given, wanted)
         self.told.nodes += len(nodes)
         self.told.parts += 1
         self.tick()

@@ -7,26 +7,31 @@ function is what ``program.code`` shows.
 from __future__ import annotations
 
 import keyword
-import re
 from collections.abc import Iterable, Sequence
 from operator import getitem
-from types import CodeType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
 from ..buffers import laid, own
 from ..calls import COPIES, LAID_OUT, Call, call_of
-from ..data import VIEWS, Frozen, sized_by_elements
+from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
-from ..lifetimes import LARGE, Lifetimes, stretches
-from ..passes import drop_dead, fold_constants, laid_out, results_early, turn_products, unmask
-from .source import Like, Name, Run, Source, names_in
+from ..lifetimes import Lifetimes, stretches
+from ..passes import drop_dead, find_in_place, fold_constants, laid_out, results_early, turn_products, unmask
+from ..passes.in_place import SPREAD, WRITES
+from .memory import Memory
+from .naming import Names
+from .source import Like, Name, Run, Source, Unit
 
-__all__ = ["Source", "generate"]
+__all__ = ["generate"]
+
+#: What is written into memory that it is given, besides what torch has such calls for.
+OWN = {*COPIES, torch.ops.aten.copy.default}
 
 Tensor = torch.Tensor
 
@@ -36,7 +41,7 @@ def generate(frozen: Frozen, *, with_sweep: bool) -> Source:
     return _Writer(frozen, with_sweep).write()
 
 
-class _Writer:
+class _Writer(Names, Memory):
     def __init__(self, frozen: Frozen, with_sweep: bool) -> None:
         self.frozen = frozen
         self.with_sweep = with_sweep
@@ -58,11 +63,14 @@ class _Writer:
         self.views: list[Run] = []
         self.static = set(frozen.constants)  # values that lie in the same memory on every replay
         self.given: set[Value] = set()  # results in the caller's memory that were returned
+        self.ways: dict[Node, Call] = {}
         self.lines: list[str] = []
         self.life = Lifetimes()
         self.locals: dict[Value, str] = {}  # what has memory only while a replay runs, and the names of views of it
         self.readers: dict[Value, list[Node]] = {}  # in the order in which they run
         self.ends: dict[int, int] = {}  # the number of lines at the end of each step
+        self.units: list[Unit] = []
+        self.runs_once: set[Node] = set()
 
     # -- names -------------------------------------------------------------------------------------------
 
@@ -74,26 +82,6 @@ class _Writer:
             found = self.names[value] = self.unused(self.frozen.names.get(id(value)) or value.name or fallback)
         self.life.touch(value)
         return found
-
-    def unused(self, wanted: str) -> str:
-        """An identifier that nothing else bears: `wanted`, or `wanted` with a number."""
-        wanted = re.sub(r"\W", "_", wanted)
-        wanted = wanted if wanted and not wanted[0].isdigit() else f"p_{wanted}"
-        wanted = wanted if wanted.isidentifier() else re.sub(r"\W", "_", wanted, flags=re.ASCII)
-        found = wanted
-        while found in self.used:
-            self.used[wanted] = count = self.used.get(wanted, 0) + 1
-            found = f"{wanted}_{count}"
-        self.used[found] = 1
-        return found
-
-    def shared(self, wanted: str, thing: Any) -> str:
-        """A name for something that every copy of the function shares."""
-        name = self.known.get((wanted, id(thing)))
-        if name is None:
-            name = self.known[wanted, id(thing)] = self.unused(wanted)
-            self.space[name] = thing  # which keeps it alive, so that its id stays its own
-        return name
 
     # -- the function ------------------------------------------------------------------------------------
 
@@ -110,17 +98,19 @@ class _Writer:
             if value in self.laid:
                 self.names[value] = self.unused(f"{name}_laid")
                 self.lines.append(f"{self.names[value]} = laid({name}, {value.strides})")
+                self.unit("layout", len(self.lines) - 1, (), (), [value])
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.loose = self._loose({*wanted, *gradients})
         self.kept = {*wanted, *gradients, *(frozen.canonical(after) for _, after in frozen.writes)}
         self.mine = self._results({*wanted, *gradients})
-        for node in self.order():
-            for value in node.inputs:
-                self.readers.setdefault(frozen.canonical(value), []).append(node)
+        self.in_place = find_in_place(
+            self.order(), frozen.canonical, self.looks_into, {*self.kept, *self.mine}, self.makes
+        )
+        self.readers = self.find_readers()
         self._nodes()
         # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
-        self.fresh = self._fresh([*wanted, *gradients])
+        self.fresh = self.find_fresh([*wanted, *gradients])
         if self.fresh:
             names = ", ".join(self.name(v) for v in self.fresh)
             self.lines.append(f"{names}, = own({names})")
@@ -128,49 +118,32 @@ class _Writer:
         swept = ", ".join([self.owned(g) for g in gradients])
         for leaf, after in frozen.writes:
             self.lines.append(f"{rim[frozen.canonical(leaf)]}.copy_({self.name(after)})")
+            self.unit("effect", len(self.lines) - 1, (), [after], [leaf])
         self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
-        title = "step" if self.with_sweep else "forward"
-        lines = self._with_deletions()
-        text = f"def {title}({parameters}):\n" + "\n".join(f"    {line}" if line else "" for line in lines) + "\n"
-        module = compile(text, f"<program.{title}>", "exec")
-        code = next(each for each in module.co_consts if isinstance(each, CodeType))
+        head = f"def {'step' if self.with_sweep else 'forward'}({parameters}):"
+        once = len(self.runs_once)
+        self.let_go()
         places = stretches(self.buffers.values(), self.life)
-        return Source(text, code, self.space, self.buffers, self.results, places, self._views(set(code.co_names)))
+        source = Source(
+            head, self.lines, self.space, self.buffers, self.results, places, self.views, self.units, once, self.names
+        )
+        source.drop_unread()
+        return source
 
-    def _views(self, read: set[str]) -> list[Run]:
-        """What is run for a copy, without that of which neither a line nor a later one reads the result."""
-        found = []
-        for each in reversed(self.views):
-            if each[0] in read:
-                found.append(each)
-                read.update(names_in([*each[2], *each[3].values()]))
-        return found[::-1]
-
-    def _fresh(self, wanted: list[Value]) -> list[Value]:
-        """The results in memory that an operation took for them alone, which need no copy: the caller gets it."""
-        alone = [v for v in dict.fromkeys(wanted) if v in self.locals and v in self.life.lives]
-        return [v for v in alone if v not in self.mine and (v.strides or not v.ndim)]
-
-    def _with_deletions(self) -> list[str]:
-        """The lines, with one that lets go of large memory where it was read for the last time."""
-        gone: dict[int, list[str]] = {}
-        for value, name in self.locals.items():
-            roots = [root for root in self.life.rooted(value) if root in self.locals]
-            last = self.life.last[value]
-            if last < self.life.step and any(root.nbytes >= LARGE for root in roots):
-                gone.setdefault(self.ends[last], []).append(name)
-        lines = []
-        for i, line in enumerate(self.lines, 1):
-            lines.append(line)
-            if i in gone:
-                lines.append(f"del {', '.join(gone[i])}")
-        return lines
-
-    def tick(self) -> None:
-        """The end of a step: what it read may be overwritten by the next one."""
-        self.ends[self.life.step] = len(self.lines)
-        self.life.step += 1
+    def unit(
+        self,
+        kind: str,
+        start: int,
+        nodes: Iterable[Node] = (),
+        reads: Iterable[Value] = (),
+        writes: Iterable[Value] = (),
+        part: Sequence[Value] = (),
+    ) -> None:
+        """Says that the lines from `start` on belong together."""
+        read, made = (tuple(dict.fromkeys(map(self.frozen.canonical, each))) for each in (reads, writes))
+        last = next(iter(part), None)
+        self.units.append(Unit(kind, start, len(self.lines), tuple(nodes), read, made, last))
 
     def _nodes(self) -> None:
         """The lines of all nodes, each of the user's lines as a comment above its own."""
@@ -186,10 +159,6 @@ class _Writer:
                 text = f"# {code_line(node) or node.op.name}    ({where(node)})"
                 self.lines.append("".join(c if c.isprintable() else " " for c in text))  # never a line of its own
             self.node(node)
-
-    def order(self) -> Iterable[Node]:
-        """The nodes in the order in which they run."""
-        return self.nodes
 
     def _loose(self, wanted: set[Value]) -> set[Value]:
         """Values of the sweep whose shape may differ from the recorded one: what a rule picked out by a mask.
@@ -208,15 +177,18 @@ class _Writer:
         for node in self.nodes:
             if node in self.folded or (node.op.is_named and node.op is not write_view):
                 continue
-            if node.op is write_view or node.op.forward in COPIES or self.way(node).outs:
+            if node.op is write_view or node.op.forward in OWN or self.way(node).outs:
                 mine.update(value for each in node.outputs if (value := self.frozen.canonical(each)) in wanted)
         return mine
 
     def way(self, node: Node) -> Call:
         """How a node is called."""
-        call = call_of(node)
-        if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
-            return Call(node.op.forward, f"torch.ops.{node.op.forward}")
+        call = self.ways.get(node)
+        if call is None:
+            call = call_of(node)
+            if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
+                call = Call(node.op.forward, f"torch.ops.{node.op.forward}")
+            self.ways[node] = call
         return call
 
     def checked(self, node: Node) -> bool:
@@ -226,6 +198,22 @@ class _Writer:
         loose = any(self.frozen.canonical(v) in self.loose for v in node.inputs)
         return loose or sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS)
 
+    def order(self) -> list[list[Node]]:
+        """The nodes in the order in which they run; those of one list run as one."""
+        return [[node] for node in self.nodes]
+
+    def looks_into(self, node: Node) -> bool:
+        """Whether what a node gives may lie in the memory of what it is given."""
+        if node.result is not None or node.op is write_view:
+            return False
+        whole = not isinstance(node.op.forward, OpOverload) or not node.op.forward._schema.name.startswith("aten::")
+        return whole or self.way(node).view
+
+    def makes(self, node: Node) -> bool:
+        """Whether a node runs by itself on each replay, into memory of its own."""
+        loose = any(self.frozen.canonical(v) in self.loose for v in (*node.inputs, *node.outputs))
+        return not (node in self.folded or node.random or self.looks_into(node) or loose)
+
     def owned(self, value: Value) -> str:
         """The name of a result: the caller's own memory, or a copy."""
         if (value in self.mine or value in self.fresh) and value not in self.given:
@@ -234,12 +222,30 @@ class _Writer:
         name, take = self.unused("result"), self.unused("new_result")
         self.results[take] = value
         self.lines.append(f"{name} = {take}().copy_({self.name(value)})")
+        self.unit("result", len(self.lines) - 1, (), [value], [value])
         return name
 
     # -- one node ----------------------------------------------------------------------------------------
 
     def node(self, node: Node) -> None:
+        forward, start = node.op.forward, len(self.lines)
+        self.write_node(node)
+        if len(self.lines) > start:
+            view = self.way(node).view and node.op is not write_view and node.result is None
+            read: Sequence[Value] = () if view or forward in DESCRIBED else node.inputs
+            over = node in self.in_place.over
+            if over:
+                read = self.in_place.spread[node].inputs if node in self.in_place.spread else node.inputs[1:]
+            made = () if view else node.outputs
+            self.unit(
+                "guard" if node.result is not None else "call", start, [node], read, made, read[-1:] if over else ()
+            )
+        self.tick()
+
+    def write_node(self, node: Node) -> None:
         forward = node.op.forward
+        if node in self.in_place.left_out:
+            return
         if node.result is not None:
             self.guard(node)
         elif node in self.folded:
@@ -247,6 +253,11 @@ class _Writer:
         elif forward in COPIES and self.plain_copy(node):
             target = self.target(node.outputs[0], node.op.name)
             self.lines.append(f"{target}.copy_({self.argument(node.args[0])})")
+        elif forward is torch.ops.aten.copy.default:
+            target = self.target(node.outputs[0], node.op.name)
+            self.lines.append(f"{target}.copy_({self.argument(node.args[1])})")
+        elif node in self.in_place.over:
+            self.write_over(node)
         elif node.op is write_view:
             self.write_view(node)
         elif forward in LAID_OUT and node.mutates:
@@ -254,7 +265,6 @@ class _Writer:
             self.lines.append(f"{target}.{forward.overloadpacket.__name__}_({self.arguments(node, 1)})")
         else:
             self.call(node, self.way(node))
-        self.tick()
 
     def plain_copy(self, node: Node) -> bool:
         kept = {"dtype", "layout", "device", "memory_format", "non_blocking", "pin_memory"}
@@ -287,10 +297,34 @@ class _Writer:
             self.views.append((view, Tensor.as_strided, (Name(name), *place), {}))
         self.lines += [f"{name}.copy_({self.argument(base)})", f"{view}.copy_({self.argument(part)})"]
 
-    def arguments(self, node: Node, first: int = 0, more: tuple[Any, ...] = ()) -> str:
-        """The text of a node's arguments, from the one at `first` on."""
-        found = [self.argument(each) for each in (*node.args[first:], *more)]
-        return ", ".join([*found, *(f"{name}={self.argument(each)}" for name, each in node.kwargs.items())])
+    def write_over(self, node: Node) -> None:
+        """A write to a part of a value that nobody reads any more, in its memory."""
+        base, out = self.frozen.canonical(self.in_place.over[node]), self.frozen.canonical(node.outputs[0])
+        name = self.names[out] = self.name(base)
+        self.life.view(out, [base])
+        if base in self.static:
+            self.static.add(out)
+        if base in self.locals:
+            self.locals[out] = name
+        spread = self.in_place.spread.get(node)
+        if spread is not None:
+            part, _, *place = spread.args
+            view = self.part_of(base, name, SPREAD[spread.op.forward], tuple(place))
+            self.lines.append(f"{view}.add_({self.argument(part)})")
+        elif node.op is write_view:
+            _, part, *place = node.args
+            view = self.part_of(base, name, torch.ops.aten.as_strided.default, tuple(place))
+            self.lines.append(f"{view}.copy_({self.argument(part)})")
+        else:
+            self.lines.append(f"{name}.{WRITES[node.op.forward]}({self.arguments(node, 1)})")
+
+    def part_of(self, base: Value, name: str, function: Any, place: tuple[Any, ...]) -> str:
+        """A view of the memory of a value: made once, if that is always the same."""
+        if base not in self.static:
+            return f"{self.shared(function.overloadpacket.__name__, function)}({name}, {', '.join(map(str, place))})"
+        view = self.unused(f"part_of_{name}")
+        self.views.append((view, function, (Name(name), *place), {}))
+        return view
 
     def call(self, node: Node, call: Call) -> None:
         canonical = self.frozen.canonical
@@ -329,29 +363,6 @@ class _Writer:
             for name, value in zip(names, node.outputs, strict=True):
                 self.lines.append(f"measured({name}, {tuple(value.shape)}, {self.shared('site', located(node))})")
 
-    def dying(self, node: Node, operands: list[Value]) -> Value | None:
-        """An operand in fresh memory that nobody reads after a node, and that the node may write its result over."""
-        value = self.frozen.canonical(node.outputs[0])
-        for found in () if value in self.mine else self.life.operands(value, operands):
-            if found in self.locals and found not in self.kept and self.readers[found][-1] is node:
-                ways = [None if n.op.is_named else self.way(n) for n in self.readers[found] if n is not node]
-                if all(way is not None and not (way.view or way.unknown) for way in ways):
-                    return found
-        return None
-
-    def made(self, node: Node, call: Call, names: list[str], operands: list[Value]) -> None:
-        """Notes in whose memory the results of a call lie: in that of its operands, or in memory of their own."""
-        values = [self.frozen.canonical(v) for v in node.outputs]
-        for name, value in zip(names, values, strict=True):
-            self.locals[value] = name
-            if call.view or call.unknown:
-                self.life.view(value, operands)
-            else:
-                self.life.make(value)
-            self.life.touch(value)
-        if node.op.is_named and node.op not in VIEWS:
-            self.life.keep((*operands, *values))
-
     def once(self, node: Node) -> None:
         """A node that is run when a copy of the function is made: a constant, or a view of a kept buffer."""
         names = [self.name(v, node.op.name) for v in node.outputs]
@@ -359,6 +370,7 @@ class _Writer:
         kwargs = {name: self.stored(each) for name, each in node.kwargs.items()}
         whole = names[0] if not node.outputs_tuple else self.unused(node.op.name)
         self.views.append((whole, node.op.forward, args, kwargs))
+        self.runs_once.add(node)
         if node.outputs_tuple:
             for i, name in ((i, n) for i, n in enumerate(node.returned(names)) if n is not None):
                 self.views.append((name, getitem, (Name(whole), i), {}))
@@ -381,18 +393,3 @@ class _Writer:
         expected = self.shared("recorded", node.result)
         site = self.shared("site", located(node))
         self.lines.append(f"guard({function}({arguments}), {expected}, {site})")
-
-    def argument(self, argument: Any) -> str:
-        """The text of an argument."""
-        if isinstance(argument, Value):
-            return self.name(argument)
-        if type(argument) in (list, tuple):
-            inside = ", ".join(self.argument(each) for each in argument)
-            return f"[{inside}]" if isinstance(argument, list) else f"({inside}{',' if len(argument) == 1 else ''})"
-        if type(argument) in (int, bool, str) or argument is None:
-            return repr(argument)
-        if type(argument) is float and argument == argument and abs(argument) != float("inf"):
-            return repr(argument)
-        if isinstance(argument, (torch.dtype, torch.layout, torch.memory_format)):
-            return str(argument) if str(argument).startswith("torch.") else self.shared("param", argument)
-        return self.shared("param", argument)

@@ -1,23 +1,49 @@
-"""What a backend generates: the text of a replay function, and how copies of the function are made that can run."""
+"""The source of a replay function: its lines, and what they need to run. Every backend gives one."""
 
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
-from ...tape import Value
+from ...tape import Node, Value
 from ..buffers import buffer, placed, rotating
 from ..lifetimes import Stretch
 
-__all__ = ["Like", "Name", "Run", "Source", "names_in"]
+__all__ = ["Like", "Name", "Run", "Source", "Unit", "function_code"]
 
 #: A name, and the call that makes what it stands for.
 Run = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Lines of a replay function that are timed as one.
+
+    Attributes:
+        kind: what they are: ``call`` (an operation of torch), ``guard``, ``segment`` and ``rows`` (operations that the
+            native backend runs as one, ``rows`` by blocks of rows), ``compiled`` (what torch's compiler made one),
+            ``layout`` (a leaf that is copied if it does not lie as it did), ``result`` (a copy that the caller gets),
+            ``effect`` (a write to a tensor of the caller's).
+        start, stop: from which line on, and up to which, counted without the function's first.
+        nodes: the nodes that they run.
+        reads, writes: the values that they read from memory and write to it, each once; none for a view. (A leaf that
+            lies as recorded is not written.)
+        part: the value whose bytes are written, where it is only a part of those.
+    """
+
+    kind: str
+    start: int
+    stop: int
+    nodes: tuple[Node, ...] = ()
+    reads: tuple[Value, ...] = ()
+    writes: tuple[Value, ...] = ()
+    part: Value | None = None
 
 
 @dataclass
@@ -30,21 +56,52 @@ class Source:
         buffers, results: names for what each copy has for itself: memory that is written to on each replay, and
             sources of memory for what the caller gets.
         places: in which memory each buffer lies.
-        views: what is run once for each copy, in order: its name, and the call.
+        views: what runs once for each copy, in order: constants, and views of kept buffers.
+        head, lines: its first line, and the others.
+        units: which lines belong together.
+        once: how many nodes run once for each copy.
+        names: what it calls each value.
     """
 
-    text: str
-    code: CodeType
+    head: str
+    lines: list[str]
     constants: dict[str, Any]
     buffers: dict[str, Value]
     results: dict[str, Value]
     places: dict[Value, Stretch]
     views: list[Run] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    once: int = 0
+    names: dict[Value, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return function_text(self.head, self.lines)
+
+    @cached_property
+    def code(self) -> CodeType:
+        """What Python's compiler makes of the text."""
+        return function_code(self.head, self.lines, self.title)
+
+    @property
+    def title(self) -> str:
+        """The name of the function."""
+        return self.head.removeprefix("def ").partition("(")[0]
 
     @property
     def kept(self) -> int:
         """The bytes of the buffers of a copy; those that are not needed at one time share memory."""
         return sum(each.size for each in set(self.places.values()))
+
+    def drop_unread(self) -> None:
+        """Leaves out of what is run for a copy that of which neither a line nor a later one reads the result."""
+        read = set(self.code.co_names)
+        found = []
+        for each in reversed(self.views):
+            if each[0] in read:
+                found.append(each)
+                read.update(_names_in([*each[2], *each[3].values()]))
+        self.views = found[::-1]
 
     def function(self, *, copy: bool = True) -> Callable[..., Any]:
         """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
@@ -79,11 +136,11 @@ class Like:
     value: Value
 
 
-def names_in(arguments: Any) -> list[str]:
+def _names_in(arguments: Any) -> list[str]:
     """The names among arguments, and in the lists among them."""
     if isinstance(arguments, Name):
         return [arguments.name]
-    return [name for each in arguments for name in names_in(each)] if isinstance(arguments, (list, tuple)) else []
+    return [name for each in arguments for name in _names_in(each)] if isinstance(arguments, (list, tuple)) else []
 
 
 def _filled(argument: Any, space: dict[str, Any]) -> Any:
@@ -94,3 +151,14 @@ def _filled(argument: Any, space: dict[str, Any]) -> Any:
     if type(argument) in (list, tuple):
         return type(argument)([_filled(each, space) for each in argument])
     return argument
+
+
+def function_code(head: str, lines: Sequence[str], title: str) -> CodeType:
+    """The code of a function, as ``FunctionType`` takes it."""
+    module = compile(function_text(head, lines), f"<program.{title}>", "exec")
+    return next(each for each in module.co_consts if isinstance(each, CodeType))
+
+
+def function_text(head: str, lines: Sequence[str]) -> str:
+    """The text of a function."""
+    return f"{head}\n" + "\n".join(f"    {line}" if line else "" for line in lines) + "\n"

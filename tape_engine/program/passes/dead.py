@@ -24,10 +24,16 @@ def drop_dead(frozen: Frozen, *, with_sweep: bool) -> list[Node]:
         nodes += frozen.backward
     decisive = set(frozen.forward)  # the user's code may have asked for a shape; a rule has not
     kept = []
+    canonical = frozen.canonical
     for node in reversed(nodes):
-        guards = node.result is not None or (node in decisive and sized_by_elements(node))
-        effect = node.random or guards or (node.op.is_named and node.op not in VIEWS)
-        if effect or any(frozen.canonical(value) in needed for value in node.outputs):
-            kept.append(node)
-            needed.update(frozen.canonical(value) for value in node.inputs)
+        for value in node.outputs:
+            if canonical(value) in needed:
+                break
+        else:
+            guards = node.result is not None or (node in decisive and sized_by_elements(node))
+            if not (node.random or guards or (node.op.is_named and node.op not in VIEWS)):
+                continue
+        kept.append(node)
+        for value in node.inputs:
+            needed.add(canonical(value))
     return kept[::-1]

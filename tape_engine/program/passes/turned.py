@@ -7,6 +7,7 @@ has to be a copy. ``(a @ b).t()`` is ``b.t() @ a.t()``, written at once as it is
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,22 +43,30 @@ def turn_products(nodes: list[Node], frozen: Frozen, wanted: set[Value]) -> list
     for node in nodes:
         if node.op.forward is not CLONE or node.outputs[0].strides != _dense(node.outputs[0]):
             continue
-        view = made_by(node.inputs[0])
-        if view is None or not _is_turn(view):
-            continue
-        product = made_by(view.inputs[0])
-        if product is None or product.op.forward is not MM:
+        views: list[Node] = []
+        product = made_by(node.inputs[0])
+        while product is not None and _is_turn(product):
+            views.append(product)
+            product = made_by(product.inputs[0])
+        if product is None or product.op.forward is not MM or not views:
             continue
         steps: list[Node] = []
-        b, a = (_turned(value, makers.get(canonical(value)), product, steps) for value in product.inputs[::-1])
+        a, b = product.inputs
+        if len(views) % 2:
+            b, a = (_turned(value, makers, canonical, product, steps) for value in (a, b))
         made = copy.copy(product)
-        made.args = made.inputs = (b, a)
+        made.args = made.inputs = tuple([_straight(value, makers, canonical) for value in (a, b)])
         made.outputs = node.outputs
         turned[product] = [*steps, made]
-        left_out |= {node, view}
+        left_out |= {node, *views}
     found = [each for node in nodes if node not in left_out for each in turned.get(node, [node])]
-    read = wanted | {canonical(v) for node in found for v in node.inputs}
-    return [node for node in found if not _is_turn(node) or canonical(node.outputs[0]) in read]
+    read = set(wanted)
+    kept = []
+    for node in reversed(found):
+        if not _is_turn(node) or canonical(node.outputs[0]) in read:
+            kept.append(node)
+            read.update(map(canonical, node.inputs))
+    return kept[::-1]
 
 
 def _dense(value: Value) -> tuple[int, ...]:
@@ -75,8 +84,21 @@ def _is_turn(node: Node) -> bool:
     return node.op.forward is TRANSPOSE and {d % 2 for d in node.args[1:]} == {0, 1}
 
 
-def _turned(value: Value, maker: Node | None, like: Node, steps: list[Node]) -> Value:
+def _straight(value: Value, makers: dict[Value, Node], canonical: Callable[[Value], Value]) -> Value:
+    """`value`, or what it was turned from twice."""
+    maker = makers.get(canonical(value))
+    if maker is not None and _is_turn(maker):
+        before = makers.get(canonical(maker.inputs[0]))
+        if before is not None and _is_turn(before):
+            return _straight(before.inputs[0], makers, canonical)
+    return value
+
+
+def _turned(
+    value: Value, makers: dict[Value, Node], canonical: Callable[[Value], Value], like: Node, steps: list[Node]
+) -> Value:
     """The transposed `value`: what it was turned from, or the result of a further step."""
+    maker = makers.get(canonical(value))
     if maker is not None and _is_turn(maker):
         return maker.inputs[0]
     made: Any = object.__new__(Value)

@@ -374,3 +374,51 @@ def test_batch_norm_in_eval_mode_moves_nothing() -> None:
     follows(freeze(lambda x: net(x).square().sum(), [draw(5, 3)]), lambda x: net(x).square().sum(), [draw(5, 3)])
     for a, b in zip(net.buffers(), before, strict=True):
         assert torch.equal(a, b)
+
+
+# -- a slice of a tensor that is written to through a slice of the slice ----------------------------------------
+
+
+def test_a_written_slice_of_a_live_tensor_is_replayed_on_itself_and_refused_on_another() -> None:
+    """On another tensor the code would leave the recorded base alone; the fix that is told is tried."""
+
+    def code(x: Tensor) -> Tensor:
+        x[1:].mul_(2)
+        return (x * x).sum()
+
+    base = torch.arange(6.0)
+    x = base[1:4]
+    with te.record() as tape:
+        C = code(x)
+    program = tape.program(inputs=x, outputs=C)
+    twin = base.clone()
+    assert torch.equal(program(x), code(twin[1:4]))
+    assert torch.equal(base, twin)
+    with pytest.raises(te.InputError, match="writes to memory that x and base shared, and share no more") as caught:
+        program(torch.arange(6.0)[1:4])
+    assert "fix: record on tensors of their own: x = x.clone() before the block" in str(caught.value)
+    assert torch.equal(base, twin)
+
+    x = x.clone()
+    with te.record() as tape:
+        C = code(x)
+    program = tape.program(inputs=x, outputs=C)
+    other, twin = torch.arange(6.0), torch.arange(6.0)
+    assert torch.equal(program(other[1:4]), code(twin[1:4]))
+    assert torch.equal(other, twin)
+
+
+def test_inputs_that_share_memory_as_the_recorded_ones_did_not_are_named() -> None:
+    x, y = torch.arange(3.0), torch.arange(3.0)
+    with te.record() as tape:
+        x.mul_(2)
+        C = (x * y).sum()
+    program = tape.program(inputs=(x, y), outputs=C)
+    both = torch.arange(3.0)
+    with pytest.raises(
+        te.InputError, match="writes to memory that x and y share in another way than recorded"
+    ) as caught:
+        program(both, both)
+    assert "fix: give a copy: .clone()" in str(caught.value)
+    assert torch.equal(both, torch.arange(3.0))
+    assert program(both, both.clone()) == 10

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ....tape import Node, Value
 from ...buffers import overlapping
 from ...data import Frozen
+from ...passes import find_in_place
 from ..python import _Writer
 from ..source import Name, Source
 from . import objects
 from .compiler import compiled
 from .machine import Unfit, dense
-from .plan import Part, planned
+from .plan import Part, Plan, planned
 from .segment import Loop, Segment
 
 __all__ = ["Told", "generate"]
 
 PAYS = 6  # operations in a segment, on the average, from which on it is worth its call
+
+IN_PLACE = 1 << 14  # elements of a value from which on a write to a part of it, in its memory, is left to torch
 
 
 @dataclass
@@ -70,11 +72,15 @@ class _Native(_Writer):
         super().__init__(frozen, with_sweep)
         self.always = always
         self.told = Told()
+        self.plan = Plan([*self.nodes], None, frozen.canonical, {})  # as long as there is no other: each by itself
+        self.taken: set[Node] = set()  # what the segments do
 
     def _results(self, wanted: set[Value]) -> set[Value]:
         frozen = self.frozen
         read = wanted | {frozen.canonical(after) for _, after in frozen.writes}
-        refused: set[Node] = set()
+        found = find_in_place(self.order(), frozen.canonical, self.looks_into, read, self.makes)
+        parts = [node for node in found.over if node.outputs[0].numel() > IN_PLACE]
+        refused = {*parts, *(found.spread[node] for node in parts if node in found.spread)}
         while True:
             self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose, refused)
             try:
@@ -90,18 +96,21 @@ class _Native(_Writer):
         self.told.bytes = sum(segment.shared + segment.local for segment in self.segments)
         if not (self.always or self.told.pays):
             raise _Poor
-        taken = {node for part in self.plan.parts for node in part.nodes}
+        self.taken = {node for part in self.plan.parts for node in part.nodes}
         everything = self.nodes
-        self.nodes = [node for node in everything if node not in taken]
+        self.nodes = [node for node in everything if node not in self.taken]
         mine = super()._results(wanted)
         self.nodes = everything
         return mine | {v for part in self.plan.parts for v in part.outputs if v in wanted}
 
+    def order(self) -> list[list[Node]]:
+        return [each.nodes if isinstance(each, Part) else [each] for each in self.plan.items]
+
+    def makes(self, node: Node) -> bool:
+        return node not in self.taken and super().makes(node)
+
     def _compiled(self, part: Part) -> Segment:
         return compiled(part, self.plan, {v: _strides(v) for v in (*part.inputs, *part.outputs)})
-
-    def order(self) -> Iterable[Node]:
-        return (n for item in self.plan.items for n in (item.nodes if isinstance(item, Part) else (item,)))
 
     def _nodes(self) -> None:
         before, start = objects.loaded().compiled, objects.loaded().seconds
@@ -131,8 +140,11 @@ class _Native(_Writer):
         arguments = [Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
         self.views.append((title, segment.bind, (addresses, arguments), {}))
         changing = [name for name, still in zip(names, fixed, strict=True) if not still]
+        start = len(self.lines)
         self.lines.append(f"# {_in_words(part.nodes)}")
         self.lines.append(f"{title}({', '.join(changing)})")
+        loops = any(isinstance(step, Loop) for step in segment.steps)
+        self.unit("rows" if loops else "segment", start, part.nodes, part.inputs, part.outputs)
         self.tick()
 
 

@@ -1,0 +1,87 @@
+"""Which nodes a sweep passes over, and the gradients of which of their inputs it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+import torch
+
+from .tape import DIFFERENTIABLE, Node, Value, bound
+
+__all__ = ["Needs", "all_steps", "made_for", "order_of", "steps_to"]
+
+Tensor = torch.Tensor
+Needs = tuple[bool, ...]  # for each input of a node, whether its gradient is wanted
+
+_by_seq = attrgetter("seq")
+
+
+def order_of(node: Node | None) -> list[Node]:
+    """The nodes through which a gradient can pass from `node` back, in the order of recording."""
+    if node is None:
+        return []
+    seen = {node}
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        if not here.op.differentiable or (here.cut and not here.mutates):
+            continue
+        for value, source in zip(here.inputs, here.sources, strict=True):
+            if source is not None and source not in seen and value.dtype in DIFFERENTIABLE and not value.constant:
+                seen.add(source)
+                stack.append(source)
+    return sorted(seen, key=_by_seq)
+
+
+def all_steps(order: Sequence[Node]) -> list[tuple[Node, Needs]]:
+    """Each node through which a gradient passes, with which of its inputs can have one."""
+    steps = []
+    for node in order:
+        if node.op.differentiable or node.cut:
+            needs = tuple([v.dtype in DIFFERENTIABLE and not v.constant for v in node.inputs])
+            if True in needs:
+                steps.append((node, needs))
+    return steps
+
+
+def made_for(targets: Sequence[Tensor], root: Value, order: Sequence[Node]) -> set[Value]:
+    """The values that the tensors of `wrt` hold, of those that the nodes made; leaves are found by `steps_to`."""
+    found = {root} if any(root.holder is each for each in targets) else set()
+    made = [value for each in targets if (value := bound(each)) is not None and not value.leaf]
+    if made:
+        nodes = set(order)
+        found.update(value for value in made if value.node in nodes and value.differentiable)
+    return found
+
+
+def steps_to(
+    asked: set[Value], targets: Sequence[Tensor], order: Sequence[Node], *, closed: bool = False
+) -> list[tuple[Node, Needs]]:
+    """Each node through which a gradient finds its way to a value asked for, with which of its inputs do.
+
+    To those `asked` are added the leaves that the tensors of `wrt` hold, or held. A tensor that is not found may
+    lie behind a `closed` value: then the walk goes there, and that value says so.
+    """
+    wanted = {id(tensor) for tensor in targets}
+    useful: set[Value] = set(asked)
+    passed: set[Value] = set()
+    steps = []
+    for node in order:
+        needs = []
+        for value in node.inputs:
+            need = value in useful
+            if not need and value._node is None and value not in passed:
+                need = id(value._tensor()) in wanted and value.differentiable
+                if need:
+                    asked.add(value)
+                elif closed and value.closed:
+                    need = True
+                (useful if need else passed).add(value)
+            needs.append(need)
+        if True in needs and (node.op.differentiable or node.cut):
+            useful.update([v for v in node.outputs if v.dtype in DIFFERENTIABLE and not v.constant])
+            steps.append((node, tuple(needs)))
+    if not closed and wanted > {id(value.holder) for value in asked}:
+        return steps_to(asked, targets, order, closed=True)
+    return steps
