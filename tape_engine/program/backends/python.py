@@ -302,6 +302,7 @@ class _Writer(Names, Memory):
         base, out = self.frozen.canonical(self.in_place.over[node]), self.frozen.canonical(node.outputs[0])
         name = self.names[out] = self.name(base)
         self.life.view(out, [base])
+        self.life.touch(out)
         if base in self.static:
             self.static.add(out)
         if base in self.locals:
