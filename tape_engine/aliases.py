@@ -14,15 +14,20 @@ into the region gets a copy of its own, so that a rule still finds what was reco
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .registry import op, sample, spec
-from .tape import Kept, Value, bound, rebind, unwritten, version_of
+from .tape import Hidden, Kept, Node, Value, bound, exposed, rebind, unwritten, version_of
 
 __all__ = [
     "Aliases",
+    "changed_outside",
     "covers",
+    "expose",
+    "forget_exposed",
     "join",
     "neighbours",
     "overlapping",
@@ -31,6 +36,7 @@ __all__ = [
     "read_view",
     "refresh",
     "same_storage",
+    "sample_of",
     "share",
     "write_view",
 ]
@@ -147,12 +153,17 @@ class Aliases:
 _by_storage: weakref.WeakValueDictionary[int, Aliases] = weakref.WeakValueDictionary()
 
 
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
 def storage_of(tensor: torch.Tensor) -> int:
     """The address of the tensor's storage; 0 where it has none to share (sparse tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return 0
+    storage = _storage(tensor)
+    return 0 if storage is None else int(storage._cdata)
 
 
 def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -160,15 +171,54 @@ def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return storage_of(a) == storage_of(b) != 0
 
 
-def join(tensor: torch.Tensor, value: Value) -> None:
-    """Enters `value`, which `tensor` holds, among the aliases of its storage."""
-    key = storage_of(tensor)
+def join(tensor: torch.Tensor, value: Value) -> bool:
+    """Enters `value`, which `tensor` holds, among the aliases of its storage; says whether others have that memory too.
+
+    Torch marks a storage that it shares with NumPy, with a file or another process: it cannot be resized.
+    """
+    storage = _storage(tensor)
+    key = 0 if storage is None else int(storage._cdata)
     if key:
         group = _by_storage.get(key)
         if group is None:
             group = _by_storage[key] = Aliases()
         value.aliases = group
         group.add(value)
+    return storage is not None and not storage.resizable() and tensor.numel() > 0 and tensor.device.type == "cpu"
+
+
+#: Of a tensor in memory that is not torch's own, so many elements are looked at to see whether they were changed.
+SAMPLE = 256
+
+
+def sample_of(tensor: torch.Tensor) -> bytes:
+    """The octets of some elements of a tensor, spread over it: of a small one, of all."""
+    try:
+        with torch.no_grad():
+            flat = tensor.detach().resolve_conj().resolve_neg()
+            if flat.numel() > SAMPLE:
+                places = torch.arange(SAMPLE) * (flat.numel() - 1) // (SAMPLE - 1)
+                flat = flat[torch.unravel_index(places, flat.shape)]
+            octets: bytes = flat.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            return octets
+    except (RuntimeError, TypeError):  # a tensor without memory of its own, or of another kind
+        return b""
+
+
+def changed_outside(nodes: Sequence[Node]) -> tuple[Node, Value] | None:
+    """A leaf whose memory others have too and whose elements have changed since, with a node whose rule reads it."""
+    ends = {node.tape for node in (*nodes[:1], *nodes[-1:]) if node.tape is not None}
+    for ref, then in [each for token in ends for each in token.foreign]:
+        value = ref()
+        kept, tensor = (None, None) if value is None else (value.kept, value.holder)
+        if value is None or kept is None or kept.own or tensor is None or not kept.intact:
+            continue
+        if sample_of(tensor) == then:
+            continue
+        for node in nodes:
+            if value in node.inputs and (kept in node.saved or isinstance(node.args[-1], Hidden)):
+                return node, value
+    return None
 
 
 def share(value: Value, with_whom: Value) -> None:
@@ -233,6 +283,24 @@ def covers(base: torch.Tensor, part: torch.Tensor) -> bool:
     return a0 <= b0 and b1 <= a1 and base.dtype == part.dtype
 
 
+def expose(tensor: torch.Tensor) -> None:
+    """The memory of `tensor` is handed to code that nobody hears: cells that look there get copies, now and later."""
+    key = storage_of(tensor)
+    if not key:
+        return
+    forget_exposed()
+    value = bound(tensor)
+    if value is not None:
+        protect(tensor, value)
+    exposed[key] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def forget_exposed() -> None:
+    """Drops the exposed storages that are gone."""
+    for key in [key for key, ref in exposed.items() if ref.expired()]:
+        del exposed[key]
+
+
 def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch.Tensor]]:
     """Before `tensor` is written to: a copy for every cell that looks into what will change.
 
@@ -258,11 +326,11 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
     return spared
 
 
-def refresh(spared: list[tuple[Kept | None, torch.Tensor]]) -> None:
-    """After the write: what it spared takes the storage's count of writes, with this one."""
+def refresh(spared: list[tuple[Kept | None, torch.Tensor]], pending: int = 1) -> None:
+    """After the write: what it spared takes the storage's count of writes, with those that torch has yet to count."""
     for cell, tensor in spared:
         count = version_of(tensor)
         if cell is None:
-            rebind(tensor, count + 1)
+            rebind(tensor, count + pending)
         else:
-            cell.versions = (count, count + 1)
+            cell.versions = (count, count + pending)

@@ -4,36 +4,40 @@ A dispatch mode does not hear when values leave the tensors for Python or NumPy,
 ``torch.autograd.Function`` it hears the body without the function's own backward. So while a block is open,
 the few methods by which that happens are wrapped; the wrappers are taken off with the last block.
 
-- ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``.
+- ``Function.apply`` is recorded as one node, whose rule is the function's own ``backward``: by the recorder, which is
+  asked at each call from the first recording on, for a recorded tensor may be given to one outside a block.
 - ``detach_()`` cuts a gradient, which torch does without telling the dispatcher. ``detach()`` and
   ``.data`` it does tell, but autograd detaches as well, each output that it saves: only the user's is a cut.
 - ``x.data = y`` gives a tensor other contents, ``torch.tensor(x)`` copies them without the gradient, and
   ``nn.Parameter(x)`` looks into them: none of these says so.
+- ``copy.deepcopy`` and ``copy.copy`` of what was computed are a clone and a view; pickling it hands it out, and so does
+  taking the numbers out of a list of tensors (``torch.tensor([a, b])``): they warn as ``numpy()`` does.
+- Singular values alone are computed by another algorithm than with vectors, which torch takes where a mode listens.
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
-  on a value through which a gradient could pass they warn, and the elements handed out are a guard as well.
+  on a value through which a gradient could pass they warn, and the elements handed out are a guard as well. What
+  rules read there is copied, as a write to that memory is heard by nobody.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-import warnings
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from .errors import TapeWarning, message
-from .names import call_site, called_by_user, user_frame
-from .registry import Op
-from .tape import bound, describe
+from .aliases import expose
+from .names import called_by_user
+from .tape import bound, rebind
+from .warned import warn_of_exit, warn_of_hook, warn_of_list
 
-__all__ = ["close_exits", "open_exits", "warn_of_exit", "warn_of_hook"]
+__all__ = ["close_exits", "hear_functions", "open_exits", "plain_apply", "reconstructed"]
 
 Tensor = torch.Tensor
 
@@ -43,6 +47,15 @@ LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
 #: Methods that ask for a call at a gradient of torch's own.
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
+#: Functions that ask for singular values or eigenvalues, and not for the vectors.
+OF_VALUES = (
+    *((torch.linalg, name) for name in ("svdvals", "eigvalsh", "cond", "matrix_norm", "norm")),
+    (torch, "norm"),
+    (torch, "nuclear_norm"),
+    (Tensor, "norm"),
+)
+
+_dlpack: Any = torch.utils.dlpack
 _DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
 _open = 0
@@ -55,6 +68,11 @@ _set: Callable[[Any, Tensor, Any], None] = print
 _parameter: Callable[..., Any] = print
 _quietly: Callable[[], AbstractContextManager[None]]
 _unfollowed: Callable[[str], None] = print
+_values_alone: Callable[[], AbstractContextManager[None]]
+_deepcopy: Callable[[Any, Tensor, dict[int, Any]], Tensor]
+_shallow: Callable[[Tensor], Tensor]
+_function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_plain_apply: Any = None  # torch's own Function.apply, once the recorder is asked first
 
 #: Methods of a storage by which its contents change without an operation.
 MOVING = ("resize_", "copy_", "fill_")
@@ -69,16 +87,30 @@ def on_exit(
     parameter: Callable[..., Any],
     quietly: Callable[[], AbstractContextManager[None]],
     unfollowed: Callable[[str], None],
+    values_alone: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """The recorder says here whether it listens, how it records what is heard here, and how it hears nothing."""
-    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly, _unfollowed
+    global _heard, _guard, _cut, _detach, _set, _parameter, _quietly, _unfollowed, _values_alone
     _heard, _guard, _cut, _detach = heard, guard, cut, detach
-    _set, _parameter, _quietly, _unfollowed = set_data, parameter, quietly, unfollowed
+    _set, _parameter, _quietly, _unfollowed, _values_alone = set_data, parameter, quietly, unfollowed, values_alone
+
+
+def on_copy(deepcopy: Callable[[Any, Tensor, dict[int, Any]], Tensor], shallow: Callable[[Tensor], Tensor]) -> None:
+    """The recorder says here how it records what the module `copy` does."""
+    global _deepcopy, _shallow
+    _deepcopy, _shallow = deepcopy, shallow
+
+
+def on_function(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """The recorder says here what applying a custom function does."""
+    global _function
+    _function = handler
 
 
 def open_exits() -> None:
     """Wraps the methods; the wrappers do nothing on threads that do not record."""
     global _open
+    hear_functions()
     with _lock:
         _open += 1
         if _open == 1:
@@ -86,19 +118,26 @@ def open_exits() -> None:
                 _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
             _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
             _wrap(Tensor, "detach", _detaching(Tensor.detach))
-            _wrap(Tensor, "data", property(_detaching(_DATA.__get__), _setting(_DATA.__set__)))
+            _wrap(Tensor, "data", property(_getting(_DATA.__get__), _setting(_DATA.__set__)))
             _wrap(Tensor, "_make_subclass", staticmethod(_subclassing(Tensor._make_subclass)))
-            _wrap(torch, "tensor", _copying(torch.tensor, 0))
-            _wrap(Tensor, "new_tensor", _copying(Tensor.new_tensor, 1))
+            _wrap(torch, "tensor", _copying("torch.tensor", torch.tensor, 0))
+            _wrap(Tensor, "new_tensor", _copying(".new_tensor", Tensor.new_tensor, 1))
+            for name in ("as_tensor", "asarray"):
+                _wrap(torch, name, _gathering(f"torch.{name}", getattr(torch, name)))
+            _wrap(Tensor, "__deepcopy__", _deepcopying(Tensor.__deepcopy__))
+            _wrap(Tensor, "__copy__", _shallowly)
+            _wrap(Tensor, "__reduce_ex__", _reducing(Tensor.__reduce_ex__))
+            _wrap(_dlpack, "to_dlpack", _capsuling(_dlpack.to_dlpack))
             _wrap(Tensor, "set_", _moving("x.set_(...)", Tensor.set_))
             for name in MOVING:
                 title = f"x.untyped_storage().{name}(...)"
                 _wrap(torch.UntypedStorage, name, _moving(title, getattr(torch.UntypedStorage, name)))
+            for owner, name in OF_VALUES:
+                _wrap(owner, name, _of_values(getattr(owner, name)))
             _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
             for name in HOOKS:
                 _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
             _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
-            _wrap(torch.autograd.Function, "apply", classmethod(_apply))
 
 
 def close_exits() -> None:
@@ -120,25 +159,6 @@ def _wrap(owner: Any, name: str, wrapper: Any) -> None:
     setattr(owner, name, wrapper)
 
 
-def warn_of_exit(tensor: Tensor, name: str) -> None:
-    """Warns that a recorded value leaves for code through which no gradient can be followed."""
-    value = bound(tensor)
-    node = None if value is None else value.node
-    if value is None or node is None or node.closed or not value.differentiable or node.cut:
-        return
-    warnings.warn(
-        message(
-            f".{name}() hands {value.name or 'a recorded value'} to code that the recorder cannot follow: what is "
-            "computed from it there is a constant to the sweep.",
-            where=call_site(user_frame()),
-            operands=[(value.name or "value", describe(value))],
-            fix=f"te.stop_gradient(...).{name}(), or .detach() before it, says that this is meant",
-        ),
-        TapeWarning,
-        stacklevel=3,
-    )
-
-
 def _hooking(name: str, original: Any) -> Any:
     def register(self: Tensor, hook: Any) -> Any:
         if _heard() and called_by_user():
@@ -148,27 +168,11 @@ def _hooking(name: str, original: Any) -> Any:
     return register
 
 
-def warn_of_hook(tensor: Tensor, what: str, stacklevel: int) -> None:
-    """Warns that a call by torch's own backward was asked for, which no sweep makes."""
-    frame = user_frame()
-    value = bound(tensor)
-    name = (None if value is None else value.name) or "value"
-    warnings.warn(
-        message(
-            f"{what} a call by torch's own backward: te.backward calls no hook.",
-            where=call_site(frame),
-            operands=[] if value is None else [(name, describe(value))],
-            fix="change the gradient after the sweep, or in the rule of an operation of your own (te.op)",
-        ),
-        TapeWarning,
-        stacklevel=stacklevel,
-    )
-
-
 def _leaving(name: str, original: Any) -> Any:
     def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if _heard() and called_by_user():
+        if _heard() and (called_by_user() or name == "__dlpack__"):  # torch.from_dlpack calls that
             warn_of_exit(self, name)
+            expose(self)
             if name != "data_ptr":  # an address, of which a replay has another
                 _guard(self, "elements")
         return original(self, *args, **kwargs)
@@ -193,6 +197,17 @@ def _detaching(original: Any) -> Any:
     return detach
 
 
+def _getting(original: Any) -> Any:
+    def data(self: Tensor) -> Tensor:
+        if not _heard():
+            return original(self)  # type: ignore[no-any-return]
+        made = _detach(original, self)
+        rebind(made)  # torch counts the writes to it anew
+        return made
+
+    return data
+
+
 def _setting(original: Any) -> Any:
     def set_data(self: Tensor, other: Any) -> None:
         if _heard() and isinstance(other, Tensor):
@@ -213,15 +228,96 @@ def _subclassing(original: Any) -> Any:
     return make_subclass
 
 
-def _copying(original: Any, place: int) -> Any:
+def _copying(title: str, original: Any, place: int) -> Any:
     """A function that copies its argument at `place`, where that is a tensor, as a constant."""
 
     def copying(*args: Any, **kwargs: Any) -> Any:
-        if len(args) <= place or not isinstance(args[place], Tensor) or not _heard():
+        if len(args) <= place or not isinstance(args[place], (Tensor, list, tuple)) or not _heard():
             return original(*args, **kwargs)
-        return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
+        if isinstance(args[place], Tensor):
+            return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
+        _taken_out(title, args[place])
+        return original(*args, **kwargs)
 
     return copying
+
+
+def _gathering(title: str, original: Any) -> Any:
+    """A function that takes the numbers out of a list of tensors."""
+
+    def gathering(*args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], (list, tuple)) and _heard():
+            _taken_out(title, args[0])
+        return original(*args, **kwargs)
+
+    return gathering
+
+
+def _taken_out(title: str, listed: Any) -> None:
+    """Numbers are taken out of the tensors in a list: torch tells nobody, and no gradient passes."""
+    tensors = list(_tensors_within(listed))
+    for tensor in tensors:
+        _guard(tensor, "elements")
+    warn_of_list(title, tensors)
+
+
+def _tensors_within(listed: Any) -> Iterator[Tensor]:
+    for each in listed:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (list, tuple)):
+            yield from _tensors_within(each)
+
+
+def _deepcopying(original: Any) -> Any:
+    def __deepcopy__(self: Tensor, memo: dict[int, Any]) -> Tensor:
+        return _deepcopy(original, self, memo) if _heard() else original(self, memo)
+
+    return __deepcopy__
+
+
+def reconstructed(tensor: Any) -> Any:
+    """What ``copy.copy`` makes of a tensor by itself."""
+    return copy._reconstruct(tensor, None, *tensor.__reduce_ex__(4))  # type: ignore[attr-defined]
+
+
+def _shallowly(self: Tensor) -> Tensor:
+    if _heard():
+        return _shallow(self)
+    made: Tensor = reconstructed(self)
+    return made
+
+
+def _reducing(original: Any) -> Any:
+    def __reduce_ex__(self: Tensor, protocol: Any) -> Any:
+        if _heard():
+            warn_of_exit(self, "__reduce_ex__")
+            if bound(self) is not None:
+                _guard(self, "elements")
+        return original(self, protocol)
+
+    return __reduce_ex__
+
+
+def _capsuling(original: Any) -> Any:
+    def to_dlpack(tensor: Tensor) -> Any:
+        if _heard() and isinstance(tensor, Tensor):
+            warn_of_exit(tensor, "to_dlpack")
+            expose(tensor)
+            _guard(tensor, "elements")
+        return original(tensor)
+
+    return to_dlpack
+
+
+def _of_values(original: Any) -> Any:
+    def of_values(*args: Any, **kwargs: Any) -> Any:
+        if not _heard():
+            return original(*args, **kwargs)
+        with _values_alone():
+            return original(*args, **kwargs)
+
+    return of_values
 
 
 def _moving(title: str, original: Any) -> Any:
@@ -258,61 +354,25 @@ def _one_hot(original: Any) -> Any:
 
 # -- a function's own backward ---------------------------------------------------------------------------
 
-_ops: weakref.WeakKeyDictionary[type, Op] = weakref.WeakKeyDictionary()
+
+def hear_functions() -> None:
+    """From now on the recorder is asked at each ``Function.apply``: outside a block recorded tensors listen."""
+    global _plain_apply
+    if _plain_apply is not None:
+        return
+    with _lock:
+        if _plain_apply is None:
+            _plain_apply = torch.autograd.Function.__dict__["apply"]
+            torch.autograd.Function.apply = classmethod(_applying())  # type: ignore[method-assign, assignment]
 
 
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    original = _original[torch.autograd.Function, "apply"].__get__(None, cls)
-    if not _heard():
-        return original(*args, **kwargs)
-    found = _ops.get(cls)
-    if found is None:
-        found = _ops[cls] = _op_of(cls)
-    return found(*args, **kwargs)
+def _applying() -> Any:
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:  # by this name torch.compile knows it
+        return _function(cls, args, kwargs)
+
+    return apply
 
 
-def _op_of(cls: Any) -> Op:
-    """The operation that a custom function is on a tape."""
-    plain = torch.autograd.Function.__dict__["apply"] if not _original else _original[torch.autograd.Function, "apply"]
-    reference = weakref.ref(cls)  # the table of operations must not keep the class alive
-
-    def forward(*args: Any) -> Any:
-        return plain.__get__(None, reference())(*args)
-
-    def backward(count: int, *rest: Any) -> Any:
-        """The function's own backward: of `count` gradients, `None` for an output that the loss does not reach."""
-        g, args = rest[:count], rest[count:]
-        floating = [isinstance(a, Tensor) and (a.dtype.is_floating_point or a.dtype.is_complex) for a in args]
-        with torch.enable_grad():
-            fresh = [a.detach().requires_grad_() if f else a for a, f in zip(args, floating, strict=True)]
-            stream = torch.get_rng_state()
-            made = forward(*fresh)
-            if not torch.equal(torch.get_rng_state(), stream):
-                torch.set_rng_state(stream)
-                raise RuntimeError(
-                    "its forward draws random numbers, and is run again for its backward, where it would draw others: "
-                    "draw them before, and give them as an argument"
-                )
-            pairs = zip(made if isinstance(made, tuple) else (made,), g, strict=True)
-            reached = [(out, each) for out, each in pairs if each is not None and out.requires_grad]
-            wanted = [a for a, f in zip(fresh, floating, strict=True) if f]
-            found = iter(
-                torch.autograd.grad(
-                    [out for out, _ in reached], wanted, [each for _, each in reached], allow_unused=True
-                )
-                if reached and wanted
-                else [None] * len(wanted)
-            )
-        tensors = [(a, f) for a, f in zip(args, floating, strict=True) if isinstance(a, Tensor)]
-        return tuple((next(found) if f else None) for a, f in tensors)
-
-    op = Op(forward, name=cls.__name__)
-    backward_op = Op(backward, name=f"{cls.__name__}_backward")
-
-    def function_grad(g: Any, out: Any, *args: Any) -> Any:
-        gradients = g if isinstance(g, tuple) else (g,)
-        return backward_op(len(gradients), *gradients, *args)
-
-    function_grad.__name__ = f"{cls.__name__}_grad"
-    op.rule(function_grad)
-    return op
+def plain_apply(cls: Any) -> Any:
+    """Torch's own ``apply`` of a custom function."""
+    return (_plain_apply or torch.autograd.Function.__dict__["apply"]).__get__(None, cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .names import names_of, where
-from .tape import Node, Tape, Value, on_print
+from .tape import Hidden, Node, Tape, Value, on_print
 
 __all__ = ["listing"]
 
@@ -30,7 +30,7 @@ def listing(tape: Tape) -> str:
 
 def _row(node: Node, names: dict[int, str]) -> tuple[str, str, str]:
     made = ", ".join(_made(value, names) for value in node.outputs)
-    arguments = [_argument(each, names) for each in node.args]
+    arguments = [_argument(each, names) for each in node.args if not isinstance(each, Hidden)]
     arguments += [f"{name}={_argument(each, names)}" for name, each in node.kwargs.items()]
     call = f"{node.op.name}({', '.join(arguments)})"
     rule = node.rule + (", random" if node.random else "") + (", in place" if node.mutates else "")

@@ -34,6 +34,10 @@ HIDDEN_VIEWS = {
 #: Views that mean more than what they compute: a cut, and a tensor made of Python numbers.
 APART = {aten.detach.default, aten.lift_fresh.default}
 
+#: Decompositions that torch computes without vectors where no gradient will need them, and at which place it says so.
+#: Under a dispatch mode it takes for granted that one will, and the values then are those of another algorithm.
+VECTORS = {aten._linalg_svd.default: (False, False), aten._linalg_eigh.default: ("L", False)}
+
 #: Overloads by which a value leaves the tensors for Python.
 GUARDS = {
     aten._local_scalar_dense.default,
@@ -142,7 +146,7 @@ def _make(overload: OpOverload) -> Plan:
         random=random,
         plain=_makes_tensors(returned)
         and flat
-        and not (written or guard or random or overload in {*APART, BATCH_NORM}),
+        and not (written or guard or random or overload in {*APART, *VECTORS, BATCH_NORM}),
         single=returned == ["Tensor"],
         chance=next((i for i, a in enumerate(arguments) if a.name == "dropout_p" and not a.kwarg_only), None),
         call=overload._op,

@@ -205,6 +205,10 @@ class Op:
         """Whether its rule reads the data of the output at `place`, of `count`."""
         return self.reads_output and (self.outputs_read is None or count == 1 or place in self.outputs_read)
 
+    def bare(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a node, as a program keeps them: without contents."""
+        return args
+
     def _note_reads(self) -> None:
         """Works out what the rule reads once, as it is asked at every call."""
         saves, names = self.saves or frozenset(), self.rule_parameters

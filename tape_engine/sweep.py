@@ -26,6 +26,7 @@ from .errors import (
     message,
 )
 from .names import call_site, local_name, user_frame
+from .refusals import closed_error
 from .tape import (
     DIFFERENTIABLE,
     Node,
@@ -38,7 +39,7 @@ from .tape import (
     next_in_sequence,
     values_by_tensor,
 )
-from .walk import Sweep, closed_error
+from .walk import Sweep
 
 __all__ = ["backward", "grad", "root_of"]
 

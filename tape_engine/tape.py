@@ -43,6 +43,11 @@ def next_in_sequence() -> int:
     return next(_sequence)
 
 
+#: The storages whose memory was handed to code that nobody hears (``numpy()``), by address, each with its weak
+#: reference. A cell on one of them keeps a copy from the start: no count tells of such a write.
+exposed: dict[int, Any] = {}
+
+
 class Kept:
     """A tensor that some rule will read: the contents a value had when it was recorded.
 
@@ -55,6 +60,8 @@ class Kept:
     __slots__ = ("__weakref__", "address", "own", "tensor", "versions")
 
     def __init__(self, tensor: torch.Tensor, *, own: bool = False) -> None:
+        if exposed and _is_exposed(tensor):
+            tensor, own = tensor.detach().clone(memory_format=torch.preserve_format), True
         self.tensor = tensor
         self.own = own
         self.versions: tuple[int, ...] = ()
@@ -76,6 +83,13 @@ class Kept:
             return tensor._version in self.versions and _data_ptr(tensor) == self.address
         except (RuntimeError, NotImplementedError):
             return version_of(tensor) in self.versions and address_of(tensor) == self.address
+
+
+def _is_exposed(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor.untyped_storage()._cdata in exposed
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 _STRIDED = torch.strided
@@ -217,6 +231,10 @@ class Value:
         return f"<value {self.name + ' ' if self.name else ''}{describe(self)}>"
 
 
+class Hidden:
+    """An argument of a node that is not the user's, and is not shown."""
+
+
 #: Shapes with strides, each once: a tape of a thousand nodes has few, and fewer objects are less work for the
 #: collector of cycles, which would otherwise take a fifth of the time of a recording.
 _layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[torch.Size, tuple[int, ...]]] = {}
@@ -293,6 +311,7 @@ class Node:
         ordinary: whether it has one output, given as it is, no keyword arguments, and is not cut, as most have.
         random: whether it draws from a generator.
         swept: whether a sweep has passed over it.
+        context: in a recorded sweep, the custom function whose backward ran it, on what it had kept by then.
         outline: its copy without tensors, once a decision on the global tape keeps one; `is_outline` in that copy.
     """
 
@@ -307,6 +326,7 @@ class Node:
     random = False
     swept = False
     tape: Token | None = None
+    context: str | None = None
     outline: Node | None = None
     is_outline = False
 
@@ -360,7 +380,8 @@ class Node:
         names = self.op.parameters
         named = {(names[i] if i < len(names) else f"arg{i}"): a for i, a in enumerate(self.args)}
         named.update(self.kwargs)
-        return {name: a for name, a in named.items() if not _holds_value(a) and a is not None}
+        hidden = (Hidden, type(None))
+        return {name: a for name, a in named.items() if not _holds_value(a) and not isinstance(a, hidden)}
 
     @property
     def site(self) -> tuple[CodeType | Told | None, int]:
@@ -419,16 +440,24 @@ class Token:
     """What a node knows its tape by; it lives as long as the tape or a node of it.
 
     ``marked`` are the leaves whose tensors listen for plain operations on behalf of the tape, by ``id``; ``resting``
-    those that do so no more than needed, since the tape was frozen.
+    those that do so no more than needed, since the tape was frozen. ``foreign`` are the leaves in memory that others
+    have too (``torch.from_numpy``), each with a sample of its elements.
     What was recorded before ``closed_at`` belongs to a sweep that is over.
     """
 
-    __slots__ = ("__weakref__", "closed_at", "marked", "resting")
+    __slots__ = ("__weakref__", "closed_at", "foreign", "marked", "resting")
 
     def __init__(self) -> None:
         self.marked: dict[int, weakref.ref[Value]] = {}
         self.resting: dict[int, weakref.ref[Value]] = {}
         self.closed_at = 0
+        self.foreign: list[tuple[weakref.ref[Value], bytes]] = []
+
+    def watch(self, value: Value, sample: bytes) -> None:
+        """Notes a leaf whose memory others have too."""
+        if len(self.foreign) & (len(self.foreign) - 1) == 0:
+            self.foreign = [each for each in self.foreign if each[0]() is not None]
+        self.foreign.append((weakref.ref(value), sample))
 
 
 class Tape:
@@ -632,6 +661,18 @@ def unwritten(tensor: torch.Tensor) -> bool:
     """Whether nothing was written to `tensor` since it was bound."""
     found = values_by_tensor.get(id(tensor))
     return found is not None and version_of(tensor) in found.versions
+
+
+def written_unseen(value: Value) -> bool:
+    """Whether the tensor that holds the value was written to without the recorder noticing.
+
+    An alias that is kept in its place was made below torch's count of writes, and does not share it.
+    """
+    holder = value._tensor()
+    binding = None if holder is None else values_by_tensor.get(id(holder))
+    if holder is None or binding is None or binding.value is not value or value.leaf:
+        return False
+    return version_of(holder) not in binding.versions
 
 
 def unbind(tensor: torch.Tensor) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from . import recorder
-from .errors import NotRecordedError, OverwrittenError, RuleError, SweptError, TapeError, message
+from .aliases import changed_outside
+from .errors import RuleError, TapeError, message
 from .gradients import borrowed, fitted, in_order, refill
 from .names import located
+from .refusals import closed_error, overwritten_error
 from .specialise import specialise
 from .steps import Needs, all_steps, made_for, order_of, steps_to
 from .tape import (
@@ -28,10 +30,10 @@ from .tape import (
     describe,
     next_in_sequence,
     values_by_tensor,
-    version_of,
+    written_unseen,
 )
 
-__all__ = ["Sweep", "closed_error"]
+__all__ = ["Sweep"]
 
 Tensor = torch.Tensor
 
@@ -83,6 +85,9 @@ class Sweep:
         """Walks back; afterwards `gradients` is complete."""
         recording = recorder.recording(self.tape, sweep=True) if self.record else nullcontext()
         length = self.tape.length
+        changed = None if self.structure else changed_outside(self.order)
+        if changed is not None:
+            raise overwritten_error(*changed)
         try:
             with torch.no_grad(), recording:
                 if self.record or self.structure:
@@ -220,17 +225,9 @@ class Sweep:
     def _contents(self, node: Node, kept: Kept, value: Value) -> Tensor:
         """What the rule of `node` is given for a value whose contents it reads: those recorded, or an error."""
         tensor = kept.tensor
-        if self.structure or (kept.intact and (value._tensor() is tensor or not _written_unseen(value))):
+        if self.structure or (kept.intact and (value._tensor() is tensor or not written_unseen(value))):
             return tensor
-        raise OverwrittenError(
-            message(
-                f"{value.name or 'a value'} that the rule of {node.op.name} reads "
-                "was changed by a write that the recorder could not see.",
-                where=located(node),
-                operands=[(value.name or "value", describe(value))],
-                fix="write to it inside te.record(), or to a copy of it: .clone()",
-            )
-        )
+        raise overwritten_error(node, value)
 
     def _linked(self, tensor: Tensor, value: Value, source: Node | None) -> Tensor:
         """In a sweep that is recorded, a tensor that stands for `value`, so that the recording finds it."""
@@ -269,6 +266,9 @@ class Sweep:
         """Gives each gradient memory of its own: a rule may have returned ``g``, a view, or an argument."""
         seen: set[int] = set()
         for value, g in self.gradients.items():
+            if g.layout is not torch.strided:  # of a sparse tensor: it has no one storage to compare
+                self.gradients[value] = g.clone()
+                continue
             known = values_by_tensor.get(id(g))
             older = known is not None and (known.node is None or known.node.seq < self._began)
             storage = g.untyped_storage()
@@ -289,18 +289,6 @@ def _uses(storage: torch.UntypedStorage) -> int:
     return count
 
 
-def _written_unseen(value: Value) -> bool:
-    """Whether the tensor that holds the value was written to without the recorder noticing.
-
-    An alias that is kept in its place was made below torch's count of writes, and does not share it.
-    """
-    holder = value._tensor()
-    binding = None if holder is None else values_by_tensor.get(id(holder))
-    if holder is None or binding is None or binding.value is not value or value.leaf:
-        return False
-    return version_of(holder) not in binding.versions
-
-
 def _failed(node: Node, g: list[Tensor | None], error: Exception) -> RuleError:
     """What is raised when the rule of `node` raised `error`."""
     title = getattr(node.op.grad, "__name__", "borrowed rule")
@@ -316,28 +304,3 @@ def _failed(node: Node, g: list[Tensor | None], error: Exception) -> RuleError:
 def _described(node: Node, g: list[Tensor | None]) -> list[tuple[str, str]]:
     rows = [("g", describe(each)) for each in g if each is not None]
     return rows + [(name, describe(v)) for name, v in zip(node.input_names, node.inputs, strict=True)]
-
-
-def closed_error(value: Value, where: str | None) -> TapeError:
-    """What says that no gradient may pass into a value."""
-    kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
-    name = value.name or "a value"
-    return kind(
-        message(
-            f"the gradient reaches {name}, which {value.closed}.",
-            where=where,
-            operands=[(value.name or "value", describe(value))],
-            fix=_way_around(value),
-        )
-    )
-
-
-def _way_around(value: Value) -> str:
-    name = value.name or "it"
-    if value.closed == recorder.SWEPT:
-        return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
-    if value.closed == recorder.SWEEP:
-        return "pass record=True to that sweep"
-    if value.closed == recorder.OUTSIDE:
-        return f"compute {name} inside `with te.record():`, or go on from {name}.detach()"
-    return f"write to {name} inside the recording, or to a copy of it: .clone()"

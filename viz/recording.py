@@ -118,10 +118,15 @@ def _g_shape(value: Value) -> Shape | None:
 
 
 def _planned(nodes: Sequence[Node], outputs: Any) -> tuple[dict[int, Shape], set[int]]:
-    """The shape of every gradient that a sweep from `outputs` would compute, by default from the last value made."""
+    """The shape of every gradient that a sweep from `outputs` would compute, by default from the last result.
+
+    Of an operation with several outputs (``nll_loss``: the loss and the sum of its weights) that is the first that
+    nobody reads.
+    """
     if not outputs:
         read = {id(v) for node in nodes for v in node.inputs}
-        outputs = [v for node in nodes if passes(node) for v in node.outputs if id(v) not in read][-1:]
+        ends = [[v for v in n.outputs if id(v) not in read and v.differentiable] for n in nodes if passes(n)]
+        outputs = [v for left in ends for v in left[:1]][-1:]
     given = outputs if isinstance(outputs, (tuple, list)) else [outputs]
     found = {id(v): tuple(v.shape) for v in given if isinstance(v, Value) and v.differentiable}
     for node in reversed(nodes):

@@ -23,27 +23,29 @@ from .data import LIFT, Frozen
 from .guards import check_guard, check_shape
 from .passes import laid_out
 
-__all__ = ["is_recorded", "run_recorded"]
+__all__ = ["is_heard", "is_recorded", "run_recorded"]
 
 Tensor = torch.Tensor
 
 
 def is_recorded(inputs: Sequence[Tensor], live: Sequence[tuple[Value, Tensor]], own: Mapping[int, Any]) -> bool:
-    """Whether a tape would record a plain torch operation on these tensors now.
+    """Whether a tape would record a plain torch operation on these tensors now."""
+    return not recorder.is_quiet() and is_heard(inputs, live, own)  # quiet: in the body of a named operation, or a rule
+
+
+def is_heard(inputs: Sequence[Tensor], live: Sequence[tuple[Value, Tensor]], own: Mapping[int, Any]) -> bool:
+    """Whether a tape would record an operation on these tensors where anything is recorded at all.
 
     `own` are the leaves that listen on behalf of the frozen tape: what it read is not recorded elsewhere by that.
     """
-    if recorder.is_quiet():  # inside the body of a named operation, or a rule
-        return False
     if current_tape().strong:
         return True
-    return any(_listens(t, own) for t in inputs) or any(_listens(t, own) for _, t in live)
+    listening = [t for t in inputs if isinstance(t, Recorded)] + [t for _, t in live if isinstance(t, Recorded)]
+    return bool(listening) and any(_listens(t, own) for t in listening)
 
 
-def _listens(tensor: Tensor, own: Mapping[int, Any]) -> bool:
+def _listens(tensor: Recorded, own: Mapping[int, Any]) -> bool:
     """Whether plain operations on `tensor` are recorded, be it a leaf on behalf of another tape alone."""
-    if not isinstance(tensor, Recorded):
-        return False
     value = bound(tensor)
     return value is None or not value.leaf or bool(value.closed) or value.marks > (id(value) in own)
 
@@ -94,7 +96,7 @@ def _run(node: Node, held: dict[Value, Tensor]) -> None:
     if node.result is not None:
         check_guard(result, node.result, located(node))
         return
-    made = [result] if isinstance(result, Tensor) else [each for each in result if each is not None]
+    made = [result] if isinstance(result, Tensor) else [each for each in result if isinstance(each, Tensor)]
     for value, tensor in zip(node.outputs, made, strict=True):
         if value.shape != tensor.shape:
             check_shape(tensor, value.shape, located(node))

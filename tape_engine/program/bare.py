@@ -21,7 +21,7 @@ def bare(nodes: Sequence[Node], known: dict[Node, Node] | None = None) -> list[N
         if made is None:
             made = known[node] = Node.__new__(Node)  # a copy; `copy.copy` takes five times as long
             vars(made).update(vars(node))
-            made.saved = ()
+            made.saved, made.args = (), node.op.bare(node.args)
             made.sources = tuple([None if source is None else known.get(source) for source in node.sources])
         found.append(made)
     return found

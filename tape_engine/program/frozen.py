@@ -14,8 +14,8 @@ import torch
 
 from ..aliases import write_view
 from ..errors import NotRecordedError, ShapeError, message
-from ..names import call_site, local_name, names_of, user_frame
-from ..recorder import SWEEP, SWEPT, UNSEEN, quietly, read, recording
+from ..names import call_site, local_name, located, names_of, user_frame
+from ..recorder import SWEEP, SWEPT, UNSEEN, freezing, quietly, read, recording
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
 from ..walk import Sweep
 from .bare import bare, bare_tape
@@ -44,6 +44,7 @@ def freeze_nodes(
     end = Tape(strong=True)  # what has to be read off once more at the end of the recording
     made = [_output(each, tape, end) for each in outputs]
     recorded = [*_needed(tape, made, end, inputs), *end.nodes]
+    _refuse_contexts(recorded)
     known: dict[Node, Node] = {}
     replayed = bare_tape(tape, known)
     nodes = bare(recorded, known)
@@ -109,6 +110,20 @@ def _refuse_unfollowed(tape: Tape) -> None:
                 fix="write to the elements: x.copy_(...)",
             )
         )
+
+
+def _refuse_contexts(nodes: Iterable[Node]) -> None:
+    """Refuses a recorded sweep through a custom function: it ran on the context of the recorded forward."""
+    for node in nodes:
+        if node.context is not None:
+            raise NotRecordedError(
+                message(
+                    f"tape.program: the backward of {node.context}, a torch.autograd.Function, was recorded with what "
+                    "its forward had kept: a replay of the forward keeps something else.",
+                    where=located(node),
+                    fix="make it an operation with a rule: te.op",
+                )
+            )
 
 
 # -- the rim -----------------------------------------------------------------------------------------------
@@ -339,7 +354,8 @@ def _record_sweep(frozen: Frozen, root: Value, source: Node | None, seed: Tensor
     push_tape(inner)
     try:
         with quietly():
-            sweep = Sweep(root, source, seed, targets=targets, record=True, structure=True).run()
+            with freezing():
+                sweep = Sweep(root, source, seed, targets=targets, record=True, structure=True).run()
             with recording(inner, sweep=True), torch.no_grad():
                 found = _by_tensor(sweep)
             for tensor, g in found:

@@ -11,8 +11,8 @@ import torch
 from ..recorder import quietly
 from .backends import cudagraph, native, python
 from .backends.source import Source
+from .collecting import Uncollected
 from .data import Frozen
-from .uncollected import uncollected
 
 __all__ = ["Function"]
 
@@ -50,7 +50,7 @@ class Function:
         with self._lock:
             if self._source is None:
                 without = torch.autocast(self.device, enabled=False)
-                with quietly(), uncollected(), torch.inference_mode(False), torch.no_grad(), without:
+                with quietly(), torch.inference_mode(False), torch.no_grad(), without, Uncollected():
                     self._source = self._generate()
             return self._source
 
@@ -93,7 +93,7 @@ class Function:
         try:
             run = self._idle.pop()  # atomic: no two threads get the same
         except IndexError:
-            with uncollected(), torch.autocast(self.device, enabled=False):
+            with Uncollected(), torch.autocast(self.device, enabled=False):
                 run = self._copy_of(self.source)
         try:
             if torch.is_autocast_enabled(self.device):  # casts that the code made are recorded; no others are meant

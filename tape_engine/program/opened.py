@@ -16,7 +16,7 @@ import torch
 
 from ..aliases import extent
 from ..exits import close_exits, open_exits
-from ..recorder import recording
+from ..recorder import CalledBack, FunctionOp, called_again, recording
 from ..recorder.apart import Apart
 from ..tape import Node, Tape, Value, bind, bound, pop_tape, push_tape
 from .data import LIFT, VIEWS, Frozen, sized_by_elements
@@ -40,6 +40,10 @@ class _Body:
 def opened(node: Node, frozen: Frozen) -> list[Node]:
     """The torch operations of which a named operation consists; the node itself if they cannot be told."""
     if not node.op.is_named or node.op in VIEWS or node.result is not None:
+        return [node]
+    if isinstance(node.op, FunctionOp):
+        return [called_again(node)]
+    if isinstance(node.op, CalledBack):
         return [node]
     with generators_kept({v.device for v in node.inputs}):
         body = _run(node, 0)

@@ -15,21 +15,30 @@ from then on. `aliases` follows the other tensors that look into the same storag
 
 from __future__ import annotations
 
+from . import copies as copies
+from .called import CalledBack, called_again, freezing
 from .doors import pause, record, scope, stop_gradient
+from .functions import FunctionOp
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
-from .state import OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
+from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
 from .writing import ALIAS, is_update, read, rule_to_add
 
 __all__ = [
     "ALIAS",
+    "MOVED",
+    "ONCE",
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
     "UNSEEN",
+    "CalledBack",
+    "FunctionOp",
     "Recorded",
+    "called_again",
     "current_tape_is_global",
     "forget_leaves",
+    "freezing",
     "is_quiet",
     "is_update",
     "listen_to",

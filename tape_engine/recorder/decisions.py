@@ -86,6 +86,7 @@ def _outlines(sources: Sequence[Node | None]) -> tuple[tuple[Node | None, ...], 
             stack.pop()
             outline = copy.copy(node)
             outline.saved, outline.cut, outline.mutates = (), True, ()
+            outline.args = node.op.bare(node.args)
             outline.sources = tuple([None if each is None else _outline_of(each) for each in node.sources])
             outline.is_outline = True
             node.outline = outline

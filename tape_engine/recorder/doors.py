@@ -14,10 +14,11 @@ from .. import aliases, exits, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
-from ..tape import Tape, bound, current_tape, describe, pop_tape, push_tape
+from ..tape import Tape, bound, current_tape, pop_tape, push_tape
+from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, quietly
-from .state import current_tape_is_global, detaching, gaps, state, tensors_in
+from .state import current_tape_is_global, detaching, gaps, state, tensors_in, values_alone
 from .streams import Streams
 from .writing import (
     Taken,
@@ -63,7 +64,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 result = op.forward(*args, **kwargs)
         except Exception as error:
             undo(tape, taken.length)
-            error.add_note(_operands_note(op, args, kwargs))
+            error.add_note(operands_note(op, args, kwargs))
             raise
         if any(made is given for made in tensors_in(result) for given in taken.tensors):
             result = _apart(result, taken.tensors)
@@ -104,13 +105,6 @@ def _apart(result: Any, given: Sequence[Tensor]) -> Any:
     return result
 
 
-def _operands_note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    names = [*op.parameters, *("" for _ in args)]
-    pairs = [*zip(names, args, strict=False), *kwargs.items()]
-    shown = [(name, describe(each)) for name, each in pairs if isinstance(each, Tensor)]
-    return message(f"in the operation {op.name}, called", where=call_site(user_frame()), operands=shown)
-
-
 class record:
     """``with te.record() as tape:`` records every torch operation of this thread on a new tape.
 
@@ -128,6 +122,7 @@ class record:
         self._open: list[tuple[Tape, Mode, bool, int]] = []
 
     def __enter__(self) -> Tape:
+        aliases.forget_exposed()
         tape = Tape(strong=True, strict=self.strict)
         tape.streams = Streams()
         mode = Mode(tape)
@@ -280,4 +275,14 @@ def _note_unfollowed(what: str) -> None:
     current_tape().unfollowed = what, call_site(user_frame())
 
 
-exits.on_exit(_hears, _record_guard, _record_cut, detaching, _record_set, _record_parameter, quietly, _note_unfollowed)
+exits.on_exit(
+    _hears,
+    _record_guard,
+    _record_cut,
+    detaching,
+    _record_set,
+    _record_parameter,
+    quietly,
+    _note_unfollowed,
+    values_alone,
+)

@@ -6,15 +6,17 @@ old contents is copied before; a view's write is carried to its base, and from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import aliases
-from ..plans import MISSING, Plan
-from ..tape import Tape, Value, bind, bound, rebind, unbind, version_of
-from .state import LIFT, UNSEEN, tensors_in
+from ..plans import MISSING, Plan, plan_of
+from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
+from .state import LIFT, MOVED, UNSEEN, tensors_in
 from .writing import (
     AS_COMPLEX,
     Taken,
@@ -29,13 +31,15 @@ from .writing import (
     write,
 )
 
-__all__ = ["record_write", "unrecorded"]
+__all__ = ["Sparing", "record_write", "settle", "unrecorded"]
 
 Tensor = torch.Tensor
 
 
 def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes to its arguments, recorded as its functional twin."""
+    if func in SETS:
+        return _given_memory(func, args, kwargs)
     given_args = tuple(a for i, a in enumerate(_completed(args, kwargs, plan)) if i not in plan.outs)
     if plan.order:
         given_args = tuple(given_args[place] for place in plan.order)
@@ -72,21 +76,87 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
             for k, old in enumerate(before)
         ]
     )
-    aliases.refresh(spared)
+    settle(
+        tape,
+        node,
+        range(len(fresh), len(made)),
+        written,
+        before,
+        wholes,
+        spared,
+        statistics=plan.statistics,
+        alone=alone,
+    )
+    return result
+
+
+#: What gives a tensor the memory of another, or of a storage.
+_set: Any = torch.ops.aten.set_
+SETS = {getattr(_set, name) for name in _set.overloads()}
+
+
+def _given_memory(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x.set_(...)``: x is another tensor from then on, and none that may have a gradient if a tape knows its memory.
+
+    Torch makes tensors so that it reads from files: those are leaves.
+    """
+    target = args[0]
+    held = bound(target)
+    if held is not None:
+        aliases.protect(target, held)
+        held.stale = True  # the tensor is no longer what was made or read
+    result = func(*args, **kwargs)
+    unbind(target)
+    storage = aliases.storage_of(target)
+    if storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values())):
+        value = Value(target)
+        value.closed = MOVED
+        bind(target, value, None)
+        rebind(target, version_of(target) + 1)
+        aliases.join(target, value)
+    return result
+
+
+def _differentiable_in(binding: Binding, storage: int) -> bool:
+    """Whether a tensor with this storage holds a value that can have a gradient."""
+    tensor = binding()
+    return tensor is not None and binding.value.differentiable and aliases.storage_of(tensor) == storage
+
+
+def settle(
+    tape: Tape,
+    node: Node,
+    places: Sequence[int],
+    written: Sequence[Tensor],
+    before: Sequence[Value],
+    wholes: Sequence[Value | None],
+    spared: list[tuple[Kept | None, Tensor]],
+    *,
+    statistics: bool = False,
+    pending: int = 1,
+    alone: bool = False,
+) -> None:
+    """Follows the writes of `node` to all that look into the memory of the tensors `written`.
+
+    Their values are the outputs of `node` at `places`; `before` is what they held before, `wholes` what their bases
+    held, ``None`` for a tensor that is no view. `spared` is what `aliases.protect` returned before the writes, and
+    `pending` how many of them torch has yet to count: inside the dispatcher, one. `alone` says that nobody else looks
+    into that memory: then `wholes` and `spared` are empty.
+    """
+    aliases.refresh(spared, pending)
     untouched = {id(tensor) for _, tensor in spared}
-    for k, (tensor, old) in enumerate(zip(written, before, strict=True)):
-        new = node.outputs[len(fresh) + k]
+    for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
+        new = node.outputs[place]
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
-        new.constant = old.constant if node.cut else plan.statistics
+        new.constant = old.constant if node.cut else statistics
         new.name = old.name if old.leaf else None
         if old.detached:
             new.detached = True
         if not alone or old.aliases is not None:
             aliases.share(new, old)
-        rebind(tensor, version_of(tensor) + 1)
+        rebind(tensor, version_of(tensor) + pending)
         if not alone:
-            _spread(tape, tensor, new, wholes[k], untouched, node.cut)
-    return result
+            _spread(tape, tensor, new, wholes[k], untouched, node.cut, pending)
 
 
 def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -106,7 +176,9 @@ def _completed(args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> tup
     return (*args, *left)
 
 
-def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouched: set[int], cut: bool) -> None:
+def _spread(
+    tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouched: set[int], cut: bool, pending: int
+) -> None:
     """What a write to `tensor` means to the other tensors that look into its storage."""
     neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
     base, of_base = tensor, new
@@ -115,7 +187,7 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
         target, old = in_units_of(tensor, tensor._base, whole, tape)
         if aliases.covers(target, tensor):
             base = tensor._base
-            of_base = _write_base(tape, tensor, new, target, old, cut)
+            of_base = _write_base(tape, tensor, new, target, old, cut, pending)
     for other in neighbours:
         if other is base:
             continue
@@ -129,10 +201,10 @@ def _spread(tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouch
             lost = Value(other)
             lost.closed = UNSEEN
             bind(other, lost, None)
-        rebind(other, version_of(other) + 1)
+        rebind(other, version_of(other) + pending)
 
 
-def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Value, cut: bool) -> Value:
+def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Value, cut: bool, pending: int) -> Value:
     """Records what a write to the view `tensor` makes of its base; returns the base's new value."""
     base = tensor._base
     assert base is not None
@@ -151,7 +223,7 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
         node = write(tape, AS_COMPLEX, (pairs,), {}, [pairs], [None], [base])
         node.outputs[0].constant = pairs.constant
     aliases.share(node.outputs[0], new)
-    rebind(base, version_of(base) + 1)
+    rebind(base, version_of(base) + pending)
     return node.outputs[0]
 
 
@@ -183,3 +255,29 @@ def unrecorded(func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict
     if not plan.writes and func is not LIFT:
         as_constants(tensors_in(result))
     return result
+
+
+class Sparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hears what a forward writes to, and puts copies into the cells that look there before it does."""
+
+    def __init__(self, taken: Taken) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.taken = taken
+        self.spared: list[Any] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as the recorder's own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for key in plan_of(func, args).writes:
+            given = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
+            for tensor in tensors_in(given):
+                for value, mine in zip(self.taken.inputs, self.taken.tensors, strict=True):
+                    if aliases.same_storage(tensor, mine):
+                        if value.aliases is None:
+                            aliases.join(mine, value)
+                        self.spared += aliases.protect(tensor, value)
+                        break
+        return func(*args, **kwargs)

@@ -22,11 +22,21 @@ from torch._C import DisableTorchFunctionSubclass
 
 from .. import aliases, exits
 from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
+from ..warned import warn_of_exit
 from .decisions import observe_from, record_tolist
 from .mode import quietly, recording
-from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in
+from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in, values_alone
 
-__all__ = ["Recorded", "RecordedParameter", "forget_leaves", "listen", "listen_to", "mark", "rest_leaves"]
+__all__ = [
+    "Recorded",
+    "RecordedParameter",
+    "as_plain",
+    "forget_leaves",
+    "listen",
+    "listen_to",
+    "mark",
+    "rest_leaves",
+]
 
 Tensor = torch.Tensor
 
@@ -48,8 +58,14 @@ class Recorded(Tensor):
             if state.quiet or state.paused or func in _PLAIN or not current_tape_is_global():
                 return func(*args, **kwargs)
             if func in _EXITS:
-                exits.warn_of_exit(args[0], func.__name__)
+                warn_of_exit(args[0], func.__name__)
+                with quietly():
+                    aliases.expose(args[0])
                 return func(*args, **kwargs)
+            if func is Tensor.new_tensor and not state.deaf and len(args) > 1 and isinstance(args[1], Tensor):
+                with recording(current_tape()):  # as torch.tensor(x): a copy through which no gradient passes
+                    copied: Tensor = detaching(lambda each: func(args[0], each, *args[2:], **kwargs), args[1])
+                return copied
             if _writes(func) and _leaves_only(args, kwargs):
                 return _update_leaf(func, args, kwargs)
             rests = _rest(args, kwargs)
@@ -67,7 +83,7 @@ class Recorded(Tensor):
             if depth >= DEEPEST:
                 tape.forgotten = next_in_sequence()  # what is decided by the result is not heard
                 return func(*args, **kwargs)
-            with recording(tape):
+            with recording(tape), values_alone() if func in _OF_VALUES else nullcontext():
                 result: Any = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
             if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
                 in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
@@ -86,21 +102,16 @@ class Recorded(Tensor):
             return result
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        with _as_plain(self):
+        with as_plain(self):
             return repr(self)
 
     def __format__(self, spec: str) -> str:
-        with _as_plain(self):
+        with as_plain(self):
             return format(self, spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        with _as_plain(self):
+        with as_plain(self):
             return self.__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        with _as_plain(self):
-            copied: Tensor = self.__deepcopy__(memo)
-            return copied
 
 
 class RecordedParameter(Recorded, torch.nn.Parameter):
@@ -116,7 +127,7 @@ Recorded.__name__, RecordedParameter.__name__ = "Tensor", "Parameter"
 
 
 @contextmanager
-def _as_plain(tensor: Tensor) -> Iterator[None]:
+def as_plain(tensor: Tensor) -> Iterator[None]:
     """`tensor` under torch's own class: printed, copied and written to files as what it is."""
     kind = type(tensor)
     with quietly():
@@ -164,6 +175,10 @@ _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 
 
 _PLAIN -= _EXITS
+
+
+#: What asks for singular values or eigenvalues alone; in a block by the wrappers of `exits`.
+_OF_VALUES = {getattr(owner, name) for owner, name in exits.OF_VALUES}
 
 
 _TOLIST = Tensor.tolist
@@ -236,6 +251,7 @@ def mark(tensor: Tensor, tape: Tape) -> None:
     value = bound(tensor)
     if value is None or not value.differentiable:
         return
+    exits.hear_functions()
     kind = type(tensor)
     if kind in _LISTENING:
         tensor.__class__ = _LISTENING[kind]

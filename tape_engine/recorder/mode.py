@@ -19,7 +19,7 @@ from ..tape import Tape, Value, bind, current_tape, unbind
 from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
-from .state import DETACH, LIFT, gaps, state, tensors_in
+from .state import DETACH, LIFT, gaps, state, tensors_in, without_vectors
 from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
 
 __all__ = ["Mode", "quietly", "recording"]
@@ -46,6 +46,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if state.quiet or (tape.strong and tape is not current_tape()):
             return func(*args, **kwargs)
+        if state.values_alone:
+            args = without_vectors(func, args)
         plan = plan_of(func, args)
         if state.paused:
             return unrecorded(func, plan, args, kwargs)

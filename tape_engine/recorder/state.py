@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from ..plans import VECTORS
 from ..tape import current_tape
 
 __all__ = [
     "DETACH",
     "LIFT",
+    "MOVED",
+    "ONCE",
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
@@ -26,6 +29,8 @@ __all__ = [
     "opened",
     "state",
     "tensors_in",
+    "values_alone",
+    "without_vectors",
 ]
 
 Tensor = torch.Tensor
@@ -40,6 +45,7 @@ class _State(threading.local):
         self.deaf = 0  # the sum of the two
         self.detaching = 0  # inside a detach() of the user's
         self.opening = False  # named operations run their bodies, which are heard
+        self.values_alone = 0  # inside a function that asks for the values of a decomposition, and not for the vectors
         self.linking = False  # inside a sweep that is recorded: every binding counts, closed or not
         self.grad_mode = True  # torch's grad mode where the recording began: a change of it is a cut
 
@@ -55,6 +61,8 @@ UNSEEN = "was changed by a write that the recorder could not see"
 
 OUTSIDE = "was computed by torch operations outside the recording"
 SWEEP = "was given by a sweep that is not recorded"
+MOVED = "was given its memory by set_, which is no operation"
+ONCE = "was given by a backward that is marked as once_differentiable"
 
 
 LIFT = torch.ops.aten.lift_fresh.default
@@ -96,6 +104,24 @@ def detaching(original: Any, tensor: Tensor) -> Tensor:
     finally:
         state.detaching -= 1
     return result
+
+
+def without_vectors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a decomposition as torch would give them without a recording; the rule makes the vectors."""
+    asked = VECTORS.get(func)
+    if asked is None or (torch.is_grad_enabled() and args[0].requires_grad):
+        return args
+    return (args[0], args[1] if len(args) > 1 else asked[0], asked[1])
+
+
+@contextmanager
+def values_alone() -> Iterator[None]:
+    """A context in which decompositions are asked for their values alone."""
+    state.values_alone += 1
+    try:
+        yield
+    finally:
+        state.values_alone -= 1
 
 
 def tensors_in(result: Any) -> list[Tensor]:

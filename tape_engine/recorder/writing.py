@@ -15,10 +15,10 @@ from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from .. import aliases, modules, registry
 from ..errors import MissingRuleError, message
-from ..exits import warn_of_hook
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
+from ..warned import warn_of_hook
 from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, is_cut, state
 
 __all__ = [
@@ -110,7 +110,8 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
     value.closed = closed or (OUTSIDE if tensor.grad_fn is not None else "")
     bind(tensor, value, None)
-    aliases.join(tensor, value)
+    if aliases.join(tensor, value):
+        tape.token.watch(value, aliases.sample_of(tensor))
     tape.hold(tensor)
     if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
         warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)

@@ -180,8 +180,8 @@ def embedding_bag_grad(
 
 @rule(
     aten._embedding_bag_dense_backward.default,
-    samples=[sample(spec(2, 3), *_bag, 4, False, mode, None) for mode in (0, 1)]
-    + [sample(spec(2, 3), *_bag, 4, False, 0, spec(4))],
+    samples=[sample(spec(2, 3), *_bag, 4, scale, mode, None) for mode in (0, 1) for scale in (False, True)]
+    + [sample(spec(2, 3), *_bag, 4, scale, 0, spec(4)) for scale in (False, True)],
 )
 def embedding_bag_dense_backward_grad(
     g, out, gy, index, bags, sizes, places, rows, scale_grad_by_freq, mode, per_sample_weights=None, padding_idx=-1
@@ -189,6 +189,10 @@ def embedding_bag_dense_backward_grad(
     if mode == 2:
         return g.gather(0, places), None, None, None, None, None
     picked = torch.where((index == padding_idx).unsqueeze(-1), 0, g.index_select(0, index))
+    if scale_grad_by_freq:  # each row by what the kernel divides it by, which on the CPU is not always its own count
+        ones, how = torch.ones_like(gy.narrow(1, 0, 1)), (index, bags, sizes, places, rows)
+        whole, scaled = (aten._embedding_bag_dense_backward(ones, *how, scale, 0, None) for scale in (False, True))
+        picked = picked * torch.where(whole == 0, 0, scaled / whole).index_select(0, index)
     by_weights = None
     if per_sample_weights is not None:
         by_weights = (picked * gy.index_select(0, bags)).sum(-1)

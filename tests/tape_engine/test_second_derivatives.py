@@ -10,6 +10,7 @@ compared with double backward of ``torch.autograd``. All samples, some 13,000, w
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,6 @@ Tensor = torch.Tensor
 
 #: Whose first rule is a kernel of ATen that has no rule itself; they are refused by name.
 REFUSED = {
-    "grid_sampler_2d": "grid_sampler_2d_backward",
-    "grid_sampler_3d": "grid_sampler_3d_backward",
-    "nn.functional.grid_sample": "grid_sampler_2d_backward",
     "nn.functional.linear_cross_entropy.chunked": "no rule",
     "nn.functional.linear_cross_entropy.chunked_none": "no rule",
     "sparse.sampled_addmm": "no rule for sparse tensors",
@@ -47,8 +45,11 @@ REFUSED = {
 WITHOUT_REFERENCE = {
     "as_strided_scatter",  # its first derivative is wrong already
     "chalf",
+    "grid_sampler_2d",  # these three are held against finite differences below
+    "grid_sampler_3d",
     "max_pool2d_with_indices_backward",
     "nn.functional.ctc_loss",
+    "nn.functional.grid_sample",
     "sparse.sampled_addmm",
 }
 
@@ -135,9 +136,39 @@ def test_a_product_has_its_second_derivatives_at_zeros(values: list[float]) -> N
 
 
 def test_where_there_is_no_second_derivative_the_missing_rule_is_named() -> None:
-    x = torch.randn(1, 1, 3, 3, dtype=torch.float64)
-    grid = torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
     with te.record(strict=True):
-        out = torch.nn.functional.grid_sample(x, grid, align_corners=True).sum()
-        with pytest.raises(MissingRuleError, match="grid_sampler_2d_backward has no registered gradient rule"):
+        out = torch.pdist(x).sum()
+        with pytest.raises(MissingRuleError, match="_pdist_backward has no registered gradient rule"):
             te.grad(out, [x], record=True)
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic", "trilinear"])
+def test_grid_sample_by_finite_differences(mode: str, padding: str, align: bool) -> None:
+    """Torch has no second derivative of it: the gradient of a weighed gradient, by differences of torch's first."""
+    sizes = (2, 3, 4) if mode == "trilinear" else (3, 4)
+    x = torch.randn(2, 2, *sizes, dtype=torch.float64)
+    grid = torch.rand(2, *[2] * len(sizes), len(sizes), dtype=torch.float64) * 3.4 - 1.7
+    sampled: Any = torch.nn.functional.grid_sample
+    how: Any = {"mode": mode.replace("tri", "bi"), "padding_mode": padding, "align_corners": align}
+    by = [torch.randn_like(x), torch.randn_like(grid)]
+    factor = torch.randn(2, 2, *[2] * len(sizes), dtype=torch.float64)
+
+    def weighed(a: Tensor, b: Tensor) -> Tensor:
+        tracked = [t.detach().requires_grad_() for t in (a, b)]
+        out = (sampled(*tracked, **how).sin() * factor).sum()
+        return dotted(list(torch.autograd.grad(out, tracked)), by)
+
+    with te.record(strict=True):
+        out = (sampled(x, grid, **how).sin() * factor).sum()
+        found = te.grad(out, [x, grid], record=True)
+        loss = dotted([torch.zeros_like(t) if g is None else g for g, t in zip(found, (x, grid), strict=True)], by)
+    ours = te.grad(loss, [x, grid])
+    for place, t in enumerate((x, grid)):
+        along, step = torch.randn_like(t), 1e-6
+        shifted = [[u + sign * step * along if u is t else u for u in (x, grid)] for sign in (1, -1)]
+        expected = float(weighed(*shifted[0]) - weighed(*shifted[1])) / (2 * step)
+        g = ours[place]
+        assert (0.0 if g is None else float((g * along).sum())) == pytest.approx(expected, rel=1e-5, abs=1e-5)

@@ -146,6 +146,18 @@ def unruled(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
+def test_the_gradient_of_a_loss_with_a_second_output_is_that_of_the_loss() -> None:
+    """`nll_loss` makes the sum of its weights besides, of which nobody asked for a gradient."""
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    with te.record() as tape:
+        loss = torch.nn.functional.nll_loss(x, y)
+    program = tape.program(inputs=x, outputs=loss)
+    te.backward(loss)
+    for root in (program, tape, loss):
+        outputs = viz.graph(root).nodes["op0"]["outputs"]
+        assert [(each["name"], each["g_shape"]) for each in outputs] == [("loss", ()), ("nll_loss_forward", None)]
+
+
 def test_a_program_shows_the_gradients_that_a_step_computes() -> None:
     tape = article(sweep=False)
     assert all(facts["g_shape"] is None for _, facts in viz.graph(tape).nodes(data=True))

@@ -75,7 +75,7 @@ def test_too_few_inputs_tell_the_line_and_what_is_taken() -> None:
     text = str(caught.value)
     assert "program.step(x)" in text
     assert "y    recorded (2,)  float64" in text
-    assert "fix: program(x, y)" in text
+    assert "fix: program.step(x, y)" in text
 
 
 def test_a_wrong_backend_is_a_value_error() -> None:

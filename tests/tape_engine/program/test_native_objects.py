@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 import tape_engine as te
 from tape_engine.program.backends import native
-from tape_engine.program.backends.native import objects, segment
+from tape_engine.program.backends.native import objects
 from tests.helpers import close
 from tests.tape_engine.program.common import draw, freeze
 
@@ -170,6 +169,15 @@ def test_no_home_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_numba
+def test_kernels_need_nothing_of_numbas(cache: Path) -> None:
+    """A process that reads them does not import it: what raised an error would ask it for Python's lock."""
+    names = ["product_lines_f", "product_tiles_d", "share", "take_f", "softplus_f_1100"]
+    objects.Loaded().load(names)
+    for file in cache.iterdir():
+        assert b"numba_" not in file.read_bytes(), file
+
+
+@needs_numba
 def test_without_a_folder_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "folder", lambda: None)
     loaded = objects.Loaded()
@@ -201,15 +209,3 @@ def test_two_processes_at_once(cache: Path) -> None:
     told = [process.communicate(timeout=200)[0] for process in both]
     assert told[0] == told[1] != ""
     assert not [file for file in cache.iterdir() if file.suffix != ".kernel"]
-
-
-@needs_numba
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    segment.workers().submit(int).result()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from Python 3.12 on: that a process of several threads is forked
-        child = os.fork()
-    if child == 0:
-        os._exit(0 if segment.workers().submit(lambda: 7).result(timeout=60) == 7 else 1)
-    assert os.waitpid(child, 0)[1] == 0

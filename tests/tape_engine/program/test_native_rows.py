@@ -33,7 +33,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """So many threads share the blocks, whatever the machine has."""
     count: int = request.param
     monkeypatch.setattr("torch.get_num_threads", lambda: count)
-    monkeypatch.setattr("tape_engine.program.backends.native.segment._cores", lambda: count)
+    monkeypatch.setattr("tape_engine.program.backends.native.team.cores", lambda: count)
     return count
 
 
@@ -46,9 +46,11 @@ def in_loops(program: te.Program, loops: int = 1) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("columns", [7, 301])
 @pytest.mark.parametrize("dtype", [F32, F64])
-def test_the_article(dtype: torch.dtype) -> None:
-    X, w, b, Y = draw(ROWS, 7, dtype=dtype), draw(7, 1, dtype=dtype), draw(1, dtype=dtype), draw(ROWS, dtype=dtype)
+def test_the_article(dtype: torch.dtype, columns: int) -> None:
+    X, w = draw(ROWS, columns, dtype=dtype), draw(columns, 1, dtype=dtype) / columns**0.5
+    b, Y = draw(1, dtype=dtype), draw(ROWS, dtype=dtype)
     with te.record() as tape:
         Z = te.lin(X, w, b)
         U = te.relu(Z)
@@ -57,7 +59,7 @@ def test_the_article(dtype: torch.dtype) -> None:
     in_loops(program)
     tol = 1e-5 if dtype == F32 else 1e-12
     for turn in range(3):
-        X, Y = draw(ROWS, 7, dtype=dtype) + turn, draw(ROWS, dtype=dtype)
+        X, Y = draw(ROWS, columns, dtype=dtype) + turn, draw(ROWS, dtype=dtype)
         got = program.step(X, Y)
         leaves = [plain(t).requires_grad_() for t in (X, w, b)]
         Z_ = leaves[0] @ leaves[1] + leaves[2]

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .kernels import DRIVERS, KINDS, parts_of, sources
+from .kernels import DRIVERS, KINDS, RUNNERS, parts_of, sources
 from .scalars import scalars
+from .tiles import tile
 
 __all__ = ["build"]
 
 #: What rounding the loops may change: sums in another order, never what becomes of NaN and infinity.
 SUMS = {"reassoc", "contract", "nsz"}
 PLAIN = {"contract"}
+
+#: Tiles of a product: lines of the result, and registers of a line.
+TILES = ((8, 1), (4, 2), (1, 4))
 
 
 def build(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -25,15 +29,22 @@ def build(names: list[str]) -> dict[str, tuple[str, str]]:
     words = types.CPointer(types.int64)
     of_map = types.void(*[line] * 9)
     of_driver = types.void(words, words)
-    of_run = types.void(words, line, words, words, line, line)
+    of_runners = {"run": types.void(words, line, words, words, line, line)}
     found = {}
     for name in names:
         stem, kind, _ = parts_of(name)
         local = {**space, **_numbers(kind)}
+        if stem == "product_tiles":
+            width = 32 if kind == "f" else 64
+            local.update({f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES})
         exec(compile(sources(name), f"<kernel {name}>", "exec"), local)
-        signature = of_run if name == "run" else of_driver if stem in DRIVERS else of_map
+        signature = of_driver if stem in DRIVERS else of_map
+        if name in RUNNERS:
+            signature = of_runners.get(name, types.void(words))
         sums = stem in ("sum", "product_lines", "product_dots")
-        compiled = numba.cfunc(signature, nopython=True, error_model="numpy", fastmath=SUMS if sums else PLAIN)
+        compiled = numba.cfunc(
+            signature, nopython=True, forceinline=True, error_model="numpy", fastmath=SUMS if sums else PLAIN
+        )
         made = compiled(local[name])
         found[name] = made.inspect_llvm(), made.native_name
     return found
@@ -88,6 +99,44 @@ def _space() -> dict[str, Any]:
 
         return types.void(*[types.int64] * 10), make
 
+    def call_run(context: Any, f: Any, w: Any, count: Any, regs: Any, steps: Any, many: Any, blocks: Any) -> Any:
+        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [low_words, low_word, low_words, low_words, low_word, low_word])
+            given = [builder.inttoptr(x, t) if t is low_words else x for x, t in zip(args[1:], kind.args, strict=True)]
+            builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
+            return code.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), make
+
+    def call_part(context: Any, f: Any, w: Any) -> Any:
+        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.VoidType(), [low_words])
+            builder.call(builder.inttoptr(args[0], kind.as_pointer()), [builder.inttoptr(args[1], low_words)])
+            return code.get_dummy_value()
+
+        return types.void(types.int64, types.int64), make
+
+    def asked(context: Any, f: Any) -> Any:
+        """What a C function without arguments says, an int."""
+
+        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.IntType(32), [])
+            return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), []), low_word)
+
+        return types.int64(types.int64), make
+
+    def fetch(context: Any, address: Any) -> Any:
+        """Asks for a line of memory that will be read soon."""
+
+        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
+            number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [byte], fnty=kind)
+            builder.call(function, [builder.inttoptr(args[0], byte), number(0), number(2), number(1)])
+            return code.get_dummy_value()
+
+        return types.void(types.int64), make
+
     def call_driver(context: Any, f: Any, w: Any, regs: Any) -> Any:
         def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
             kind = ir.FunctionType(ir.VoidType(), [low_words, low_words])
@@ -134,6 +183,7 @@ def _space() -> dict[str, Any]:
     _shared.update(
         stream_f=stream(ir.FloatType(), 16, types.float32), stream_d=stream(ir.DoubleType(), 8, types.float64)
     )
-    _shared.update(call_map=intrinsic(call_map), call_driver=intrinsic(call_driver), moved=intrinsic(moved), math=math)
+    calls = (call_map, call_driver, call_run, call_part, asked, fetch, moved)
+    _shared.update({each.__name__: intrinsic(each) for each in calls}, math=math)
     _shared.update(lower=numba.njit(forceinline=True)(lower), higher=numba.njit(forceinline=True)(higher))
     return _shared

@@ -9,9 +9,10 @@ from typing import Any
 from ....tape import Node, Value
 from .lowering import Constants, Lowering
 from .machine import GIVEN, ITEM, KIND, LOCAL, Code, Memory, Place
-from .plan import Part, Plan, levels_of
+from .plan import FREE, Part, Plan, levels_of
 from .rows import Rows
 from .segment import Loop, Segment
+from .team import threads
 
 __all__ = ["compiled"]
 
@@ -45,6 +46,7 @@ class _Compiler:
             for i, value in enumerate(rowed, GIVEN + len(values)):
                 self.sliding[value] = replace(self.given[value], memory=Memory(i))
         self.outputs = {*part.outputs}
+        self.threads = threads()
         self.known: dict[Value, Place] = {}  # values in the arena, or given
 
     def compile(self) -> Segment:
@@ -160,13 +162,15 @@ class _Compiler:
         return at
 
     def block_size(self, nodes: Sequence[Node], rows: Rows) -> int:
-        """How many rows go through at once."""
+        """How many rows go through at once: what fits in cache, and leaves each thread its share."""
         values = {self.canonical(v) for node in nodes for v in (*node.inputs, *node.outputs)}
+        values -= {self.canonical(v) for node in self.part.nodes if node.op.forward in FREE for v in node.outputs}
         per_row = sum(v.nbytes for v in values if v in rows.dims and v not in self.plan.constants) // rows.count
         block = SMALLEST
         while block < 1024 and 2 * block * per_row <= CACHE:
             block *= 2
-        return min(block, rows.count)
+        share = -(-rows.count // self.threads)
+        return min(block, share)
 
 
 def _unreduced(place: Place, like: Place) -> tuple[int, ...]:

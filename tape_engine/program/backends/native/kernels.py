@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DRIVERS", "KINDS", "MAPS", "parts_of", "sources"]
+__all__ = ["DRIVERS", "KINDS", "MAPS", "RUNNERS", "parts_of", "sources"]
 
 #: Letters for the dtypes that kernels know, with numba's names; a bool is a byte, nought or one.
 SIZES = {"f": "4", "d": "8", "l": "8", "b": "1"}
@@ -146,7 +146,8 @@ def map_lines(w, regs):
 
 #: C = A B or C += A B, for a stack of matrices. Words: [2] stack, [3] M, [4] N, [5] K, [6] whether to add, then for
 #: C, A, B: register, offset, distance in the stack (bytes), from row to row, from column to column (elements); [22]
-#: whether C is so large that it is written past the cache.
+#: 1 if C is so large that it is written past the cache, 2 if the lines after those of B will be read next: a quarter of
+#: them is asked for while those of B come from the cache, so that memory has no rest.
 #: ``product_lines`` wants lines of B and C without gaps, ``product_dots`` lines of A and columns of B.
 PRODUCT_LINES = """
 def product_lines_K(w, regs):
@@ -164,7 +165,7 @@ def product_lines_K(w, regs):
                 if K == 0:
                     for j in range(N):
                         C[j] = zero
-                elif w[22] != 0 and K == 1:
+                elif w[22] == 1 and K == 1:
                     x0 = A[i * ra]
                     C1 = C0 + i * rc * SIZE
                     j = 0
@@ -192,8 +193,21 @@ def product_lines_K(w, regs):
                 B = pointer_K(B0 + k * rb * SIZE)
                 x0 = A[i * ra + k * ca]; x1 = A[i * ra + (k + 1) * ca]
                 x2 = A[i * ra + (k + 2) * ca]; x3 = A[i * ra + (k + 3) * ca]
-                for j in range(N):
-                    C[j] += x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
+                if w[22] == 2:
+                    here = B0 + (K + k // 4) * rb * SIZE
+                    j = 0
+                    while j < N:
+                        end = min(j + 4 * LANES, N)
+                        q = j * SIZE
+                        while q < end * SIZE:
+                            fetch(here + q)
+                            q += 64
+                        for l in range(j, end):
+                            C[l] += x0 * B[l] + x1 * B[rb + l] + x2 * B[2 * rb + l] + x3 * B[3 * rb + l]
+                        j = end
+                else:
+                    for j in range(N):
+                        C[j] += x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
                 k += 4
             while k < K:
                 B = pointer_K(B0 + k * rb * SIZE)
@@ -201,6 +215,40 @@ def product_lines_K(w, regs):
                 for j in range(N):
                     C[j] += x0 * B[j]
                 k += 1
+"""
+
+#: The same where lines of B and C have no gaps, by tiles that stay in registers: eight lines of one register, four of
+#: two, one of four.
+PRODUCT_TILES = """
+def product_tiles_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10] * SIZE; ra = w[15] * SIZE; ca = w[16] * SIZE; rb = w[20] * SIZE
+    for s in range(w[2]):
+        C = regs[w[7]] + w[8] + s * w[9]
+        A = regs[w[12]] + w[13] + s * w[14]
+        B = regs[w[17]] + w[18] + s * w[19]
+        i = 0
+        while N <= LANES and i + 8 <= M:
+            tile_K_8_1(C, rc, A, ra, ca, B, rb, K, N, w[6])
+            i += 8
+            C += 8 * rc
+            A += 8 * ra
+        while i + 4 <= M:
+            n = 0
+            while n < N:
+                tile_K_4_2(C + n * SIZE, rc, A, ra, ca, B + n * SIZE, rb, K, N - n, w[6])
+                n += 2 * LANES
+            i += 4
+            C += 4 * rc
+            A += 4 * ra
+        while i < M:
+            n = 0
+            while n < N:
+                tile_K_1_4(C + n * SIZE, rc, A, ra, ca, B + n * SIZE, rb, K, N - n, w[6])
+                n += 4 * LANES
+            i += 1
+            C += rc
+            A += ra
 """
 
 PRODUCT_DOTS = """
@@ -263,11 +311,46 @@ def run(w, count, regs, steps, many, blocks):
             regs[r] += steps[r]
 """
 
+#: A thread's part of a loop: its registers are those of all but for its arena, and begin at its first row. Words: [0]
+#: the registers of all, [1] how many, [2] the thread's, [3] its arena, [4] its first row, [5] how many registers move
+#: on with the rows, [6] those: register, the one it starts from, bytes from row to row; then codes with their lengths:
+#: [7] what comes first, [9] a block, [11] how far registers move on with it, [12] how many blocks, [13] the rows left
+#: over; [15] the address of `run`.
+PART = """
+def part(w):
+    regs = pointer_l(w[2])
+    main = pointer_l(w[0])
+    for i in range(w[1]):
+        regs[i] = main[i]
+    regs[2] = w[3]
+    m = pointer_l(w[6])
+    for i in range(w[5]):
+        regs[m[3 * i]] = main[m[3 * i + 1]] + w[4] * m[3 * i + 2]
+    call_run(w[15], w[7], w[8], w[2], w[11], 0, 1)
+    call_run(w[15], w[9], w[10], w[2], w[11], w[1], w[12])
+    call_run(w[15], w[13], w[14], w[2], w[11], 0, 1)
+"""
+
+#: What each thread of a team runs. Words: [0] the address of a function that tells its number, [1] of one that tells
+#: how many they are, [2] that of `part`, [3] how many parts there are, then the addresses of their words.
+SHARE = """
+def share(w):
+    many = asked(w[1])
+    i = asked(w[0])
+    while i < w[3]:
+        call_part(w[2], w[4 + i])
+        i += many
+"""
+
 #: Drivers by name; those with a K in the source are made for each kind.
 DRIVERS = {
     "map_flat": MAP_FLAT, "map_lines": MAP_LINES, "product_lines": PRODUCT_LINES, "product_dots": PRODUCT_DOTS,
-    "take": TAKE, "add_at": ADD_AT, "run": RUN,
+    "product_tiles": PRODUCT_TILES,
+    "take": TAKE, "add_at": ADD_AT, "run": RUN, "part": PART, "share": SHARE,
 }  # fmt: skip
+
+#: Those that are no instructions, but run them.
+RUNNERS = {"run", "part", "share"}
 
 
 def parts_of(name: str) -> tuple[str, str, str]:

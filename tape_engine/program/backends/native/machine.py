@@ -8,6 +8,7 @@ stretch (an *arena*); every other memory is a tensor that the program is given.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,9 @@ ITEM = {"f": 4, "d": 8, "l": 8, "b": 1}
 
 #: Registers: what went wrong; the arena of a replay; that of a thread; then the tensors that a replay is given.
 STATUS, SHARED, LOCAL, GIVEN = 0, 1, 2, 3
+
+#: Ways of a product: its result written past the cache, the lines that follow asked for.
+PAST, AHEAD = 1, 2
 
 ALIGNED = 64  # bytes: a line of the cache, a vector register
 
@@ -218,10 +222,11 @@ class Code:
         words += [0] * (6 * (4 - len(places)))
         self.instructions.append(_Instruction("map_lines", words, reads, writes))
 
-    def product(self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any, large: bool = False) -> None:
+    def product(self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any, way: int = 0) -> None:
         """``result = a @ b``, or ``+=``, of stacks of matrices (stack, rows, columns).
 
-        A `large` result is written past the cache, where it would drive out what is read again.
+        `PAST`: the result is so large that it is written past the cache, where it would drive out what is read again.
+        `AHEAD`: the lines after those of `b`, or of `a`, will be read next, so that some of them are asked for.
         """
         kind, K = result.kind, a.shape[2]
         if not result.numel:
@@ -237,8 +242,10 @@ class Code:
         lines, dots = _lines(result, a, b), _dots(result, a, b)
         if dots > lines:
             self._product(f"product_dots_{kind}", result, a, b, M, N, K, add)
+        elif lines and N > 1 and way != PAST and (M > 1 or (N <= SHORT and not way)) and _masks():
+            self._product(f"product_tiles_{kind}", result, a, b, M, N, K, add)
         elif lines:
-            self._product(f"product_lines_{kind}", result, a, b, M, N, K, add, large)
+            self._product(f"product_lines_{kind}", result, a, b, M, N, K, add, way)
         else:
             made, copy = scratch(kind, result.shape), scratch(kind, b.shape)
             self.map(f"copy_{kind}", copy, b)
@@ -247,12 +254,12 @@ class Code:
             self.map(f"{'add' if add else 'copy'}_{kind}", result, *operands)
 
     def _product(
-        self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool, large: bool = False
+        self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool, way: int = 0
     ) -> None:
         words: list[int | str | tuple[int, Place]] = [c.shape[0], M, N, K, int(add)]
         for p in (c, a, b):
             words += [(p.memory.register, p), p.strides[0] * ITEM[p.kind], p.strides[1], p.strides[2]]
-        words.append(int(large))
+        words.append(way if way != AHEAD or (M == 1 and b.memory.register >= GIVEN) else 0)
         self.instructions.append(_Instruction(driver, words, [a.memory, b.memory, c.memory], [c.memory]))
 
     def lines_at(self, driver: str, result: Place, source: Place, indices: Place, length: int) -> None:
@@ -309,6 +316,15 @@ def _collapsed(shape: Sequence[int], strides: list[tuple[int, ...]], gathers: bo
         else:
             found.append((n, steps))
     return found
+
+
+SHORT = 256  # elements up to which one line is no worse off in pieces
+
+
+@functools.cache
+def _masks() -> bool:
+    """Whether the processor loads and stores parts of a vector register."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
 
 
 LONG = 16  # elements from which on a line is long

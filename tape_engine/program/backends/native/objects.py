@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import builder, kernels, scalars
+from . import builder, kernels, scalars, tiles
 
 __all__ = ["CACHE_VARIABLE", "Loaded", "available", "folder", "load", "loaded"]
 
@@ -121,7 +121,7 @@ class Loaded:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._machine)
         about = [cpu, features, target.triple, llvmlite.__version__, importlib.metadata.version("numba")]
         about += [f"{sys.version_info[:2]}"]
-        texts = [inspect.getsource(module).encode() for module in (builder, kernels, scalars)]
+        texts = [inspect.getsource(module).encode() for module in (builder, kernels, scalars, tiles)]
         self._about = hashlib.sha256("\n".join(about).encode() + b"".join(texts)).digest()
 
     def _file(self, name: str) -> Path | None:

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 FLAT = 1 << 16  # elements up to which one thread's loop is no worse than torch
 PRODUCT = 1 << 16  # multiplications of a product, likewise
 ROWS = 512  # rows from which on blocks are thought of
-ROW_BYTES = 1 << 20  # bytes of values with rows from which on they pay
+ROW_BYTES = 1 << 18  # bytes of values with rows from which on they pay
 ROW_WORK = 24  # multiplications for each number read, above which torch's own products are better
 LEAST = 3  # nodes for which a segment is worth its call
 
@@ -214,6 +214,7 @@ def _ordered(
     made: dict[Value, tuple[int, bool]] = {}
     phases: dict[int, tuple[list[Node], list[Node]]] = {}  # the nodes of the part, and torch's after it
     reached, barrier, last = 0, 0, 0
+    effects: set[int] = set()  # phases at whose ends there may be some
     for node in nodes:
         native = node in mine
         phase = barrier
@@ -224,16 +225,44 @@ def _ordered(
             if node.op.is_named and node.op not in VIEWS and node.result is None:  # it may have effects of its own
                 phase = max(phase, last)
                 barrier = phase + 1
+                effects.add(max(phase, reached))
             reached = phase = max(phase, reached)
         for value in node.outputs:
             made[canonical(value)] = (0, True) if node in folded else (phase, native)
         if node not in folded:
             last = max(last, phase)
             phases.setdefault(phase, ([], []))[not native].append(node)
+    _delay(phases, nodes, canonical, effects)
     items: list[Node | Part] = [node for node in nodes if node in folded]
     for _, (ours, torchs) in sorted(phases.items()):
         items += [Part(ours), *torchs] if ours else torchs
     return items
+
+
+def _delay(
+    phases: dict[int, tuple[list[Node], list[Node]]],
+    nodes: Sequence[Node],
+    canonical: Callable[[Value], Value],
+    effects: set[int],
+) -> None:
+    """Moves what would be a poor part to the parts that read it, where these alone do, and no effect lies between."""
+    of = {node: phase for phase, (ours, _) in phases.items() for node in ours}
+    readers: dict[Value, list[Node]] = {}
+    for node in nodes:
+        for value in node.inputs:
+            readers.setdefault(canonical(value), []).append(node)
+    for phase in sorted(phases):
+        ours = phases[phase][0]
+        if sum(node.op.forward not in FREE for node in ours) >= LEAST:
+            continue
+        for node in reversed(ours):
+            then = [of.get(each, -1) for value in node.outputs for each in readers.get(canonical(value), ())]
+            if then and min(then) > phase and not effects.intersection(range(phase, min(then))):
+                of[node] = min(then)
+        for later in {of[node] for node in ours} - {phase}:
+            moved = [node for node in ours if of[node] == later]
+            phases[later][0][:0] = moved
+        phases[phase][0][:] = [node for node in ours if of[node] == phase]
 
 
 def _readers(plan: Plan) -> dict[Value, set[int]]:

@@ -8,10 +8,7 @@ at a time, and then together.
 from __future__ import annotations
 
 import ctypes
-import os
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +16,7 @@ import torch
 from ...buffers import laid
 from .lowering import Constants
 from .machine import ALIGNED, GIVEN, LOCAL, SHARED, STATUS, Arena, Code, Memory, Place
+from .team import Share, threads
 
 __all__ = ["Bound", "Loop", "Segment"]
 
@@ -111,7 +109,8 @@ class Segment:
     @property
     def kernels(self) -> set[str]:
         codes = [c for step in self.steps for c in ([step] if isinstance(step, Code) else step.codes)]
-        return {"run"}.union(*(code.kernels for code in codes))
+        looped = {"part", "share"} if any(isinstance(step, Loop) for step in self.steps) else set()
+        return {"run"}.union(looped, *(code.kernels for code in codes))
 
     def bind(self, addresses: dict[str, int], tensors: Sequence[Tensor | None]) -> Bound:
         """The segment with memory of its own; `tensors` are those that are the same on every replay."""
@@ -167,26 +166,30 @@ class Bound:
 
     def __init__(self, segment: Segment, addresses: dict[str, int], tensors: Sequence[Tensor | None]) -> None:
         self._run: Callable[..., None] = RUN(addresses["run"])
-        self._threads = max(1, min(torch.get_num_threads(), _cores()))
+        self._threads = threads()
         self._shared = _room(segment.shared)
         self._segment = segment
         self._strides = segment.given
         for place in segment.constants.places.values():
             self._put(place, segment.constants)
         registers = [0, _start(self._shared), 0] + [0] * (len(segment.given) + segment.sliding)
-        self._changing: list[tuple[int, tuple[int, ...]]] = []
-        self._made: list[int] = []
+        self._changing: list[int] = []
+        self._wanted: list[tuple[int, ...]] = []  # their strides
+        made: list[int] = []  # memory of our own
         self._copied: list[tuple[int, Tensor, tuple[int, ...]]] = []
         self._tensors = tensors
         for i, (tensor, strides) in enumerate(zip(tensors, segment.given, strict=True)):
             if tensor is None and i >= segment.inputs:
-                self._made.append(GIVEN + i)
+                made.append(GIVEN + i)
             elif tensor is None:
-                self._changing.append((GIVEN + i, strides))
+                self._changing.append(GIVEN + i)
+                self._wanted.append(strides)
             elif tensor.stride() == strides and not tensor.is_neg():
                 registers[GIVEN + i] = tensor.data_ptr()
             else:
                 self._copied.append((GIVEN + i, tensor, strides))
+        self._places = [*self._changing, *made]
+        self._all = self._places == [*range(GIVEN, GIVEN + len(tensors))]
         self._registers = _Words(registers)
         self._steps = [
             self._flat(step, addresses) if isinstance(step, Code) else _Running(step, self, addresses)
@@ -199,11 +202,11 @@ class Bound:
 
     def _flat(self, code: Code, addresses: dict[str, int]) -> Callable[[], None]:
         words = _Words(code.assembled(addresses), len(code))
-        run, registers, at = self._run, self._registers.address, words.address
-        count = words.count
+        run, registers, at = self._run, ctypes.c_int64(self._registers.address), ctypes.c_int64(words.address)
+        count, zero, one = (ctypes.c_int64(n) for n in (words.count, 0, 1))  # made once: each µs counts
 
         def call(_keep: _Words = words) -> None:
-            run(at, count, registers, 0, 0, 1)
+            run(at, count, registers, zero, zero, one)
 
         return call
 
@@ -214,14 +217,17 @@ class Bound:
             IndexError: for an index that is out of range.
         """
         registers = self._registers.words
+        given = tensors[: len(self._changing)]
+        if [t.stride() for t in given] != self._wanted or True in [t.is_neg() for t in given]:
+            given = tuple(laid(t, strides) for t, strides in zip(given, self._wanted, strict=True))
+            tensors = (*given, *tensors[len(given) :])
+        pointers: list[ctypes.c_int64 | int] = [t.data_ptr() for t in tensors]
+        if self._all:
+            registers[GIVEN : GIVEN + len(pointers)] = pointers  # each µs counts
+        else:
+            for place, pointer in zip(self._places, pointers, strict=True):
+                registers[place] = pointer
         kept = []
-        for (place, strides), tensor in zip(self._changing, tensors):  # noqa: B905 - as many, and each µs counts
-            if tensor.stride() != strides or tensor.is_neg():
-                tensor = laid(tensor, strides)
-                kept.append(tensor)
-            registers[place] = tensor.data_ptr()
-        for place, tensor in zip(self._made, tensors[len(self._changing) :]):  # noqa: B905 - memory of our own
-            registers[place] = tensor.data_ptr()
         for place, tensor, strides in self._copied:
             tensor = laid(tensor, strides)
             kept.append(tensor)
@@ -238,51 +244,38 @@ class _Running:
 
     def __init__(self, loop: Loop, bound: Bound, addresses: dict[str, int]) -> None:
         self._run = bound._run
-        self._registers = bound._registers
-        self._first, self._start, self._body, self._rest, self._merge, self._finish = (
+        self._registers = main = bound._registers
+        first, start, body, rest, merge, finish = self._codes = [
             _Words(code.assembled(addresses), len(code)) for code in loop.codes
-        )
+        ]
+        self._first, self._merge, self._finish = first, merge, finish
         blocks, left = divmod(loop.count, loop.block)
-        threads = max(1, min(bound._threads, blocks))
-        size = len(bound._registers.words)
-        self._moving = loop.moving
+        parts = max(1, min(bound._threads, blocks))
+        size = len(main.words)
         steps = [0] * size
-        for register, _, step in self._moving:
+        for register, _, step in loop.moving:
             steps[register] = step * loop.block
         self._steps = _Words(steps)
-        self._many = size
-        self._parts = []
+        self._moving = _Words([word for each in loop.moving for word in each])
+        self._parts: list[tuple[_Words, _Words, Tensor]] = []
         begin = 0
-        for i in range(threads):
-            count = blocks // threads + (i < blocks % threads)
-            room = _room(bound._segment.local)
-            self._parts.append((_Words([0] * size), room, begin * loop.block, count, left if i == threads - 1 else 0))
+        for i in range(parts):
+            count = blocks // parts + (i < blocks % parts)
+            room, registers = _room(bound._segment.local), _Words([0] * size)
+            words = [main.address, size, registers.address, _start(room), begin * loop.block]
+            words += [len(loop.moving), self._moving.address, start.address, start.count, body.address, body.count]
+            words += [self._steps.address, count, rest.address, rest.count if left and i == parts - 1 else 0]
+            self._parts.append((_Words([*words, addresses["run"]]), registers, room))
             begin += count
-
-    def _part(self, registers: _Words, room: Tensor, begin: int, blocks: int, left: int) -> None:
-        words = registers.words
-        words[LOCAL] = _start(room)
-        for register, origin, step in self._moving:
-            words[register] = words[origin] + begin * step
-        run, at = self._run, registers.address
-        run(self._start.address, self._start.count, at, 0, 0, 1)
-        run(self._body.address, self._body.count, at, self._steps.address, self._many, blocks)
-        if left:
-            run(self._rest.address, self._rest.count, at, 0, 0, 1)
+        self._share = Share([words.address for words, *_ in self._parts], addresses)
 
     def __call__(self) -> None:
         main = self._registers
-        size = 8 * self._many
-        for part in self._parts:
-            ctypes.memmove(part[0].address, main.address, size)
         run = self._run
         run(self._first.address, self._first.count, main.address, 0, 0, 1)
-        others: list[Future[None]] = [workers().submit(self._part, *part) for part in self._parts[1:]]
-        self._part(*self._parts[0])
-        for each in others:
-            each.result()
+        self._share()
         words = main.words
-        for registers, room, *_ in self._parts:
+        for _, registers, room in self._parts:
             words[LOCAL] = _start(room)
             run(self._merge.address, self._merge.count, main.address, 0, 0, 1)
             words[STATUS] |= registers.words[STATUS]
@@ -297,24 +290,3 @@ def _room(size: int) -> Tensor:
 def _start(room: Tensor) -> int:
     address: int = room.data_ptr()
     return -(-address // ALIGNED) * ALIGNED
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_pool: list[ThreadPoolExecutor] = []
-_pool_lock = threading.Lock()
-
-
-def workers() -> ThreadPoolExecutor:
-    """The threads that help a replay: made when first asked for, and anew in a forked process."""
-    if not _pool:
-        with _pool_lock:
-            if not _pool:
-                _pool.append(ThreadPoolExecutor(max_workers=max(1, _cores()), thread_name_prefix="tape_engine"))
-    return _pool[0]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.clear)

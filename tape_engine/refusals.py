@@ -1,0 +1,52 @@
+"""What a sweep refuses by name: values into which no gradient may pass, and contents that are not those recorded."""
+
+from __future__ import annotations
+
+from . import recorder
+from .errors import NotRecordedError, OverwrittenError, SweptError, TapeError, message
+from .names import located
+from .tape import Node, Value, describe
+
+__all__ = ["closed_error", "overwritten_error"]
+
+
+def overwritten_error(node: Node, value: Value) -> OverwrittenError:
+    """What says that the contents of a value, which the rule of `node` reads, are not those recorded."""
+    return OverwrittenError(
+        message(
+            f"{value.name or 'a value'} that the rule of {node.op.name} reads "
+            "was changed by a write that the recorder could not see.",
+            where=located(node),
+            operands=[(value.name or "value", describe(value))],
+            fix="write to it inside te.record(), or to a copy of it: .clone()",
+        )
+    )
+
+
+def closed_error(value: Value, where: str | None) -> TapeError:
+    """What says that no gradient may pass into a value."""
+    kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
+    name = value.name or "a value"
+    return kind(
+        message(
+            f"the gradient reaches {name}, which {value.closed}.",
+            where=where,
+            operands=[(value.name or "value", describe(value))],
+            fix=_way_around(value),
+        )
+    )
+
+
+def _way_around(value: Value) -> str:
+    name = value.name or "it"
+    if value.closed == recorder.SWEPT:
+        return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
+    if value.closed == recorder.SWEEP:
+        return "pass record=True to that sweep"
+    if value.closed == recorder.MOVED:
+        return "copy the elements instead: x.copy_(...), or take a view"
+    if value.closed == recorder.ONCE:
+        return f"write that backward in differentiable operations, or go on from {name}.detach()"
+    if value.closed == recorder.OUTSIDE:
+        return f"compute {name} inside `with te.record():`, or go on from {name}.detach()"
+    return f"write to {name} inside the recording, or to a copy of it: .clone()"

@@ -1,0 +1,76 @@
+"""What is said of values that leave the recording's sight: legal, and probably not meant."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from .errors import TapeWarning, message
+from .names import call_site, user_frame
+from .tape import bound, describe
+
+__all__ = ["warn_of_exit", "warn_of_hook", "warn_of_list"]
+
+Tensor = torch.Tensor
+
+
+def _would_cut(tensor: Tensor) -> bool:
+    """Whether a gradient could pass through what `tensor` holds, which was computed on a tape that waits."""
+    value = bound(tensor)
+    node = None if value is None else value.node
+    return value is not None and node is not None and not node.closed and value.differentiable and not node.cut
+
+
+def warn_of_exit(tensor: Tensor, name: str) -> None:
+    """Warns that a recorded value leaves for code through which no gradient can be followed."""
+    value = bound(tensor)
+    if value is None or not _would_cut(tensor):
+        return
+    warnings.warn(
+        message(
+            f".{name}() hands {value.name or 'a recorded value'} to code that the recorder cannot follow: what is "
+            "computed from it there is a constant to the sweep.",
+            where=call_site(user_frame()),
+            operands=[(value.name or "value", describe(value))],
+            fix=f"te.stop_gradient(...).{name}(), or .detach() before it, says that this is meant",
+        ),
+        TapeWarning,
+        stacklevel=3,
+    )
+
+
+def warn_of_hook(tensor: Tensor, what: str, stacklevel: int) -> None:
+    """Warns that a call by torch's own backward was asked for, which no sweep makes."""
+    frame = user_frame()
+    value = bound(tensor)
+    name = (None if value is None else value.name) or "value"
+    warnings.warn(
+        message(
+            f"{what} a call by torch's own backward: te.backward calls no hook.",
+            where=call_site(frame),
+            operands=[] if value is None else [(name, describe(value))],
+            fix="change the gradient after the sweep, or in the rule of an operation of your own (te.op)",
+        ),
+        TapeWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def warn_of_list(title: str, tensors: Iterable[Tensor]) -> None:
+    """Warns that `title` takes the numbers out of `tensors`, if a gradient could pass through one of them."""
+    known = next((value for each in tensors if _would_cut(each) and (value := bound(each)) is not None), None)
+    if known is None:
+        return
+    warnings.warn(
+        message(
+            f"{title} takes the numbers out of the tensors in a list: what is computed from them there is a "
+            "constant to the sweep.",
+            where=call_site(user_frame()),
+            operands=[(known.name or "value", describe(known))],
+            fix="torch.stack(...) of the list keeps the gradient; .detach() of each says that this is meant",
+        ),
+        TapeWarning,
+        stacklevel=5,
+    )
