@@ -66,7 +66,7 @@ def test_memory_of_a_replay_under_inference_mode_serves_later_ones(backend: str,
     with torch.inference_mode():
         program.step(x)
         program(x)
-    del w.g
+    del w.g  # type: ignore[attr-defined]
     for _ in range(4):
         results = program.step(x)
         kept.append([*results, g_of(w)])
