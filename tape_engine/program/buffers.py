@@ -83,7 +83,8 @@ def rotating(value: Value, *, copy: bool = True) -> Callable[[], Tensor]:
             # Our tensor and the handle use the storage; it, `ring`, the loop and the call refer to the handle.
             if uses(place) == 2 and references(storage) == 4:
                 return tensor.detach()
-        tensor = buffer(value)
+        with torch.inference_mode(False):  # it may outlive the mode of this replay
+            tensor = buffer(value)
         storage = tensor.untyped_storage()
         if len(ring) >= KEPT_RESULTS:
             ring.pop(0)

@@ -54,6 +54,29 @@ def test_no_result_of_twenty_replays_changes() -> None:
         assert torch.equal(t, contents)
 
 
+@pytest.mark.parametrize("backend", ["python", "native"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_memory_of_a_replay_under_inference_mode_serves_later_ones(backend: str, before: int) -> None:
+    x, w = draw(4, 3), draw(3, 2)
+    with te.record() as tape:
+        h = x @ w
+        C = h.tanh().square().sum()
+    program = tape.program(inputs=x, outputs=(C, h), backend=backend)
+    kept: list[Any] = [program.step(x) for _ in range(before)]
+    with torch.inference_mode():
+        program.step(x)
+        program(x)
+    del w.g  # type: ignore[attr-defined]
+    for _ in range(4):
+        results = program.step(x)
+        kept.append([*results, g_of(w)])
+        assert not any(t.is_inference() for t in (*results, g_of(x), g_of(w)))
+        scale = torch.ones_like(results[1], requires_grad=True)
+        (results[1] * scale).sum().backward()  # torch takes it for its own gradient
+        close(scale.grad, results[1])
+        kept.pop()  # so that the memory is found again
+
+
 HOLDS: dict[str, Callable[[Tensor], Any]] = {
     "view": lambda t: t.view(-1),
     "slice": lambda t: t[1:],

@@ -325,6 +325,26 @@ def test_inputs_that_share_memory_with_what_is_written(path: Path) -> None:
         loaded(draw(4), draw(3))
 
 
+def test_what_shares_memory_may_stand_in_another_order_in_a_file(path: Path) -> None:
+    x = draw(4)
+    y, z = x[1:], x[:3]
+    with te.record() as tape:
+        out = (z * y).sum()
+        x.mul_(2.0)
+    tape.program(inputs=(x, y, z), outputs=out).save(path)
+    outer, inner, payload = parts(path.read_bytes())
+    assert len(inner["shared"]) > 1
+    inner["shared"] = [*reversed(inner["shared"]), inner["shared"][0]]
+    path.write_bytes(joined(outer, inner, payload))
+    loaded = te.load(path)
+    x = draw(4)
+    before = x.clone()
+    close(loaded(x, x[1:], x[:3]), (before[:3] * before[1:]).sum())
+    close(x, before * 2)
+    with pytest.raises(te.InputError, match="shared, and share no more"):
+        loaded(x, draw(3), x[:3])
+
+
 # -- the tensors -----------------------------------------------------------------------------------------------
 
 
