@@ -49,6 +49,7 @@ MODULES = {
     "test": "pytest expecttest hypothesis pytest_benchmark pytest_timeout xdist safetensors".split(),
     "dev": "mypy ruff".split(),
     "native": ["numba"],
+    "bench": ["jax"],
     "docs": "sphinx furo myst_nb safetensors".split(),
 }
 
@@ -514,11 +515,11 @@ def docs(environment: Environment, args: Sequence[str]) -> int:
 
 
 def bench(environment: Environment, args: Sequence[str]) -> int:
-    """Runs the benchmarks, side by side in one table; arguments go to tests/benchmarks.
+    """Runs the benchmarks, side by side in one table; --others adds torch.compile, and JAX, which it installs.
 
-    [ARGUMENTS]
+    [--others] [ARGUMENTS of tests/benchmarks]
     """
-    environment.ensure(["native", "test"])
+    environment.ensure(["native", "test", *["bench"] * ("--others" in args)])
     return call(environment, [environment.script("python"), "-m", "tests.benchmarks", *args], environment.root)
 
 

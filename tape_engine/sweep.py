@@ -32,6 +32,7 @@ from .tape import (
     Node,
     Value,
     bind,
+    bound,
     current_tape,
     describe,
     global_tape,
@@ -142,9 +143,18 @@ def grad(
 
 
 def _close(order: list[Node]) -> None:
-    """Closes the tapes that were swept: their leaves listen no more, and a new global tape starts."""
+    """Closes the tapes that were swept: their leaves listen no more, and a new global tape starts.
+
+    What a node has written to without a gradient (statistics, counters) is a leaf again: such a tensor lives on in
+    its module, and would keep the whole recording alive with it.
+    """
     for node in order:
         node.swept = True
+        for _, j in node.mutates:
+            value = node.outputs[j]
+            holder = value.holder
+            if value.constant and holder is not None and bound(holder) is value and not value.stale:
+                recorder.settle(holder, value)
     for token in {node.tape for node in order if node.tape is not None}:
         token.closed_at = next_in_sequence()
         recorder.forget_leaves(token)

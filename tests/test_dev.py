@@ -605,6 +605,14 @@ def test_arguments_are_passed_on(calls: Calls) -> None:
     assert test == ["python", "-m", "pytest", "-x", "-k", "a and b", "tests/viz", "--", "-h"]
 
 
+def test_jax_is_installed_for_whom_asks_for_it(calls: Calls) -> None:
+    assert dev.main(["bench", "--quick"]) == 0
+    assert "bench" not in calls.extras
+    assert dev.main(["bench", "--others", "--quick"]) == 0
+    assert calls.extras[-1] == "bench"
+    assert calls.commands[-1] == ["python", "-m", "tests.benchmarks", "--others", "--quick"]
+
+
 @pytest.mark.parametrize(("cores", "more"), [(1, []), (2, ["-n", "2"]), (64, ["-n", "8"])])
 def test_the_whole_suite_uses_every_core(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, cores: int, more: list[str]
@@ -757,6 +765,7 @@ def test_the_project_file_and_the_set_up_agree() -> None:
     extras = {name: each + extras["files"] * ("tape-engine[files]" in each) for name, each in extras.items()}
     assert {*dev.MODULES["test"]} == named(extras["test"]) - {"tape_engine"}
     assert {*dev.MODULES["docs"]} == named(extras["docs"]) - {"tape_engine"}
+    assert {*dev.MODULES["bench"]} == named(extras["bench"])
     assert {*dev.MODULES["dev"]} == named(extras["dev"]) - {"tape_engine", "types_networkx"}
     assert f"torch>={'.'.join(map(str, dev.OLDEST_TORCH))}" in project["dependencies"]
     constraints = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()

@@ -7,6 +7,7 @@ to its memory any more, that can serve again: a loop that only reads ``.g`` rota
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -15,18 +16,44 @@ import torch
 from ..aliases import overlapping
 from ..tape import Value
 
-__all__ = ["buffer", "laid", "overlapping", "rotating"]
+__all__ = ["buffer", "laid", "overlapping", "own", "placed", "rotating", "strides_of"]
 
 Tensor = torch.Tensor
 
 KEPT_RESULTS = 3  # memories a result rotates between: the one being read, the one on ``.g``, and one more
 
 
+def strides_of(value: Value) -> tuple[int, ...]:
+    """The strides of memory for a value: its own, or dense ones where its elements overlapped."""
+    if value.strides and not overlapping(value.shape, value.strides):
+        return tuple(value.strides)
+    return tuple([math.prod(max(n, 1) for n in value.shape[i + 1 :]) for i in range(len(value.shape))])
+
+
 def buffer(value: Value) -> Tensor:
     """Memory for a value, of its shape and strides (dense where its elements overlapped)."""
-    if value.strides and not overlapping(value.shape, value.strides):
-        return torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=value.device)
-    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    return torch.empty_strided(value.shape, strides_of(value), dtype=value.dtype, device=value.device)
+
+
+def placed(value: Value, memory: torch.UntypedStorage) -> Tensor:
+    """The beginning of `memory`, as a tensor of a value's description."""
+    made = torch.empty(0, dtype=value.dtype, device=value.device)
+    return made.set_(memory, 0, value.shape, strides_of(value))
+
+
+def own(*results: Tensor) -> list[Tensor]:
+    """The results themselves where nothing else lies in their memory, which then is the caller's; copies elsewhere."""
+    uses = torch._C._storage_Use_Count
+    seen: set[int] = set()
+    found = []
+    for tensor in results:
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        # the tensor uses the storage, and our handle; an operation may have returned one tensor twice
+        alone = uses(place) == 2 and place not in seen and storage.nbytes() <= tensor.nbytes
+        seen.add(place)
+        found.append(tensor if alone else tensor.clone())
+    return found
 
 
 def laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
+from ..aliases import storage_of
 from ..tape import Node, Value, address_of
 from .data import sized_by_elements
 
@@ -32,13 +33,24 @@ class Call:
         title: how the generated code writes it (``torch.mm``), or how it names it.
         outs: the keywords under which it takes its results' memory; empty if it allocates them.
         view: whether its result looks into the memory of an argument.
+        unknown: whether it may do so, for all that is known.
+        more: arguments that are given to it after the operation's own.
+        in_place: whether its result may be written where an operand lies: element by element, that is.
     """
 
     function: Callable[..., Any]
     title: str
     outs: tuple[str, ...] = ()
     view: bool = False
+    more: tuple[Any, ...] = ()
+    in_place: bool = False
+    unknown: bool = False
 
+
+#: Overloads that have no variant for given memory, by one that does the same and has, with its further arguments.
+SAME_WITH_OUT: dict[Any, tuple[Callable[..., Any], str, tuple[Any, ...]]] = {
+    torch.ops.aten.relu.default: (torch.clamp_min, "torch.clamp_min", (0,))
+}
 
 #: Overloads that copy: their result's memory is filled with ``copy_``.
 COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
@@ -60,9 +72,10 @@ def call_of(node: Node) -> Call:
     """The quickest way to run `node`, found at the first node of its kind."""
     forward = node.op.forward
     if not isinstance(forward, OpOverload):
-        return Call(forward, node.op.name, view=node.op.name == "read_view")
+        view = node.op.name == "read_view"
+        return Call(forward, node.op.name, view=view, unknown=not view)
     if forward in GRAD_MODE:
-        return Call(_with_grad_mode(forward), node.op.name)
+        return Call(_with_grad_mode(forward), node.op.name, unknown=True)
     if forward in LAID_OUT and node.mutates:
         return Call(_filling(LAID_OUT[forward]), f"{node.op.name}_")
     key = (forward, _kind(node.args), _kind(node.kwargs), len(node.outputs), node.gaps)
@@ -106,19 +119,28 @@ def _kind(argument: Any) -> Any:
 def _find(node: Node, forward: OpOverload) -> Call:
     schema = forward._schema
     name = schema.name.partition("::")[2]
-    shares = any(r.alias_info is not None for r in schema.returns) or name == "_unsafe_view"
+    told = any(r.alias_info is not None for r in schema.returns)
     if not schema.name.startswith("aten::") or node.random:
-        return Call(forward, f"torch.ops.{forward}", view=shares)
+        return Call(forward, f"torch.ops.{forward}", view=told, unknown=True)
+    looks = _looks_in(node, forward)
+    shares = told or looks is True  # `_unsafe_view`, `unsafe_split` and their like do not tell
     # A loss that torch reduces takes given memory for its terms first, and moves it to where they have room.
     reduced = "reduction" in node.op.parameters and [v.ndim for v in node.outputs] == [0]
     out = None if shares or node.gaps or reduced or sized_by_elements(node) else _out_variant(forward)
     ways: list[Call] = []
+    if forward in SAME_WITH_OUT:
+        same, title, more = SAME_WITH_OUT[forward]
+        ways.append(Call(same, title, ("out",), more=more))
     for owner, place in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
         function = getattr(owner, name, None)
         if function is not None and out is not None and len(_outs(out)) == 1 == len(node.outputs):
             ways.append(Call(function, f"{place}.{name}", ("out",)))
     if out is not None and len(_outs(out)) == len(node.outputs):
         ways.append(Call(out, f"torch.ops.{out}", _outs(out)))
+    if out is None and forward._overloadname == "Scalar" and not (shares or node.gaps or reduced):
+        of_two = getattr(torch, name, None)  # takes a number for the second one
+        if of_two is not None and len(node.outputs) == 1:
+            ways.append(Call(of_two, f"torch.{name}", ("out",)))
     method = getattr(Tensor, name, None)
     if shares and method is not None:
         ways.append(Call(method, f"torch.Tensor.{name}", view=True))
@@ -126,9 +148,11 @@ def _find(node: Node, forward: OpOverload) -> Call:
         function = getattr(owner, name, None)
         if not shares and function is not None:
             ways.append(Call(function, f"{place}.{name}"))
-    return next(
-        (way for way in ways if _gives_the_same(way, node, forward)), Call(forward, f"torch.ops.{forward}", view=shares)
-    )
+    default = Call(forward, f"torch.ops.{forward}", view=shares, unknown=looks is None)
+    found = next((way for way in ways if _gives_the_same(way, node, forward)), default)
+    if found.outs and torch.Tag.pointwise in forward.tags and _writes_over(found, node, forward):
+        found = replace(found, in_place=True)
+    return found
 
 
 def _outs(variant: OpOverload) -> tuple[str, ...]:
@@ -160,7 +184,7 @@ def _gives_the_same(way: Call, node: Node, forward: OpOverload) -> bool:
             if way.outs:
                 buffers = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in expected]
                 places = [address_of(each) for each in buffers]
-                way.function(*args, **kwargs, **dict(zip(way.outs, buffers, strict=True)))
+                way.function(*args, *way.more, **kwargs, **dict(zip(way.outs, buffers, strict=True)))
                 got = buffers if places == [address_of(each) for each in buffers] else []  # it may not move them
             else:
                 got = _listed(way.function(*args, **kwargs))
@@ -170,6 +194,48 @@ def _gives_the_same(way: Call, node: Node, forward: OpOverload) -> bool:
             )
     except Exception:  # whatever it is, this way is not the one
         return False
+
+
+def _looks_in(node: Node, forward: OpOverload) -> bool | None:
+    """Whether a result of the overload looks into the memory of an argument; ``None`` if it cannot be tried."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args, kwargs = [_trial(each) for each in node.args], {n: _trial(each) for n, each in node.kwargs.items()}
+            made = {storage_of(each) for each in _listed(forward(*args, **kwargs))}
+    except Exception:  # whatever it is, nothing is known
+        return None
+    return any(storage_of(each) in made for each in _tensors([*args, *kwargs.values()]))
+
+
+def _tensors(arguments: Any) -> list[Tensor]:
+    """The tensors among arguments, and in the lists among them."""
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    return [t for each in arguments for t in _tensors(each)] if isinstance(arguments, (list, tuple)) else []
+
+
+def _writes_over(way: Call, node: Node, forward: OpOverload) -> bool:
+    """Whether `way` gives the same where its result is written over the operand of its description, whichever it is."""
+    if len(way.outs) != 1:
+        return False
+    out = node.outputs[0]
+    places = [i for i, each in enumerate(node.args) if isinstance(each, Value) and each.shape == out.shape]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kwargs = {name: _trial(each) for name, each in node.kwargs.items()}
+            expected = forward(*[_trial(each) for each in node.args], **kwargs)
+            for place in places:
+                args = [_trial(each) for each in node.args]
+                if args[place].dtype != expected.dtype or args[place].stride() != expected.stride():
+                    continue
+                way.function(*args, *way.more, **kwargs, **{way.outs[0]: args[place]})
+                if not torch.equal(args[place].nan_to_num(), expected.nan_to_num()):
+                    return False
+    except Exception:  # whatever it is, it does not write over operands
+        return False
+    return True
 
 
 def _listed(result: Any) -> list[Tensor]:

@@ -68,6 +68,7 @@ class Frozen:
         same: values that are one and the same, by the one that stands for both.
         names: a name for every value, by its ``id``.
         held: tensors of leaves found on the way, until it is known which of them are read.
+        stand_ins: the memory in which the bodies of named operations find large arguments, while they are opened up.
     """
 
     tape: Tape
@@ -89,6 +90,7 @@ class Frozen:
     same: dict[Value, Value] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
+    stand_ins: dict[tuple[torch.dtype, torch.device, int], Tensor] = field(default_factory=dict)
 
     def canonical(self, value: Value) -> Value:
         """The value that stands for `value`."""

@@ -87,6 +87,7 @@ def freeze_nodes(
     merge_common(frozen)
     _find_live(frozen)
     frozen.held.clear()  # what of it is read is live now
+    frozen.stand_ins.clear()
     return frozen
 
 

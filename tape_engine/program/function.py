@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..recorder import quietly
-from .backends import native, python
+from .backends import cudagraph, native, python
 from .backends.source import Source
 from .collecting import Uncollected
 from .data import Frozen
@@ -23,9 +23,10 @@ class Function:
     Attributes:
         source: the generated source; made at its first use.
         one: the seed of a sweep from one element.
-        native: what the native backend made of it; ``None`` where the function is all calls of torch.
+        native: what the native backend made of it; ``None`` where it is not of that backend.
         device: the type of device that it runs on.
-        refused: why the native backend could not make it, if it was to.
+        backend: the name of the backend that made it, once it is made.
+        plan: what `print(program)` tells of how it runs; empty where there is nothing to tell.
     """
 
     def __init__(self, frozen: Frozen, *, with_sweep: bool, copy: bool, backend: str) -> None:
@@ -34,7 +35,8 @@ class Function:
         self._copy = copy
         self._asked = backend
         self.native: native.Told | None = None
-        self.refused = ""
+        self.backend = "python"
+        self.plan = ""
         self._source: Source | None = None
         self.device = frozen.seed.device.type
         self._idle: list[Callable[..., Any]] = []
@@ -42,11 +44,6 @@ class Function:
         with torch.inference_mode(False):
             shape = frozen.seed.shape if frozen.seed.numel() == 1 else ()
             self.one = torch.ones(shape, dtype=frozen.seed.dtype, device=frozen.seed.device)
-
-    @property
-    def backend(self) -> str:
-        """What made the function, once it is made."""
-        return "native" if self.native else "python"
 
     @property
     def source(self) -> Source:
@@ -58,18 +55,38 @@ class Function:
             return self._source
 
     def _generate(self) -> Source:
+        frozen, sweep, wanted = self._frozen, self._with_sweep, self._asked
+        if wanted == "inductor":
+            from .backends import inductor  # torch's compiler takes long to load
+
+            source, told = inductor.generate(frozen, with_sweep=sweep)
+            self.backend, self.plan = wanted, str(told)
+            return source
+        if wanted == "cudagraph" or (wanted == "auto" and self.device == cudagraph.DEVICE != "cpu"):
+            why = cudagraph.refusal(frozen, with_sweep=sweep)
+            if why is None:
+                self.backend, self.plan = "cudagraph", "captured at the first replay, and when a live tensor has moved"
+            else:
+                self.plan = f"not cudagraph: {why[0]}"
         made = None
-        if self._asked == "native":
-            made = native.generate(self._frozen, with_sweep=self._with_sweep)
-        elif self._asked == "auto" and self.device == "cpu" and native.available():
+        if wanted == "native":
+            made = native.generate(frozen, with_sweep=sweep)
+        elif wanted == "auto" and self.device == "cpu" and native.available():
             try:
-                made = native.generate(self._frozen, with_sweep=self._with_sweep, always=False)
+                made = native.generate(frozen, with_sweep=sweep, always=False)
             except Exception as error:  # an installation of numba that does not work must not stop a replay
-                self.refused = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
+                self.plan = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
         if made is not None:
             source, self.native = made
+            self.backend, self.plan = "native", str(self.native)
             return source
-        return python.generate(self._frozen, with_sweep=self._with_sweep)
+        return python.generate(frozen, with_sweep=sweep)
+
+    def _copy_of(self, source: Source) -> Callable[..., Any]:
+        """A copy of the function, with buffers of its own."""
+        if self.backend == "cudagraph":
+            return cudagraph.Captured(self._frozen, source, with_sweep=self._with_sweep, copy=self._copy)
+        return source.function(copy=self._copy)
 
     def __call__(self, *arguments: torch.Tensor) -> Any:
         """Runs a copy of the function that no other replay uses meanwhile."""
@@ -77,7 +94,7 @@ class Function:
             run = self._idle.pop()  # atomic: no two threads get the same
         except IndexError:
             with Uncollected(), torch.autocast(self.device, enabled=False):
-                run = self.source.function(copy=self._copy)
+                run = self._copy_of(self.source)
         try:
             if torch.is_autocast_enabled(self.device):  # casts that the code made are recorded; no others are meant
                 with torch.autocast(self.device, enabled=False):

@@ -15,7 +15,7 @@ from ..errors import GuardError, message
 from ..tape import Node
 from .data import Frozen, sized_by_elements
 
-__all__ = ["check_guard", "check_shape", "generators_kept", "generators_of", "streams_of"]
+__all__ = ["check_guard", "check_shape", "default_generator", "generators_kept", "generators_of", "streams_of"]
 
 FIX = "record the code again on these inputs"
 
@@ -54,17 +54,18 @@ class _Streams:
         self.local = threading.local()  # several threads replay at once
 
     def __enter__(self) -> None:
-        states = [each.get_state() for each in (*self.generators, *map(_default, self.devices))]
+        states = [each.get_state() for each in (*self.generators, *map(default_generator, self.devices))]
         self.local.states = [*getattr(self.local, "states", []), states]
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         states = self.local.states.pop()
         if kind is not None and issubclass(kind, GuardError):
-            for each, state in zip((*self.generators, *map(_default, self.devices)), states, strict=True):
+            for each, state in zip((*self.generators, *map(default_generator, self.devices)), states, strict=True):
                 each.set_state(state)
 
 
-def _default(device: torch.device) -> torch.Generator:
+def default_generator(device: torch.device) -> torch.Generator:
+    """Torch's own generator of a device."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.default_generator

@@ -25,6 +25,9 @@ from .guards import generators_kept
 __all__ = ["opened"]
 
 Tensor = torch.Tensor
+Large = dict[tuple[torch.dtype, torch.device, int], Tensor]
+
+LARGE = 1 << 20  # elements from which on stand-ins lie in one memory: to fill it anew takes longer than the body
 
 
 @dataclass
@@ -46,8 +49,8 @@ def opened(node: Node, frozen: Frozen) -> list[Node]:
     if isinstance(node.op, CalledBack):
         return [node]
     with generators_kept({v.device for v in node.inputs}):
-        body = _run(node, 0)
-        again = None if body is None else _run(node, 1)
+        body = _run(node, 0, frozen.stand_ins)
+        again = None if body is None else _run(node, 1, frozen.stand_ins)
     if body is None or again is None or not _alike(body, again):
         return [node]
     names = dict(zip(body.given, node.inputs, strict=True))
@@ -65,10 +68,10 @@ def opened(node: Node, frozen: Frozen) -> list[Node]:
     return body.steps
 
 
-def _run(node: Node, turn: int) -> _Body | None:
+def _run(node: Node, turn: int, large: Large) -> _Body | None:
     """Runs the body and records it; ``None`` if it fails, or does what a list of operations cannot hold."""
     tape = Tape(strong=True)
-    given = [_stand_in(value, turn) for value in node.inputs]
+    given = [_stand_in(value, turn, large) for value in node.inputs]
     contents = iter(given)
     args = _refilled(node.args, contents)
     kwargs = _refilled(node.kwargs, contents)
@@ -160,11 +163,21 @@ def _refilled(argument: Any, contents: Iterator[Tensor]) -> Any:
     return argument
 
 
-def _stand_in(value: Value, turn: int) -> Tensor:
-    """A tensor of a value's shape and strides: rising above zero, then falling below; 0, then 1."""
+def _stand_in(value: Value, turn: int, large: Large) -> Tensor:
+    """A tensor of a value's shape and strides: rising above zero, then falling below; 0, then 1.
+
+    `large` keeps what was made for large ones, as a body that writes to its arguments is not opened up anyway.
+    """
     size = extent(value.shape, value.strides) if value.strides else value.numel()
-    flat = torch.full((size,), turn, dtype=value.dtype, device=value.device)
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        low, high = ((0.1, 0.9), (-0.2, -0.8))[turn]
-        flat = torch.linspace(low, high, size, device=value.device).to(value.dtype)
+    key = value.dtype, value.device, turn
+    flat = large.get(key) if size >= LARGE else None
+    if flat is None or flat.numel() < size:
+        if value.dtype.is_floating_point or value.dtype.is_complex:
+            low, high = ((0.1, 0.9), (-0.2, -0.8))[turn]
+            flat = torch.linspace(low, high, size, device=value.device).to(value.dtype)
+        else:
+            flat = torch.full((size,), turn, dtype=value.dtype, device=value.device)
+        if size >= LARGE:
+            large[key] = flat
+    flat = flat[:size]
     return flat.as_strided(value.shape, value.strides) if value.strides else flat.reshape(value.shape)

@@ -13,7 +13,7 @@ from ..names import call_site, user_frame
 from ..recorder import is_quiet, quietly, rest_leaves
 from ..tape import Tape, Value, bind, describe, on_freeze
 from .again import is_heard, run_recorded
-from .backends import native
+from .backends import cudagraph, native
 from .bare import let_go
 from .collecting import Uncollected
 from .data import STEPPED, Frozen
@@ -29,7 +29,7 @@ __all__ = ["Program", "freeze"]
 
 Tensor = torch.Tensor
 
-BACKENDS = ("auto", "python", "native")
+BACKENDS = ("auto", "python", "native", "inductor", "cudagraph")
 
 
 class Program:
@@ -206,7 +206,6 @@ class Program:
         frozen = self._frozen
         function = self._step if frozen.gradients else self._forward
         source = function.source
-        kept = sum(value.nbytes for value in source.buffers.values())
         rows = [("input", name, describe(given)) for name, given in zip(frozen.titles, frozen.given, strict=True)]
         rows += [("live", name, describe(tensor)) for name, tensor in self.params.items()]
         rows += [("output", frozen.names.get(id(v)) or "output", describe(v)) for v in frozen.outputs]
@@ -214,9 +213,9 @@ class Program:
         lines = [f"  {kind:<6}  {name:<12}  {text}" for kind, name, text in rows]
         head = (
             f"program: {len(frozen.forward)} operations forward, {len(frozen.backward)} in the sweep; "
-            f"backend {function.backend}; {len(source.buffers)} kept buffers, {kept:,} bytes"
+            f"backend {function.backend}; {len(source.buffers)} kept buffers in {source.kept:,} bytes"
         )
-        plan = [f"  {told}"] if (told := function.native or function.refused) else []
+        plan = [f"  {function.plan}"] if function.plan else []
         return "\n".join([head, *plan, *lines])
 
     def _title(self, target: int | Tensor) -> str:
@@ -276,7 +275,9 @@ def freeze(
         outputs: a tensor or a tuple of tensors of the tape, to return.
         wrt: the tensors on which `Program.step` writes ``.g``; by default every leaf that has one.
         backend: ``"python"``: calls of torch; ``"native"``: compiled loops, on the CPU, for what they are good at;
-            ``"auto"``: these where numba is installed and they pay. `print(program)` tells which it is.
+            ``"inductor"``: torch's own compiler; ``"cudagraph"``: on a GPU, the whole step as one CUDA graph;
+            ``"auto"``: native where numba is installed and it pays, a CUDA graph where the program can be captured,
+            otherwise python. `print(program)` tells which it is.
         copy: results belong to the caller. With ``copy=False`` a replay may write over what an earlier
             one returned, ``.g`` included; such a result must not be given as an input then.
 
@@ -285,23 +286,18 @@ def freeze(
         NotRecordedError: for an output that is not on the tape, an input that was computed on it, or a tensor
             whose change between two readings the tape does not hold.
         ShapeError: for an input that is given twice.
-        BackendError: for a backend that there is not, or that needs a package which is not installed.
+        BackendError: for a backend that there is not, that needs what is not installed, or that cannot run this
+            program, with the line that stands in its way.
     """
     if backend not in BACKENDS:
-        raise BackendError(
-            message(
-                f"tape.program: backend is one of {', '.join(BACKENDS)}: not {backend!r}.",
-                where=call_site(user_frame()),
-                fix='leave it out: backend="auto" takes the quickest that can run the tape',
-            )
+        raise _no_backend(
+            f"backend is one of {', '.join(BACKENDS)}: not {backend!r}.",
+            'leave it out: backend="auto" takes the quickest that can run the tape',
         )
     if backend == "native" and not native.available():
-        raise BackendError(
-            message(
-                "tape.program: the native backend needs numba, which is not installed.",
-                where=call_site(user_frame()),
-                fix="pip install numba, or backend='auto', which does without",
-            )
+        raise _no_backend(
+            "the native backend needs numba, which is not installed.",
+            "pip install numba, or backend='auto', which does without",
         )
     given = _tensors(inputs, "inputs", "the tensors that a replay is given anew")
     wanted = _tensors(outputs, "outputs", "a tensor of the tape or a tuple of them")
@@ -316,12 +312,35 @@ def freeze(
     targets = None if wrt is None else _tensors(wrt, "wrt", "tensors")
     with quietly(), Uncollected():
         frozen = freeze_nodes(tape, given, wanted, targets, single=isinstance(outputs, Tensor))
+        _check_backend(backend, frozen)
         program = Program(tape, frozen, copy=copy, backend=backend)
         let_go(frozen)
         if tape.strong:
             tape.frozen = tape.length
             rest_leaves(tape.token)
         return program
+
+
+def _check_backend(backend: str, frozen: Frozen) -> None:
+    """Refuses a backend that was asked for by name, and cannot run this program on this machine."""
+    device = frozen.seed.device
+    if backend == "inductor":
+        from .backends import inductor
+
+        lacking = inductor.missing(device)
+        if lacking is not None:
+            raise _no_backend(f"the inductor backend needs {lacking[0]}.", f"{lacking[1]}, or backend='auto'")
+    if backend == "cudagraph":
+        if device.type != cudagraph.DEVICE:
+            what = f"the cudagraph backend runs on a GPU, and this program on {device}."
+            raise _no_backend(what, "record on a GPU, or backend='auto'")
+        why = cudagraph.refusal(frozen, with_sweep=True)
+        if why is not None:
+            raise _no_backend(f"the program cannot be captured as a CUDA graph: {why[0]}.", "backend='auto'", why[1])
+
+
+def _no_backend(what: str, fix: str, where: str | None = None) -> BackendError:
+    return BackendError(message(f"tape.program: {what}", where=where or call_site(user_frame()), fix=fix))
 
 
 def _tensors(argument: Any, name: str, wanted: str) -> list[Tensor]:

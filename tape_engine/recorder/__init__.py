@@ -22,7 +22,7 @@ from .functions import FunctionOp
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
 from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
-from .writing import ALIAS, is_update, read, rule_to_add
+from .writing import ALIAS, is_update, read, rule_to_add, settle
 
 __all__ = [
     "ALIAS",
@@ -51,5 +51,6 @@ __all__ = [
     "rest_leaves",
     "rule_to_add",
     "scope",
+    "settle",
     "stop_gradient",
 ]

@@ -36,6 +36,7 @@ __all__ = [
     "read",
     "refuse_without_rule",
     "rule_to_add",
+    "settle",
     "stays_closed",
     "turned",
     "undo",
@@ -116,6 +117,14 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
         warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)
     return value
+
+
+def settle(tensor: Tensor, value: Value) -> None:
+    """From now on `tensor` holds a leaf of the contents, and keeps nothing of what they were computed from."""
+    leaf = Value(tensor)
+    leaf.name, leaf.constant, leaf.detached = value.name, value.constant, value.detached
+    bind(tensor, leaf, None)
+    aliases.join(tensor, leaf)
 
 
 def begin(tensor: Tensor, value: Value, tape: Tape) -> Value:

@@ -22,7 +22,7 @@ import tape_engine as te
 from tape_engine import data
 
 from . import article, models, replay, steps
-from .report import figure, page, scale_of
+from .report import HELD, figure, held_table, page, scale_of
 from .timing import Table, Timing
 
 
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", metavar="mnist|FOLDER", help="real MNIST for the first tables, not random numbers")
     made.add_argument("--rows", type=int, metavar="N", help="rows of X in the first tables (default: 50,000)")
     made.add_argument("--rounds", type=int, metavar="N", help="measurements of each of the quick ways (default: 15)")
+    made.add_argument("--others", action="store_true", help="beside torch.compile and, where it is installed, JAX")
     made.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: as torch has it)")
     return made
 
@@ -50,6 +51,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numba": _version("numba"),
+        "jax": _version("jax"),
         "tape_engine": te.__version__,
     }
 
@@ -87,18 +89,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         X, Y = article.random_data(rows)
 
+    others: bool = options.others
+    few = 30 if options.quick else 300
     size = 2 if options.quick else None
     small = rounds if options.quick else 5 * rounds
     jobs: list[Callable[[Callable[[str], None]], Table]] = [
-        lambda tell: article.all_gradients(X, Y, rounds, on_run=tell),
-        lambda tell: article.parameters_only(X, Y, rounds, on_run=tell),
+        lambda tell: article.all_gradients(X, Y, rounds, others=others, on_run=tell),
+        lambda tell: article.parameters_only(X, Y, rounds, others=others, on_run=tell),
         lambda tell: steps.chain(30 if options.quick else 300, rounds, on_run=tell),
-        *((lambda tell, batch=batch: steps.perceptron(batch, small, on_run=tell)) for batch in (1, 64, 512)),
+        *(
+            (lambda tell, batch=batch: steps.perceptron(batch, small, others=others, on_run=tell))
+            for batch in (1, 64, 512)
+        ),
         *((lambda tell, model=model: models.step(model, rounds, batch=size, on_run=tell)) for model in models.MODELS),
         lambda tell: replay.tiny(60 if options.quick else 3_000, rounds, on_run=tell),
         lambda tell: replay.tiny(60 if options.quick else 3_000, rounds, products=True, on_run=tell),
-        lambda tell: replay.posterior(1_000, small, on_run=tell),
-        lambda tell: replay.first_result(rows, 60 if options.quick else 3_000, min(rounds, 3), on_run=tell),
+        *(
+            (lambda tell, mixed=mixed: replay.tiny(few, rounds, products=mixed, others=True, on_run=tell))
+            for mixed in (False, True)[: 2 * others]
+        ),
+        lambda tell: replay.posterior(1_000, small, others=others, on_run=tell),
+        lambda tell: replay.first_result(
+            rows, 60 if options.quick else 3_000, min(rounds, 3), others=others, on_run=tell
+        ),
         lambda tell: replay.growth((30, 60) if options.quick else (10_000, 30_000, 100_000), 1, on_run=tell),
         lambda tell: article.loops(X, Y, 1, on_run=tell),
     ]
@@ -146,13 +159,12 @@ def shown(table: Table) -> RichTable:
 
 def held(peaks: Sequence[models.Memory]) -> RichTable:
     """The table of memory as it is printed."""
-    title = "the most memory that tensors hold in a step, forward and back to the parameters, beyond those"
-    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", title_style="bold")
-    made.add_column("", no_wrap=True)
-    for column in ("torch.autograd, MB", "te.record() and sweep, MB", "of eager torch"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for each in peaks:
-        made.add_row(each.name, figure(each.autograd / 1e6), figure(each.recorded / 1e6), f"{each.ratio:.2f} x")
+    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=HELD, title_justify="left", title_style="bold")
+    heads, rows = held_table(peaks)
+    for i, head in enumerate(heads):
+        made.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
     return made
 
 

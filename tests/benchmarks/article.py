@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import tape_engine as te
 from tape_engine import article
 from tape_engine.demo import largest_difference
 
+from .others import by_jax, by_torch_compile
 from .replay import replays
 from .timing import Case, Table, measure
 
@@ -35,7 +36,9 @@ def _weights(columns: int) -> tuple[Tensor, Tensor]:
     return torch.randn(columns, 1, generator=generator) / columns**0.5, torch.zeros(1)
 
 
-def all_gradients(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
+def all_gradients(
+    X: Tensor, Y: Tensor, rounds: int, *, others: bool = False, on_run: Callable[[str], None] = lambda _: None
+) -> Table:
     """Every gradient, those of `X`, `w`, `b`, `Z` and `U`, as the article's code has them."""
     w, b = _weights(X.shape[1])
     leaf_X, leaf_w, leaf_b = leaves = [each.clone().requires_grad_() for each in (X, w, b)]
@@ -85,6 +88,12 @@ def all_gradients(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str], 
     }
     _agree(ways)
     cases = [Case(name, way) for name, way in ways.items()]
+    if others:
+        zeros = torch.zeros(len(X), 1)  # gradients at what is added to `Z` and `U` are those of `Z` and `U`
+        right: Sequence[Tensor] = by_hand()
+        leaves = [X, w, b, zeros, zeros]
+        cases += by_torch_compile(lambda X, w, b, z, u: _shifted(X, w, b, z, u, Y), leaves, right, close=CLOSE)
+        cases += by_jax(_shifted_by_numpy, leaves, right, constants=(Y,), close=CLOSE)
     room = torch.empty_like(X)
     cases.append(Case("one copy of X", lambda: room.copy_(X)))
     shape = f"X of {len(X):,} x {X.shape[1]}, {str(X.dtype).removeprefix('torch.')}"
@@ -110,7 +119,9 @@ def loops(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str], None] = 
     return measure("the article's own code, for the same gradients", cases, rounds, on_run=on_run)
 
 
-def parameters_only(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
+def parameters_only(
+    X: Tensor, Y: Tensor, rounds: int, *, others: bool = False, on_run: Callable[[str], None] = lambda _: None
+) -> Table:
     """What a training step needs: the gradients of `w` and `b` alone."""
     w, b = _weights(X.shape[1])
     leaf_w, leaf_b = (each.clone().requires_grad_() for each in (w, b))
@@ -132,10 +143,29 @@ def parameters_only(X: Tensor, Y: Tensor, rounds: int, *, on_run: Callable[[str]
         Case("torch.autograd, eager", autograd),
         Case("tape_engine, eager (te.lin, te.relu, te.mse)", eager),
         *replays(program, [X, Y]),
-        Case("one read of X", X.sum),
     ]
+    if others:
+        expected = torch.autograd.grad(_shifted(X, leaf_w, leaf_b, 0.0, 0.0, Y), (leaf_w, leaf_b))
+        cases += by_torch_compile(lambda w, b: _shifted(X, w, b, 0.0, 0.0, Y), (w, b), expected, close=CLOSE)
+        cases += by_jax(
+            lambda w, b, X, Y: _shifted_by_numpy(X, w, b, 0.0, 0.0, Y), (w, b), expected, constants=(X, Y), close=CLOSE
+        )
+    cases.append(Case("one read of X", X.sum))
     title = "the same, with the gradients of w and b alone"
     return measure(title, cases, rounds, on_run=on_run)
+
+
+def _shifted(X: Tensor, w: Tensor, b: Tensor, z: Any, u: Any, Y: Tensor) -> Tensor:
+    """The article's loss in plain torch, with something added to `Z` and to `U`."""
+    U: Tensor = torch.relu(X @ w + b + z) + u
+    return (U.squeeze(-1) - Y).pow(2).mean()
+
+
+def _shifted_by_numpy(X: Any, w: Any, b: Any, z: Any, u: Any, Y: Any) -> Any:
+    """The same of arrays of JAX."""
+    import jax
+
+    return (((jax.nn.relu(X @ w + b + z) + u)[:, 0] - Y) ** 2).mean()
 
 
 def _read(*tensors: Tensor) -> article.Gradients:

@@ -6,6 +6,7 @@ show; and what a tape keeps for its rules should be what torch's own graph keeps
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tape_engine as te
 
+from .replay import replays
 from .timing import Case, Table, measure
 
 __all__ = ["MODELS", "Memory", "memory", "step"]
@@ -142,20 +144,35 @@ MODELS = (
 )
 
 
-def _ways(parameters: list[nn.Parameter], loss: Callable[[], Tensor]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The gradients of all parameters by torch.autograd, and by recording and sweeping."""
+def _ways(model: Model, batch: int | None) -> dict[str, tuple[list[nn.Parameter], Callable[[], object]]]:
+    """Every way to the gradients of all parameters, by its name, with the parameters that get them.
+
+    torch.autograd has a model of its own, which no tape knows.
+    """
+    leaves, eager = model.prepared(batch)
+    parameters, loss = model.prepared(batch)
 
     def autograd() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        loss().backward()  # type: ignore[no-untyped-call]
+        for leaf in leaves:
+            leaf.grad = None
+        eager().backward()  # type: ignore[no-untyped-call]
 
     def recorded() -> None:
         with te.record():
             C = loss()
         te.backward(C, wrt=parameters)
 
-    return autograd, recorded
+    def program(backend: str) -> te.Program:
+        with te.record() as tape:
+            C = loss()
+        made: te.Program = tape.program(outputs=C, wrt=parameters, backend=backend)
+        return made
+
+    return {
+        "torch.autograd, eager": (leaves, autograd),
+        "tape_engine, te.record() over plain torch": (parameters, recorded),
+        **{case.name: (parameters, case.run) for case in replays(program, ())},
+    }
 
 
 # -- time and memory ---------------------------------------------------------------------------------------
@@ -165,60 +182,67 @@ def step(
     model: Model, rounds: int, *, batch: int | None = None, on_run: Callable[[str], None] = lambda _: None
 ) -> Table:
     """The gradients of all parameters, forward and back."""
-    autograd, recorded = _ways(*model.prepared(batch))
-    cases = [Case("torch.autograd, eager", autograd), Case("tape_engine, te.record() over plain torch", recorded)]
+    cases = [Case(name, way) for name, (_, way) in _ways(model, batch).items()]
     return measure(model.name, cases, rounds, on_run=on_run)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The most bytes that tensors held during a step, beyond the parameters: by torch.autograd and by the engine."""
+    """The most bytes that tensors held during a step, beyond the parameters, by every way; the first is eager torch."""
 
     name: str
-    autograd: int
-    recorded: int
+    peaks: dict[str, int]
 
-    @property
-    def ratio(self) -> float:
-        """How much of torch's own peak the engine's is."""
-        return self.recorded / self.autograd
+    def ratio(self, way: str) -> float:
+        """How much of torch's own peak that of a way is."""
+        return self.peaks[way] / next(iter(self.peaks.values()))
 
     def as_data(self) -> dict[str, Any]:
         """The row for a JSON file."""
-        return {"name": self.name, "autograd": self.autograd, "recorded": self.recorded, "ratio": self.ratio}
+        return {"name": self.name, "peaks": self.peaks, "ratios": {way: self.ratio(way) for way in self.peaks}}
 
 
 def memory(model: Model, *, batch: int | None = None) -> Memory:
-    """The peaks of one step by either way, as torch's allocator on the CPU counts them."""
-    parameters, loss = model.prepared(batch)
-    autograd, recorded = _ways(parameters, loss)
+    """The peaks of one step by every way, as torch's allocator on the CPU counts them.
 
-    def forget() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-            if hasattr(parameter, "g"):
-                del parameter.g
-
-    peaks = []
-    for way in (autograd, recorded):
-        way()  # what a first run alone takes is not counted
-        forget()
-        with counting() as peak:
+    What a first step keeps for the next ones, the buffers of a program, counts as held all the time.
+    """
+    peaks = {}
+    for name in _ways(model, batch):
+        parameters, way = _ways(model, batch)[name]  # on a model of its own: what one way leaves is not another's
+        with counting() as first:
+            way()  # the most that a first run alone takes is not counted
+            _forget(parameters)
+        with counting() as second:
             way()
-        forget()
-        peaks.append(peak[0])
-    return Memory(model.name, *peaks)
+        _forget(parameters)
+        peaks[name] = first.held + second.most
+    return Memory(model.name, peaks)
+
+
+def _forget(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+        if hasattr(parameter, "g"):
+            del parameter.g
+    gc.collect()
+
+
+@dataclass
+class Count:
+    """Bytes of tensors made in a block: the most that were held at one time, and those still held at its end."""
+
+    most: int = 0
+    held: int = 0
 
 
 @contextmanager
-def counting() -> Iterator[list[int]]:
-    """In the list, after the block: the most bytes of tensors made in it that were held at one time."""
-    found: list[int] = []
+def counting() -> Iterator[Count]:
+    """What is yielded has the figures after the block."""
+    found = Count()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         yield found
     events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
-    held = most = 0
     for event in sorted(events, key=lambda each: each.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    found.append(most)
+        found.held += event.nbytes()
+        found.most = max(found.most, found.held)

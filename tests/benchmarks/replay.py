@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import tape_engine as te
 from tape_engine.program.backends import native
 
+from .others import JAX, TORCH_COMPILE, by_jax, by_torch_compile, has_compiler, has_jax
 from .timing import Case, Table, Timing, measure
 
 __all__ = ["BACKENDS", "first_result", "growth", "posterior", "replays", "tiny"]
@@ -46,8 +47,14 @@ def replays(
     return [case(backend) for backend in BACKENDS]
 
 
-def tiny(count: int, rounds: int, *, products: bool = False, on_run: Callable[[str], None] = lambda _: None) -> Table:
-    """`count` operations on 8 x 8 elements, forward and back; with `products` a third of them are of matrices."""
+def tiny(
+    count: int, rounds: int, *, products: bool = False, others: bool = False,
+    on_run: Callable[[str], None] = lambda _: None,
+) -> Table:  # fmt: skip
+    """`count` operations on 8 x 8 elements, forward and back; with `products` a third of them are of matrices.
+
+    With `others` too: for a few hundred operations, that is (JAX had not compiled 3,000 after ten minutes).
+    """
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(8, 8, generator=generator), torch.randn(8, 8, generator=generator) / 3
     leaves = [each.clone().requires_grad_() for each in (x, w)]
@@ -67,12 +74,24 @@ def tiny(count: int, rounds: int, *, products: bool = False, on_run: Callable[[s
         Case("torch.autograd, eager", lambda: torch.autograd.grad(function(*leaves), leaves), units=count),
         *replays(program, [x], number=5, units=count),
     ]
+    if others:
+
+        def by_numpy(x: Any, w: Any) -> Any:
+            import jax
+
+            for _ in range(count // (3 if products else 2)):
+                x = jax.numpy.tanh(x @ w) * w if products else jax.numpy.tanh(x * w)
+            return x.sum()
+
+        expected = torch.autograd.grad(function(*leaves), leaves)
+        cases += by_torch_compile(function, (x, w), expected, number=5, units=count)
+        cases += by_jax(by_numpy, (x, w), expected, number=5, units=count)
     what = "products and element-wise" if products else "element-wise"
     title = f"{count:,} tiny operations ({what}, 8 x 8), forward and back, for each of them"
     return measure(title, cases, rounds, unit="operation", on_run=on_run)
 
 
-def posterior(rows: int, rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
+def posterior(rows: int, rounds: int, *, others: bool = False, on_run: Callable[[str], None] = lambda _: None) -> Table:
     """The gradient of a log posterior, as a sampler calls it: logistic regression, 8 groups, 5 features, float64."""
     generator = torch.Generator().manual_seed(0)
     kind = {"dtype": torch.float64, "generator": generator}
@@ -102,6 +121,21 @@ def posterior(rows: int, rounds: int, *, on_run: Callable[[str], None] = lambda 
         Case("torch.autograd, eager", lambda: torch.autograd.grad(log_posterior(*leaves), leaves), number=10),
         *replays(program, given, number=10),
     ]
+    if others:
+
+        def by_numpy(mean: Any, log_scale: Any, offset: Any, slope: Any, *data: Any) -> Any:
+            import jax
+
+            features, group, outcome = data
+            logit = (mean + jax.numpy.exp(log_scale) * offset)[group] + features @ slope
+            likelihood = (outcome * logit - jax.nn.softplus(logit)).sum()
+            prior = 0.5 * (offset**2).sum() + 0.5 * ((slope / 2.5) ** 2).sum() + 0.5 * mean**2 + 0.5 * log_scale**2
+            return likelihood - prior
+
+        expected = torch.autograd.grad(log_posterior(*leaves), leaves)
+        cases += by_torch_compile(log_posterior, given, expected, number=10, close=1e-8)
+        data = (features, group, outcome)
+        cases += by_jax(by_numpy, given, expected, constants=data, number=10, close=1e-8)
     title = f"the gradient of a hierarchical logistic regression's log posterior, {rows:,} rows"
     return measure(title, cases, rounds, on_run=on_run)
 
@@ -109,7 +143,7 @@ def posterior(rows: int, rounds: int, *, on_run: Callable[[str], None] = lambda 
 FIRST = """
 import sys, time
 import torch, tape_engine as te
-rows, count = int(sys.argv[1]), int(sys.argv[2])
+rows, count, way = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if rows:
     X, Y, w, b = torch.rand(rows, 784), torch.rand(rows), torch.randn(784, 1) / 28, torch.zeros(1)
     inputs = (X, Y)
@@ -123,29 +157,58 @@ else:
         for _ in range(count // 2):
             y = torch.tanh(y * w)
         C = y.sum()
+def loss(w, b):
+    return (torch.relu(X @ w + b).squeeze(-1) - Y).pow(2).mean()
+def by_numpy(w, b, X, Y):
+    import jax
+    return ((jax.nn.relu(X @ w + b)[:, 0] - Y) ** 2).mean()
+if way == "JAX, jit":
+    import jax
+    given = [jax.numpy.asarray(each.numpy()) for each in (w, b, X, Y)]
 start = time.perf_counter()
-tape.program(inputs=inputs, outputs=C).step(*inputs)
+if way == "replay":
+    tape.program(inputs=inputs, outputs=C).step(*inputs)
+elif way == "torch.compile":
+    leaves = [each.clone().requires_grad_() for each in (w, b)]
+    torch.autograd.grad(torch.compile(loss)(*leaves), leaves)
+else:
+    jax.block_until_ready(jax.jit(jax.value_and_grad(by_numpy, argnums=(0, 1)))(*given))
 print(time.perf_counter() - start)
 """
 
 
-def first_result(rows: int, count: int, rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
-    """From a recording to its first replay, in a process of its own: with nothing compiled yet, and the second time."""
+def first_result(
+    rows: int, count: int, rounds: int, *, others: bool = False, on_run: Callable[[str], None] = lambda _: None
+) -> Table:
+    """From a recording to its first replay, in a process of its own: with nothing compiled yet, and the second time.
+
+    Of `others` the time from a function to its first gradients, those of the parameters.
+    """
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             for when in ("nothing compiled yet", "a second process"):
-                for what, arguments in (("the article", (rows, 0)), (f"{count:,} tiny operations", (0, count))):
+                for what, arguments in (
+                    ("the article", (rows, 0, "replay")),
+                    (f"{count:,} tiny operations", (0, count, "replay")),
+                ):
                     name = f"{what}, {when}"
                     on_run(name)
                     taken.setdefault(name, []).append(_seconds(arguments, Path(folder) / what))
+    ways = ((TORCH_COMPILE, has_compiler()), (JAX, has_jax()))
+    for way in [way for way, there in ways if there] if others else ():
+        with tempfile.TemporaryDirectory() as folder:
+            name = f"the article by {way}, nothing compiled yet"
+            on_run(name)
+            taken[name] = [_seconds((rows, 0, way), Path(folder))]
     timings = [Timing(name, statistics.median(each), min(each), max(each), len(each)) for name, each in taken.items()]
     return Table("from the recording to the first result of a replay", "program", tuple(timings))
 
 
 def _seconds(arguments: Sequence[Any], cache: Path | None, code: str = FIRST) -> float:
     """What a process that runs `code`, with this folder for its kernels, or the user's own, tells."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"TAPE_ENGINE_CACHE": str(cache)} if cache else {})
+    folders = {"TAPE_ENGINE_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache)} if cache else {}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **folders}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout))

@@ -8,7 +8,9 @@ from typing import Any
 from .models import Memory
 from .timing import Table
 
-__all__ = ["figure", "page", "scale_of"]
+__all__ = ["HELD", "figure", "held_table", "page", "scale_of"]
+
+HELD = "the most memory that tensors hold in a step, forward and back to the parameters, beyond those"
 
 HEAD = """# How fast it is
 
@@ -44,12 +46,17 @@ def _timed(table: Table) -> str:
 
 
 def _held(peaks: Sequence[Memory]) -> str:
-    rows = [
-        [each.name, figure(each.autograd / 1e6), figure(each.recorded / 1e6), f"{each.ratio:.2f} x"] for each in peaks
-    ]
-    heads = ["", "torch.autograd, MB", "te.record() and sweep, MB", "of torch.autograd"]
-    title = "The most memory that tensors hold in a step, beyond the parameters"
-    return f"## {title}\n\n{_table(heads, rows)}"
+    heads, rows = held_table(peaks)
+    return f"## {HELD[:1].upper()}{HELD[1:]}\n\n{_table(heads, rows)}"
+
+
+def held_table(peaks: Sequence[Memory]) -> tuple[list[str], list[list[str]]]:
+    """The heads and the lines of the table of memory: a line for each way of each model."""
+    rows = []
+    for each in peaks:
+        for i, (way, held) in enumerate(each.peaks.items()):
+            rows.append(["" if i else each.name, way, figure(held / 1e6), f"{each.ratio(way):.2f} x"])
+    return ["", "", "MB", "of the first"], rows
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

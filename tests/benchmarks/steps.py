@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 import tape_engine as te
 
+from .others import by_jax, by_torch_compile
 from .replay import replays
 from .timing import Case, Table, measure
 
@@ -84,7 +86,9 @@ def chain(length: int, rounds: int, *, on_run: Callable[[str], None] = lambda _:
     return measure(title, cases, rounds, unit="operation", on_run=on_run)
 
 
-def perceptron(batch: int, rounds: int, *, on_run: Callable[[str], None] = lambda _: None) -> Table:
+def perceptron(
+    batch: int, rounds: int, *, others: bool = False, on_run: Callable[[str], None] = lambda _: None
+) -> Table:
     """A step of a network of 784, 50 and 10 features, forward and back to its parameters."""
     generator = torch.Generator().manual_seed(0)
     X = torch.rand(batch, 784, generator=generator)
@@ -126,5 +130,24 @@ def perceptron(batch: int, rounds: int, *, on_run: Callable[[str], None] = lambd
         Case("tape_engine, eager (te.lin, te.relu, te.mse)", eager, number=number),
         Case("tape_engine, te.record() over plain torch", recorded, number=number),
         *replays(program, [X, Y], number=number),
+        *(_perceptron_by_others(X, Y, parameters, plain, number) if others else ()),
     ]
     return measure(f"a step of a 784-50-10 network, batch {batch}", cases, rounds, on_run=on_run)
+
+
+def _perceptron_by_others(
+    X: Tensor, Y: Tensor, parameters: Sequence[Tensor], plain: Callable[..., Tensor], number: int
+) -> list[Case]:
+    leaves = [each.clone().requires_grad_() for each in parameters]
+    expected = torch.autograd.grad(plain(*leaves), leaves)
+
+    def by_numpy(W1: Any, b1: Any, W2: Any, b2: Any, X: Any, Y: Any) -> Any:
+        import jax
+
+        hidden = jax.nn.relu(X @ W1 + b1)
+        return ((hidden @ W2 + b2 - Y) ** 2).mean()
+
+    return [
+        *by_torch_compile(plain, parameters, expected, number=number),
+        *by_jax(by_numpy, parameters, expected, constants=(X, Y), number=number),
+    ]

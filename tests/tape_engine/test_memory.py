@@ -488,6 +488,27 @@ def test_what_a_rule_reads_is_kept_until_the_tape_goes() -> None:
     assert all(ref() is None for ref in refs)
 
 
+def test_the_statistics_of_a_module_keep_nothing_of_a_recording_that_was_swept() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Tanh()).double()
+    x = rand(5, 3)
+    gc.disable()
+    try:
+        with te.record() as tape:
+            C = net(x).sum()
+        nodes = [weakref.ref(node) for node in tape.nodes]
+        te.backward(C)
+        del C, tape
+        left = [ref() for ref in nodes if ref() is not None]
+    finally:
+        gc.enable()
+    assert [node.op.name for node in left if node is not None] == ["add"], "the count of batches alone, without a past"
+    before = plain(net[1].running_mean).clone()
+    with te.record():
+        C = net(x).sum()
+    te.backward(C)
+    assert not torch.equal(plain(net[1].running_mean), before)
+
+
 def test_a_named_operation_keeps_only_what_its_rule_reads() -> None:
     X, w, b, Y = rand(40, 3), rand(3, 1), rand(1), rand(40)
     with te.record() as tape:

@@ -7,8 +7,8 @@ function is what ``program.code`` shows.
 from __future__ import annotations
 
 import keyword
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -17,13 +17,16 @@ from torch._ops import OpOverload
 from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
-from ..buffers import laid
-from ..calls import COPIES, Call, call_of
+from ..buffers import laid, own
+from ..calls import COPIES, LAID_OUT, Call, call_of
 from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
-from ..passes import drop_dead, find_in_place, fold_constants, laid_out
+from ..lifetimes import Lifetimes, stretches
+from ..passes import drop_dead, find_in_place, fold_constants, laid_out, results_early, turn_products, unmask
 from ..passes.in_place import SPREAD, WRITES
-from .source import Like, Name, Source, Unit
+from .memory import Memory
+from .naming import Names
+from .source import Like, Name, Run, Source, Unit
 
 __all__ = ["generate"]
 
@@ -38,24 +41,34 @@ def generate(frozen: Frozen, *, with_sweep: bool) -> Source:
     return _Writer(frozen, with_sweep).write()
 
 
-class _Writer:
+class _Writer(Names, Memory):
     def __init__(self, frozen: Frozen, with_sweep: bool) -> None:
         self.frozen = frozen
         self.with_sweep = with_sweep
+        wanted = {frozen.canonical(v) for v in (*frozen.outputs, *(g for _, g in frozen.gradients))}
+        wanted |= {frozen.canonical(after) for _, after in frozen.writes}
         self.nodes = drop_dead(frozen, with_sweep=with_sweep)
+        for each in (unmask, turn_products, results_early):
+            self.nodes = each(self.nodes, frozen, wanted)
         self.folded = fold_constants(frozen, self.nodes)
         self.laid = laid_out(frozen, self.nodes)
         self.names: dict[Value, str] = {}
-        self.space: dict[str, Any] = {"torch": torch, "guard": check_guard, "measured": check_shape, "laid": laid}
+        self.space: dict[str, Any] = {
+            "torch": torch, "guard": check_guard, "measured": check_shape, "laid": laid, "own": own
+        }  # fmt: skip
         self.used = dict.fromkeys([*keyword.kwlist, *self.space], 1)  # how often each name was asked for
         self.known: dict[tuple[str, int], str] = {}  # the names of what every copy of the function shares
         self.buffers: dict[str, Value] = {}
         self.results: dict[str, Value] = {}
-        self.views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.views: list[Run] = []
         self.static = set(frozen.constants)  # values that lie in the same memory on every replay
         self.given: set[Value] = set()  # results in the caller's memory that were returned
         self.ways: dict[Node, Call] = {}
         self.lines: list[str] = []
+        self.life = Lifetimes()
+        self.locals: dict[Value, str] = {}  # what has memory only while a replay runs, and the names of views of it
+        self.readers: dict[Value, list[Node]] = {}  # in the order in which they run
+        self.ends: dict[int, int] = {}  # the number of lines at the end of each step
         self.units: list[Unit] = []
         self.runs_once: set[Node] = set()
 
@@ -67,27 +80,8 @@ class _Writer:
         found = self.names.get(value)
         if found is None:
             found = self.names[value] = self.unused(self.frozen.names.get(id(value)) or value.name or fallback)
+        self.life.touch(value)
         return found
-
-    def unused(self, wanted: str) -> str:
-        """An identifier that nothing else bears: `wanted`, or `wanted` with a number."""
-        wanted = re.sub(r"\W", "_", wanted)
-        wanted = wanted if wanted and not wanted[0].isdigit() else f"p_{wanted}"
-        wanted = wanted if wanted.isidentifier() else re.sub(r"\W", "_", wanted, flags=re.ASCII)
-        found = wanted
-        while found in self.used:
-            self.used[wanted] = count = self.used.get(wanted, 0) + 1
-            found = f"{wanted}_{count}"
-        self.used[found] = 1
-        return found
-
-    def shared(self, wanted: str, thing: Any) -> str:
-        """A name for something that every copy of the function shares."""
-        name = self.known.get((wanted, id(thing)))
-        if name is None:
-            name = self.known[wanted, id(thing)] = self.unused(wanted)
-            self.space[name] = thing  # which keeps it alive, so that its id stays its own
-        return name
 
     # -- the function ------------------------------------------------------------------------------------
 
@@ -108,11 +102,18 @@ class _Writer:
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.loose = self._loose({*wanted, *gradients})
+        self.kept = {*wanted, *gradients, *(frozen.canonical(after) for _, after in frozen.writes)}
         self.mine = self._results({*wanted, *gradients})
-        kept = {*wanted, *gradients, *self.mine, *(frozen.canonical(after) for _, after in frozen.writes)}
-        self.in_place = find_in_place(self.order(), frozen.canonical, self.looks_into, kept, self.makes)
+        self.in_place = find_in_place(
+            self.order(), frozen.canonical, self.looks_into, {*self.kept, *self.mine}, self.makes
+        )
+        self.readers = self.find_readers()
         self._nodes()
         # Everything that can refuse has run by here, and results are taken before the contents of leaves change.
+        self.fresh = self.find_fresh([*wanted, *gradients])
+        if self.fresh:
+            names = ", ".join(self.name(v) for v in self.fresh)
+            self.lines.append(f"{names}, = own({names})")
         returned = ", ".join([self.owned(v) for v in wanted])
         swept = ", ".join([self.owned(g) for g in gradients])
         for leaf, after in frozen.writes:
@@ -122,9 +123,13 @@ class _Writer:
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
         head = f"def {'step' if self.with_sweep else 'forward'}({parameters}):"
         once = len(self.runs_once)
-        return Source(
-            head, self.lines, self.space, self.buffers, self.results, self.views, self.units, once, self.names
+        self.let_go()
+        places = stretches(self.buffers.values(), self.life)
+        source = Source(
+            head, self.lines, self.space, self.buffers, self.results, places, self.views, self.units, once, self.names
         )
+        source.drop_unread()
+        return source
 
     def unit(
         self,
@@ -211,7 +216,7 @@ class _Writer:
 
     def owned(self, value: Value) -> str:
         """The name of a result: the caller's own memory, or a copy."""
-        if value in self.mine and value not in self.given:
+        if (value in self.mine or value in self.fresh) and value not in self.given:
             self.given.add(value)
             return self.name(value)
         name, take = self.unused("result"), self.unused("new_result")
@@ -235,6 +240,7 @@ class _Writer:
             self.unit(
                 "guard" if node.result is not None else "call", start, [node], read, made, read[-1:] if over else ()
             )
+        self.tick()
 
     def write_node(self, node: Node) -> None:
         forward = node.op.forward
@@ -254,6 +260,9 @@ class _Writer:
             self.write_over(node)
         elif node.op is write_view:
             self.write_view(node)
+        elif forward in LAID_OUT and node.mutates:
+            target = self.target(node.outputs[0], node.op.name)
+            self.lines.append(f"{target}.{forward.overloadpacket.__name__}_({self.arguments(node, 1)})")
         else:
             self.call(node, self.way(node))
 
@@ -261,8 +270,11 @@ class _Writer:
         kept = {"dtype", "layout", "device", "memory_format", "non_blocking", "pin_memory"}
         return set(node.kwargs) <= kept and node.outputs[0].shape == node.inputs[0].shape
 
-    def target(self, value: Value, fallback: str) -> str:
-        """The name of the memory that a value is written to: a kept buffer, or the caller's."""
+    def target(self, value: Value, fallback: str, over: Sequence[Value] = ()) -> str:
+        """The name of the memory that a value is written to: a kept buffer, or the caller's.
+
+        A buffer may be that of one of `over`, if nothing reads this any more.
+        """
         value = self.frozen.canonical(value)
         name = self.name(value, fallback)
         if value in self.mine:
@@ -272,6 +284,7 @@ class _Writer:
         else:
             self.buffers[name] = value
             self.static.add(value)
+            self.life.make(value, over)
         return name
 
     def write_view(self, node: Node) -> None:
@@ -288,8 +301,12 @@ class _Writer:
         """A write to a part of a value that nobody reads any more, in its memory."""
         base, out = self.frozen.canonical(self.in_place.over[node]), self.frozen.canonical(node.outputs[0])
         name = self.names[out] = self.name(base)
+        self.life.view(out, [base])
+        self.life.touch(out)
         if base in self.static:
             self.static.add(out)
+        if base in self.locals:
+            self.locals[out] = name
         spread = self.in_place.spread.get(node)
         if spread is not None:
             part, _, *place = spread.args
@@ -300,9 +317,7 @@ class _Writer:
             view = self.part_of(base, name, torch.ops.aten.as_strided.default, tuple(place))
             self.lines.append(f"{view}.copy_({self.argument(part)})")
         else:
-            arguments = [self.argument(each) for each in node.args[1:]]
-            arguments += [f"{key}={self.argument(each)}" for key, each in node.kwargs.items()]
-            self.lines.append(f"{name}.{WRITES[node.op.forward]}({', '.join(arguments)})")
+            self.lines.append(f"{name}.{WRITES[node.op.forward]}({self.arguments(node, 1)})")
 
     def part_of(self, base: Value, name: str, function: Any, place: tuple[Any, ...]) -> str:
         """A view of the memory of a value: made once, if that is always the same."""
@@ -313,28 +328,38 @@ class _Writer:
         return view
 
     def call(self, node: Node, call: Call) -> None:
-        arguments = [self.argument(each) for each in node.args]
-        arguments += [f"{name}={self.argument(each)}" for name, each in node.kwargs.items()]
+        canonical = self.frozen.canonical
+        operands = [canonical(v) for v in node.inputs]
         if call.view and all(self.frozen.canonical(v) in self.static for v in node.inputs):
             self.once(node)
             return
-        function = (
-            call.title if call.title.startswith(("torch.", "torch._C._nn.")) and ".ops." not in call.title else ""
-        )
-        function = function or self.shared(
-            call.title.split(".")[-2] if ".ops." in call.title else call.title, call.function
-        )
+        by_overload = ".ops." in call.title
+        function = call.title if call.title.startswith("torch.") and not by_overload else ""
+        function = function or self.shared(call.title.split(".")[-2] if by_overload else call.title, call.function)
+        arguments = self.arguments(node, 0, call.more)
+        if call.in_place and (local := self.dying(node, operands)) is not None:
+            value = canonical(node.outputs[0])
+            arguments += f", {call.outs[0]}={self.name(local)}"
+            self.locals[value] = self.name(value, node.op.name)
+            self.life.make(value)
+            self.lines.append(f"{self.name(value)} = {function}({arguments})")
+            return
         if call.outs:
-            targets = [self.target(v, node.op.name) for v in node.outputs]
-            arguments += [f"{out}={target}" for out, target in zip(call.outs, targets, strict=True)]
-            self.lines.append(f"{function}({', '.join(arguments)})")
+            over = self.life.operands(canonical(node.outputs[0]), operands) if call.in_place else []
+            targets = [self.target(v, node.op.name, over) for v in node.outputs]
+            outs = ", ".join(f"{out}={target}" for out, target in zip(call.outs, targets, strict=True))
+            self.lines.append(f"{function}({arguments}{', ' if arguments else ''}{outs})")
             return
         names = [self.name(v, node.op.name) for v in node.outputs]
+        self.made(node, call, names, operands)
         written = node.returned(names)
         made = written if isinstance(written, str) else "".join(f"{name or '_'}, " for name in written).rstrip()
         if call.title.startswith("torch.Tensor."):
-            function, arguments = f"{arguments[0]}.{call.title.rpartition('.')[2]}", arguments[1:]
-        self.lines.append(f"{made} = {function}({', '.join(arguments)})")
+            function, arguments = (
+                f"{self.argument(node.args[0])}.{call.title.rpartition('.')[2]}",
+                self.arguments(node, 1),
+            )
+        self.lines.append(f"{made} = {function}({arguments})")
         if self.checked(node):
             for name, value in zip(names, node.outputs, strict=True):
                 self.lines.append(f"measured({name}, {tuple(value.shape)}, {self.shared('site', located(node))})")
@@ -349,8 +374,10 @@ class _Writer:
         self.runs_once.add(node)
         if node.outputs_tuple:
             for i, name in ((i, n) for i, n in enumerate(node.returned(names)) if n is not None):
-                self.views.append((name, _item, (Name(whole), i), {}))
-        self.static.update(self.frozen.canonical(v) for v in node.outputs)
+                self.views.append((name, getitem, (Name(whole), i), {}))
+        for value in map(self.frozen.canonical, node.outputs):
+            self.static.add(value)
+            self.life.view(value, map(self.frozen.canonical, node.inputs))
 
     def stored(self, argument: Any) -> Any:
         if isinstance(argument, Value):
@@ -367,22 +394,3 @@ class _Writer:
         expected = self.shared("recorded", node.result)
         site = self.shared("site", located(node))
         self.lines.append(f"guard({function}({arguments}), {expected}, {site})")
-
-    def argument(self, argument: Any) -> str:
-        """The text of an argument."""
-        if isinstance(argument, Value):
-            return self.name(argument)
-        if type(argument) in (list, tuple):
-            inside = ", ".join(self.argument(each) for each in argument)
-            return f"[{inside}]" if isinstance(argument, list) else f"({inside}{',' if len(argument) == 1 else ''})"
-        if type(argument) in (int, bool, str) or argument is None:
-            return repr(argument)
-        if type(argument) is float and argument == argument and abs(argument) != float("inf"):
-            return repr(argument)
-        if isinstance(argument, (torch.dtype, torch.layout, torch.memory_format)):
-            return str(argument) if str(argument).startswith("torch.") else self.shared("param", argument)
-        return self.shared("param", argument)
-
-
-def _item(result: Any, i: int) -> Any:
-    return result[i]

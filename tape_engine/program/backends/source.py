@@ -12,9 +12,13 @@ from typing import Any
 import torch
 
 from ...tape import Node, Value
-from ..buffers import buffer, rotating
+from ..buffers import buffer, placed, rotating
+from ..lifetimes import Stretch
 
-__all__ = ["Like", "Name", "Source", "Unit", "function_code"]
+__all__ = ["Like", "Name", "Run", "Source", "Unit", "function_code"]
+
+#: A name, and the call that makes what it stands for.
+Run = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,9 @@ class Unit:
 
     Attributes:
         kind: what they are: ``call`` (an operation of torch), ``guard``, ``segment`` and ``rows`` (operations that the
-            native backend runs as one, ``rows`` by blocks of rows), ``layout`` (a leaf that is copied if it does not
-            lie as it did), ``result`` (a copy that the caller gets), ``effect`` (a write to a tensor of the caller's).
+            native backend runs as one, ``rows`` by blocks of rows), ``compiled`` (what torch's compiler made one),
+            ``layout`` (a leaf that is copied if it does not lie as it did), ``result`` (a copy that the caller gets),
+            ``effect`` (a write to a tensor of the caller's).
         start, stop: from which line on, and up to which, counted without the function's first.
         nodes: the nodes that they run.
         reads, writes: the values that they read from memory and write to it, each once; none for a view. (A leaf that
@@ -48,7 +53,9 @@ class Source:
     Attributes:
         text: the function's source.
         constants: names for what every copy of the function shares (torch calls, parameters, live tensors).
-        made: names for what each copy has for itself, with how to make it: buffers and results.
+        buffers, results: names for what each copy has for itself: memory that is written to on each replay, and
+            sources of memory for what the caller gets.
+        places: in which memory each buffer lies.
         views: what runs once for each copy, in order: constants, and views of kept buffers.
         head, lines: its first line, and the others.
         units: which lines belong together.
@@ -61,7 +68,8 @@ class Source:
     constants: dict[str, Any]
     buffers: dict[str, Value]
     results: dict[str, Value]
-    views: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    places: dict[Value, Stretch]
+    views: list[Run] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
     once: int = 0
     names: dict[Value, str] = field(default_factory=dict)
@@ -80,12 +88,31 @@ class Source:
         """The name of the function."""
         return self.head.removeprefix("def ").partition("(")[0]
 
+    @property
+    def kept(self) -> int:
+        """The bytes of the buffers of a copy; those that are not needed at one time share memory."""
+        return sum(each.size for each in set(self.places.values()))
+
+    def drop_unread(self) -> None:
+        """Leaves out of what is run for a copy that of which neither a line nor a later one reads the result."""
+        read = set(self.code.co_names)
+        found = []
+        for each in reversed(self.views):
+            if each[0] in read:
+                found.append(each)
+                read.update(_names_in([*each[2], *each[3].values()]))
+        self.views = found[::-1]
+
     def function(self, *, copy: bool = True) -> Callable[..., Any]:
         """A new copy of the function, with buffers of its own; `copy` as in `rotating`."""
         space = {"__builtins__": builtins, **self.constants}
         with torch.inference_mode(False), torch.no_grad():  # what is kept must outlive the mode of the first replay
+            memory = {
+                each: torch.empty(each.size, dtype=torch.uint8, device=each.device).untyped_storage()
+                for each in set(self.places.values())
+            }
             for name, value in self.buffers.items():
-                space[name] = buffer(value)
+                space[name] = placed(value, memory[self.places[value]])
             for name, value in self.results.items():
                 space[name] = rotating(value, copy=copy)
             for name, call, args, kwargs in self.views:
@@ -107,6 +134,13 @@ class Like:
     """Some tensor of a value's description, in the arguments of what is run when a copy is made."""
 
     value: Value
+
+
+def _names_in(arguments: Any) -> list[str]:
+    """The names among arguments, and in the lists among them."""
+    if isinstance(arguments, Name):
+        return [arguments.name]
+    return [name for each in arguments for name in _names_in(each)] if isinstance(arguments, (list, tuple)) else []
 
 
 def _filled(argument: Any, space: dict[str, Any]) -> Any:

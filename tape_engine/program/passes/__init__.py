@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from .common import merge_common
 from .dead import drop_dead
+from .early import results_early
 from .fold import fold_constants
 from .in_place import find_in_place
 from .layout import laid_out
+from .masks import unmask
+from .turned import turn_products
 
-__all__ = ["drop_dead", "find_in_place", "fold_constants", "laid_out", "merge_common"]
+__all__ = [
+    "drop_dead", "find_in_place", "fold_constants", "laid_out", "merge_common", "results_early", "turn_products",
+    "unmask",
+]  # fmt: skip

@@ -145,6 +145,7 @@ class _Native(_Writer):
         self.lines.append(f"{title}({', '.join(changing)})")
         loops = any(isinstance(step, Loop) for step in segment.steps)
         self.unit("rows" if loops else "segment", start, part.nodes, part.inputs, part.outputs)
+        self.tick()
 
 
 def _strides(value: Value) -> tuple[int, ...]:
