@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -32,6 +33,12 @@ def fresh() -> Iterator[None]:
     torch.set_grad_enabled(before[1])
     torch.use_deterministic_algorithms(before[2])
     assert after == before, "the test (or what it tested) left torch's switches changed"
+
+
+def pytest_collection_finish() -> None:
+    """Torch, the engine and the tests stay to the end: a test that collects garbage need not walk through them."""
+    gc.collect()
+    gc.freeze()
 
 
 #: Suites that are generated or run through whole programs: `dev.py check` leaves them out, `dev.py test` does not.
