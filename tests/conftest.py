@@ -45,8 +45,10 @@ def pytest_collection_finish() -> None:
 THOROUGH = (
     "program/test_boundaries.py",
     "program/test_calls.py",
+    "program/test_cudagraph.py",
     "program/test_faithful.py",
     "program/test_file.py",
+    "program/test_inductor.py",
     "program/test_native_objects.py",
     "program/test_native_ops.py",
     "program/test_native_rows.py",
