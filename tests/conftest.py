@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -34,12 +35,20 @@ def fresh() -> Iterator[None]:
     assert after == before, "the test (or what it tested) left torch's switches changed"
 
 
+def pytest_collection_finish() -> None:
+    """Torch, the engine and the tests stay to the end: a test that collects garbage need not walk through them."""
+    gc.collect()
+    gc.freeze()
+
+
 #: Suites that are generated or run through whole programs: `dev.py check` leaves them out, `dev.py test` does not.
 THOROUGH = (
     "program/test_boundaries.py",
     "program/test_calls.py",
+    "program/test_cudagraph.py",
     "program/test_faithful.py",
     "program/test_file.py",
+    "program/test_inductor.py",
     "program/test_native_objects.py",
     "program/test_native_ops.py",
     "program/test_native_rows.py",

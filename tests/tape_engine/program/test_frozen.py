@@ -778,6 +778,7 @@ def work_of_freezing(length: int, *, leaves: bool) -> int:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaves", [False, True], ids=["one weight", "many weights"])
 def test_freezing_is_linear(leaves: bool) -> None:
     work_of_freezing(100, leaves=leaves)  # what is found once for each kind of operation

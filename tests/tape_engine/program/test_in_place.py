@@ -132,6 +132,7 @@ def moved(program: te.Program, *inputs: Tensor) -> int:
     return sum(row.bytes_read + row.bytes_written for row in program.profile(*inputs, repeats=1).rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [filled_by_rows, running, added_by_slices])
 def test_n_writes_move_bytes_in_proportion_to_n(code: Callable[[Tensor], Tensor]) -> None:
     """Forward and in the sweep; copying the buffer at each write would be four times the bytes for twice the writes."""
