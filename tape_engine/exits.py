@@ -17,6 +17,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
+- A function of ``torch.compile`` runs as it was written: of what it compiles to, no mode hears the operations.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
   on a value through which a gradient could pass they warn, and the elements handed out are a guard as well. What
   rules read there is copied, as a write to that memory is heard by nobody.
@@ -25,6 +26,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -59,6 +61,7 @@ _dlpack: Any = torch.utils.dlpack
 _DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
 _open = 0
+_stance: Any = None  # in which torch's compiler leaves functions as they were written, while a block is open
 _original: dict[tuple[Any, str], Any] = {}
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
 _guard: Callable[[Tensor, str], None] = print
@@ -109,11 +112,13 @@ def on_function(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) 
 
 def open_exits() -> None:
     """Wraps the methods; the wrappers do nothing on threads that do not record."""
-    global _open
+    global _open, _stance
     hear_functions()
     with _lock:
         _open += 1
         if _open == 1:
+            if "torch._dynamo" in sys.modules:
+                _stance = torch.compiler.set_stance("force_eager")
             for name in LEAVING:
                 _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
             _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
@@ -142,10 +147,13 @@ def open_exits() -> None:
 
 def close_exits() -> None:
     """Takes the wrappers off with the last recording."""
-    global _open
+    global _open, _stance
     with _lock:
         _open -= 1
         if _open == 0:
+            if _stance is not None:
+                _stance.__exit__(None, None, None)
+                _stance = None
             for (owner, name), original in _original.items():
                 if original is None:
                     delattr(owner, name)

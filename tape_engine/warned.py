@@ -28,13 +28,14 @@ def warn_of_exit(tensor: Tensor, name: str) -> None:
     value = bound(tensor)
     if value is None or not _would_cut(tensor):
         return
+    call, then = ("pickling", "") if name == "__reduce_ex__" else (f".{name}()", f".{name}()")
     warnings.warn(
         message(
-            f".{name}() hands {value.name or 'a recorded value'} to code that the recorder cannot follow: what is "
+            f"{call} hands {value.name or 'a recorded value'} to code that the recorder cannot follow: what is "
             "computed from it there is a constant to the sweep.",
             where=call_site(user_frame()),
             operands=[(value.name or "value", describe(value))],
-            fix=f"te.stop_gradient(...).{name}(), or .detach() before it, says that this is meant",
+            fix=f"te.stop_gradient(...){then}, or .detach() before it, says that this is meant",
         ),
         TapeWarning,
         stacklevel=3,

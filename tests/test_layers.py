@@ -45,7 +45,6 @@ ROOMS = (
     "sweep",
     "bridge",
     "program",
-    "explain",
     "checks",
     "data",
     "article",
