@@ -162,7 +162,7 @@ def held(peaks: Sequence[models.Memory]) -> RichTable:
     made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, title=HELD, title_justify="left", title_style="bold")
     heads, rows = held_table(peaks)
     for i, head in enumerate(heads):
-        made.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+        made.add_column(head, justify="left" if i < 2 else "right", no_wrap=True, min_width=10 if i > 1 else None)
     for row in rows:
         made.add_row(*row)
     return made
