@@ -1,8 +1,8 @@
 """Recording what programs do most: an operation that makes tensors or views of others, and does nothing else.
 
 It is `Taken` and `write` in one, written out, with their calls put in place: what is saved here is saved at every
-operation of a program (`tests/benchmarks` has the figures). Whatever is out of the ordinary (a list of tensors, a
-write, a keyword argument) goes through those.
+operation of a program (`tests/benchmarks` has the figures). Whatever is out of the ordinary (a list of tensors as
+an argument, a write, a keyword argument) goes through those.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from ..modules import path
 from ..names import user_frame
 from ..plans import Plan
-from ..tape import Binding, Kept, Node, Tape, Value, bind, forget, values_by_tensor, versions_of
+from ..tape import Binding, Kept, Node, Tape, Value, forget, values_by_tensor, versions_of
 from .state import gaps, state
-from .writing import ALIAS, call, join_views, read, refuse_without_rule, stays_closed, undo
+from .writing import ALIAS, call, join_views, outputs_of, read, refuse_without_rule, stays_closed, undo
 
 __all__ = ["record_plain"]
 
@@ -125,7 +125,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
                 keeps = True
     else:
         made = _tensors(result)
-        node.outputs = _bound(made, node)
+        node.outputs = outputs_of(node, made)
         node.outputs_tuple = True
         node.gaps = gaps(result)
         for i, (value, each) in enumerate(zip(node.outputs, made, strict=True)):
@@ -152,20 +152,6 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
 def _tensors(result: Any) -> tuple[Tensor, ...]:
     """The tensors of a result that is a tuple or list of them."""
     return tuple([each for each in result if each is not None])
-
-
-def _bound(made: tuple[Tensor, ...], node: Node) -> tuple[Value, ...]:
-    """The values of several outputs of `node`."""
-    ref = weakref.ref(node)
-    outputs = []
-    for index, tensor in enumerate(made):
-        value = Value(tensor)
-        value._node = ref
-        if index:
-            value.index = index
-        bind(tensor, value, node)
-        outputs.append(value)
-    return tuple(outputs)
 
 
 def _refilled(args: tuple[Any, ...], inputs: list[Value]) -> tuple[Any, ...]:

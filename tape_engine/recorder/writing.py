@@ -33,6 +33,7 @@ __all__ = [
     "in_units_of",
     "is_update",
     "join_views",
+    "outputs_of",
     "read",
     "refuse_without_rule",
     "rule_to_add",
@@ -226,6 +227,23 @@ def write(
     frame = user_frame()
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
     node = Node(op, args, kwargs, tuple(inputs), tuple(sources), code, lasti, modules.path())
+    node.outputs = outputs_of(node, made)
+    for index, (value, tensor) in enumerate(zip(node.outputs, made, strict=True)):
+        if cut:
+            value.constant = True
+        elif op.reads_output:
+            # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
+            kept = (*kept, value.keep(ALIAS(tensor)) if op.reads_output_at(index, len(made)) else None)
+    if cut:
+        node.cut = True
+    else:
+        node.saved = tuple(kept)
+    tape.append(node)
+    return node
+
+
+def outputs_of(node: Node, made: Sequence[Tensor]) -> tuple[Value, ...]:
+    """The values that the tensors `made` hold from now on, as outputs of `node`."""
     ref = weakref.ref(node)
     outputs = []
     for index, tensor in enumerate(made):
@@ -233,20 +251,9 @@ def write(
         value._node = ref
         if index:
             value.index = index
-        if cut:
-            value.constant = True
         bind(tensor, value, node)
         outputs.append(value)
-        if op.reads_output and not cut:
-            # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-            kept = (*kept, value.keep(ALIAS(tensor)) if op.reads_output_at(index, len(made)) else None)
-    node.outputs = tuple(outputs)
-    if cut:
-        node.cut = True
-    else:
-        node.saved = tuple(kept)
-    tape.append(node)
-    return node
+    return tuple(outputs)
 
 
 def enter(taken: Taken, made: Sequence[Tensor]) -> Node:
