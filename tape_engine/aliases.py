@@ -45,6 +45,9 @@ __all__ = [
 #: Size, stride and offset of a view, counted from the first element of its base.
 Place = tuple[tuple[int, ...], tuple[int, ...], int]
 
+stride_of = torch._C.TensorBase.stride  # torch's own: the methods on Tensor may be wrapped while a block is open
+offset_of = torch._C.TensorBase.storage_offset
+
 
 # -- reading and writing a place of a base, as operations ----------------------------------------------
 
@@ -85,7 +88,7 @@ def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 )
 def read_view(base: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> torch.Tensor:
     """The elements of `base` at a place of its storage, as a view."""
-    return base.as_strided(size, stride, base.storage_offset() + offset)
+    return base.as_strided(size, stride, offset_of(base) + offset)
 
 
 @read_view.rule
@@ -260,12 +263,12 @@ def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def place_of(view: torch.Tensor, base: torch.Tensor) -> Place:
     """Where `view` lies in `base`."""
-    return tuple(view.shape), view.stride(), int(view.storage_offset()) - int(base.storage_offset())
+    return tuple(view.shape), stride_of(view), int(offset_of(view)) - int(offset_of(base))
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    start = int(tensor.storage_offset()) * tensor.element_size()
-    return start, start + extent(tuple(tensor.shape), tensor.stride()) * tensor.element_size()
+    start = int(offset_of(tensor)) * tensor.element_size()
+    return start, start + extent(tuple(tensor.shape), stride_of(tensor)) * tensor.element_size()
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -276,13 +279,13 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or _dense(a) or _dense(b) or max(a.numel(), b.numel()) > 1 << 20:
         return True
     cpu = torch.device("cpu")
-    places = [positions(tuple(t.shape), t.stride(), int(t.storage_offset()), cpu) for t in (a, b)]
+    places = [positions(tuple(t.shape), stride_of(t), int(offset_of(t)), cpu) for t in (a, b)]
     return bool(torch.isin(*places).any())  # two columns of a matrix, say
 
 
 def _dense(tensor: torch.Tensor) -> bool:
     """Whether a tensor leaves out nothing between its first element and its last."""
-    return tensor.numel() == extent(tuple(tensor.shape), tensor.stride())
+    return tensor.numel() == extent(tuple(tensor.shape), stride_of(tensor))
 
 
 def covers(base: torch.Tensor, part: torch.Tensor) -> bool:
@@ -293,7 +296,7 @@ def covers(base: torch.Tensor, part: torch.Tensor) -> bool:
 
 def contains(wide: torch.Tensor, part: torch.Tensor) -> bool:
     """Whether `wide`, which leaves out no place between its first element and its last, has all those of `part`."""
-    return _dense(wide) and not overlapping(tuple(wide.shape), wide.stride()) and covers(wide, part)
+    return _dense(wide) and not overlapping(tuple(wide.shape), stride_of(wide)) and covers(wide, part)
 
 
 def expose(tensor: torch.Tensor) -> None:

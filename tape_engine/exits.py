@@ -39,7 +39,7 @@ from .names import called_by_user
 from .tape import bound, rebind
 from .warned import warn_of_exit, warn_of_hook, warn_of_list
 
-__all__ = ["close_exits", "hear_functions", "open_exits", "plain_apply", "reconstructed"]
+__all__ = ["close_exits", "hear_functions", "open_exits", "plain_apply", "reconstructed", "wrap_as_well"]
 
 Tensor = torch.Tensor
 
@@ -80,6 +80,8 @@ _plain_apply: Any = None  # torch's own Function.apply, once the recorder is ask
 #: Methods of a storage by which its contents change without an operation.
 MOVING = ("resize_", "copy_", "fill_")
 
+_more: list[tuple[Any, str, Callable[[Any], Any]]] = []  # what else is wrapped while a block is open
+
 
 def on_exit(
     heard: Callable[[], bool],
@@ -108,6 +110,11 @@ def on_function(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) 
     """The recorder says here what applying a custom function does."""
     global _function
     _function = handler
+
+
+def wrap_as_well(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """While a block is open, `owner` has ``wrapper(original)`` under a name."""
+    _more.append((owner, name, wrapper))
 
 
 def open_exits() -> None:
@@ -143,6 +150,8 @@ def open_exits() -> None:
             for name in HOOKS:
                 _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
             _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
+            for owner, name, wrapper in _more:
+                _wrap(owner, name, wrapper(getattr(owner, name)))
 
 
 def close_exits() -> None:

@@ -35,6 +35,7 @@ from .registry import Op
 __all__ = ["Kept", "Node", "Tape", "Value", "current_tape", "global_tape"]
 
 _data_ptr = torch._C.TensorBase.data_ptr  # torch's own: the method on Tensor may be wrapped while a block is open
+_stride = torch._C.TensorBase.stride  # likewise
 _sequence = itertools.count()  # nodes of all tapes and threads, in the order of recording
 
 
@@ -119,6 +120,9 @@ class Value:
         rests: how many frozen tapes have its tensor listen, but only for what torch's own gradient would not show.
         stale: true once a write through an alias made its tensor hold other contents.
         observed: outside a block, how many operations lie between it and values that have a gradient.
+        chosen: where in the order of recording the code got its tensor from ``contiguous()``, which might have been a
+            copy had it lain otherwise; -1 if it did not.
+        asked: whether the code has asked for its strides, or goes by them.
     """
 
     # What most values share stands here, and on a value only where it differs: a value is made at each operation.
@@ -132,6 +136,8 @@ class Value:
     rests = 0
     stale = False
     observed = 0
+    chosen = -1
+    asked = False
     _node: weakref.ref[Node] | None = None
     _kept: weakref.ref[Kept] | None = None
 
@@ -139,7 +145,7 @@ class Value:
         self, tensor: torch.Tensor, ref: weakref.ref[torch.Tensor] | None = None, *, constant: bool = False
     ) -> None:
         shape = tensor.shape
-        strides = tensor.stride() if tensor.layout is _STRIDED else ()
+        strides = _stride(tensor) if tensor.layout is _STRIDED else ()
         try:
             self.shape, self.strides = _layouts.get((shape, strides)) or _layout(shape, strides)
         except TypeError:  # symbolic sizes are no numbers to look up
@@ -490,6 +496,7 @@ class Tape:
         self.unfollowed: tuple[str, str | None] | None = None  # a write that cannot be replayed, and its line
         self.streams: Any = None  # of random numbers, in a block; the recorder follows them
         self.decisions: list[tuple[Node, int]] = []
+        self.asked: list[Value] = []  # in a block, the values of which some code has asked how they lie
         self.forgotten = -1
         self.frozen = -1
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches
@@ -555,6 +562,7 @@ class Tape:
         self._nodes.clear()
         self._leaves.clear()
         self.decisions.clear()
+        self.asked.clear()
 
     def __len__(self) -> int:
         return len(self._nodes) if self.strong else len(self.nodes)

@@ -14,9 +14,10 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 
 from .. import recorder
+from ..aliases import storage_of
 from ..errors import NotRecordedError, message
 from ..names import located
-from ..recorder import Recorded, listen_to, recording, scope
+from ..recorder import Recorded, demand, listen_to, read, recording, scope
 from ..tape import Node, Value, bound, current_tape
 from .buffers import laid
 from .data import LIFT, Frozen
@@ -68,11 +69,13 @@ def run_recorded(frozen: Frozen, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
         # What the block around records by itself; outside of one, an operation at a time is listened to.
         with scope("program"), nullcontext() if tape.strong else recording(tape), DisableTorchFunctionSubclass():
             targets = dict(held)
+            for value in frozen.lying:
+                demand(read(held[value], tape))
             for value in laid_out(frozen, frozen.nodes):
                 held[value] = laid(held[value], value.strides)
             for node in frozen.nodes:
                 _run(node, held)
-            outputs = tuple([held[value] for value in frozen.outputs])
+            outputs = _own([held[value] for value in frozen.outputs], [*inputs, *targets.values()])
             for leaf, after in frozen.writes:
                 tensor = targets[leaf]
                 with torch.no_grad() if tensor.requires_grad else nullcontext():
@@ -82,6 +85,16 @@ def run_recorded(frozen: Frozen, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
         raise
     listen_to(outputs, tape)
     return outputs
+
+
+def _own(outputs: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs, which belong to the caller: copies of those that lie in memory of `given`, or of another one."""
+    seen = {storage_of(tensor) for tensor in given} - {0}
+    found = []
+    for tensor in outputs:
+        found.append(tensor.clone() if storage_of(tensor) in seen else tensor)
+        seen.add(storage_of(found[-1]))
+    return tuple(found)
 
 
 def _run(node: Node, held: dict[Value, Tensor]) -> None:

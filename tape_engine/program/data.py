@@ -65,9 +65,11 @@ class Frozen:
         gradients: each tensor that gets ``.g`` (an input by its place), with the value that is its gradient.
         unreached: the tensors of `wrt` that the first output does not depend on.
         writes: leaves that the recorded code wrote to, with the value that they hold at its end.
+        lying: the leaves that a replay must find as they lay, each with whether it is lazily conjugated and negated.
         same: values that are one and the same, by the one that stands for both.
         names: a name for every value, by its ``id``.
         held: tensors of leaves found on the way, until it is known which of them are read.
+        unsure: named operations whose bodies go by how their arguments lie, and whether they ask for strides outright.
         stand_ins: the memory in which the bodies of named operations find large arguments, while they are opened up.
     """
 
@@ -87,9 +89,11 @@ class Frozen:
     gradients: list[tuple[int | Tensor, Value]] = field(default_factory=list)
     unreached: list[int | Tensor] = field(default_factory=list)
     writes: list[tuple[Value, Value]] = field(default_factory=list)
+    lying: dict[Value, tuple[bool, bool]] = field(default_factory=dict)
     same: dict[Value, Value] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     held: list[Tensor] = field(default_factory=list)
+    unsure: list[tuple[Node, bool]] = field(default_factory=list)
     stand_ins: dict[tuple[torch.dtype, torch.device, int], Tensor] = field(default_factory=dict)
 
     def canonical(self, value: Value) -> Value:

@@ -10,7 +10,7 @@ import torch
 from ..aliases import overlap, storage_of
 from ..errors import DTypeError, InputError, ShapeError, message
 from ..names import call_site, user_frame
-from ..tape import describe, unbind
+from ..tape import Value, describe, unbind
 from .buffers import laid, overlapping
 from .data import Frozen
 
@@ -35,6 +35,13 @@ class Given:
         self._specs = [(given.shape, given.dtype, given.device) for given in frozen.given]
         self.live = frozen.read_anew
         self._held = [(tensor, value.shape, value.dtype, value.device) for value, tensor in self.live]
+        # How some of the inputs, by their place, and of the live tensors, by their value, must lie.
+        self._lying: dict[int | Value, tuple[tuple[int, ...], tuple[bool, bool]]] = {}
+        for value, turned in frozen.lying.items():
+            place = next((i for i, each in enumerate(frozen.inputs) if each is value), value)
+            self._lying[place] = tuple(value.strides), turned
+        self._laid_inputs = [(i, wanted) for i, wanted in self._lying.items() if isinstance(i, int)]
+        self._laid_live = [(t, self._lying[value]) for value, t in self.live if value in self._lying]
         self._written = self._write_targets()
         self.shared = self._sharing(frozen.given) if shared is None else shared
 
@@ -60,6 +67,13 @@ class Given:
         for tensor, shape, dtype, device in self._held:
             if tensor.shape != shape or tensor.dtype is not dtype or tensor.device != device:
                 self._refuse(inputs, caller)
+        if self._lying:
+            for i, wanted in self._laid_inputs:
+                if not _lies(inputs[i], *wanted):
+                    self._refuse(inputs, caller)
+            for tensor, wanted in self._laid_live:
+                if not _lies(tensor, *wanted):
+                    self._refuse(inputs, caller)
         if self._written:
             self._check_writes(inputs)
 
@@ -71,24 +85,27 @@ class Given:
             what = f"the program takes {len(titles)} input{'s'[: len(titles) != 1]} ({takes}), not {len(inputs)}."
             rows = [(name, f"recorded {describe(given)}") for name, given in zip(titles, frozen.given, strict=True)]
             raise InputError(message(what, where=call_site(user_frame()), operands=rows, fix=f"{caller}({takes})"))
-        rows = [
-            (name, f"recorded {describe(given)}, given {_described(tensor, given)}")
-            for name, given, tensor in zip(titles, frozen.given, inputs, strict=True)
-            if not _fits(tensor, given)
-        ]
-        rows += [
-            (frozen.title(value) or "live", f"recorded {describe(value)}, now {describe(tensor)}")
-            for value, tensor in self.live
-            if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device
-        ]
-        raise InputError(
-            message(
-                f"{len(rows)} {'tensor does' if len(rows) == 1 else 'tensors do'} not fit what was recorded.",
-                where=call_site(user_frame()),
-                operands=rows,
-                fix="give inputs of the recorded shape, dtype and device, or record again on these",
+        rows = []
+        for i, (name, given, tensor) in enumerate(zip(titles, frozen.given, inputs, strict=True)):
+            if not _fits(tensor, given):
+                rows.append((name, f"recorded {describe(given)}, given {_described(tensor, given)}"))
+            elif i in self._lying and not _lies(tensor, *self._lying[i]):
+                rows.append((name, f"recorded {_lying(given, *self._lying[i])}, given {_lying_now(tensor)}"))
+        for value, tensor in self.live:
+            name = frozen.title(value) or "live"
+            if tensor.shape != value.shape or tensor.dtype != value.dtype or tensor.device != value.device:
+                rows.append((name, f"recorded {describe(value)}, now {describe(tensor)}"))
+            elif value in self._lying and not _lies(tensor, *self._lying[value]):
+                rows.append((name, f"recorded {_lying(value, *self._lying[value])}, now {_lying_now(tensor)}"))
+        what = f"{len(rows)} {'tensor does' if len(rows) == 1 else 'tensors do'} not fit what was recorded."
+        fix = "give inputs of the recorded shape, dtype and device, or record again on these"
+        if all("strides" in text for _, text in rows):
+            what += (
+                " The recorded code does something else with a tensor that lies otherwise in memory:"
+                " it goes by strides, or writes where they give a copy or a view."
             )
-        )
+            fix = "record again on these"
+        raise InputError(message(what, where=call_site(user_frame()), operands=rows, fix=fix))
 
     # -- shared memory ---------------------------------------------------------------------------------------
 
@@ -218,6 +235,28 @@ def _fits(tensor: Any, given: Tensor) -> bool:
         and tensor.device == given.device
         and tensor.layout == given.layout
     )
+
+
+def _lies(tensor: Tensor, strides: tuple[int, ...], turned: tuple[bool, bool]) -> bool:
+    """Whether the elements of a tensor lie as those of the recorded one did; along one element no step is taken."""
+    if (tensor.is_conj(), tensor.is_neg()) != turned:
+        return False
+    now = tensor.stride()
+    return (
+        now == strides
+        or not all(tensor.shape)
+        or all(a == b for a, b, length in zip(now, strides, tensor.shape, strict=True) if length > 1)
+    )
+
+
+def _lying(like: Value | Tensor, strides: tuple[int, ...], turned: tuple[bool, bool]) -> str:
+    """A description with strides, and what is done lazily to the elements."""
+    lazily = "".join(f"  {word}" for word, is_so in zip(("conjugated", "negated"), turned, strict=True) if is_so)
+    return f"{describe(like)}  strides {strides}{lazily}"
+
+
+def _lying_now(tensor: Tensor) -> str:
+    return _lying(tensor, tensor.stride(), (tensor.is_conj(), tensor.is_neg()))
 
 
 def _described(tensor: Any, like: Any) -> str:

@@ -32,12 +32,17 @@ LARGE = 1 << 20  # elements from which on stand-ins lie in one memory: to fill i
 
 @dataclass
 class _Body:
-    """One run of a body: the stand-ins' values, the operations, what came out, and the tensors it read besides."""
+    """One run of a body: the stand-ins' values, the operations, what came out, and the tensors it read besides.
+
+    `chose` says that it got a tensor itself where it might have got a copy, `asked` that it asked for strides.
+    """
 
     given: list[Value]
     steps: list[Node]
     made: list[Value]
     besides: dict[Value, Tensor]
+    chose: bool
+    asked: bool
 
 
 def opened(node: Node, frozen: Frozen) -> list[Node]:
@@ -65,6 +70,8 @@ def opened(node: Node, frozen: Frozen) -> list[Node]:
         step.outputs = tuple([names.get(v, v) for v in step.outputs])
         step._code, step._lasti, step.scope, step.saved = node._code, node._lasti, node.scope, ()
     frozen.held += body.besides.values()
+    if body.chose or body.asked:
+        frozen.unsure.append((node, body.asked))
     return body.steps
 
 
@@ -106,7 +113,8 @@ def _run(node: Node, turn: int, large: Large) -> _Body | None:
         writes = any(id(v.holder) in own for v in step.outputs) or any(i < 0 for i, _ in step.mutates)
         if step.random or step.result is not None or writes or sized_by_elements(step):
             return None
-    return _Body(values, tape.nodes, made, besides)
+    chose, asked = any(v.chosen >= 0 for v in tape.asked), any(v.asked for v in tape.asked)
+    return _Body(values, tape.nodes, made, besides, chose, asked)
 
 
 def _alike(one: _Body, other: _Body) -> bool:

@@ -19,6 +19,7 @@ from . import copies as copies
 from .called import CalledBack, called_again, freezing
 from .doors import pause, record, scope, stop_gradient
 from .functions import FunctionOp
+from .layouts import demand
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
 from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
@@ -37,6 +38,7 @@ __all__ = [
     "Recorded",
     "called_again",
     "current_tape_is_global",
+    "demand",
     "forget_leaves",
     "freezing",
     "is_quiet",

@@ -21,9 +21,11 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 
 from .. import aliases, exits
+from ..names import called_by_user
 from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
 from ..warned import warn_of_exit
 from .decisions import observe_from, record_tolist
+from .layouts import asks, by_layout, chooses, note_asked, note_chosen
 from .mode import quietly, recording
 from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in, values_alone
 
@@ -55,6 +57,9 @@ class Recorded(Tensor):
             with recording(current_tape()) if current_tape_is_global() and not state.quiet else nullcontext():
                 return foreign[0].__torch_function__(func, foreign, args, kwargs)
         with DisableTorchFunctionSubclass():
+            asked = func in asks and not (state.quiet or state.paused) and current_tape_is_global()
+            if asked and called_by_user():
+                note_asked(args[0])
             if state.quiet or state.paused or func in _PLAIN or not current_tape_is_global():
                 return func(*args, **kwargs)
             if func in _EXITS:
@@ -85,6 +90,8 @@ class Recorded(Tensor):
                 return func(*args, **kwargs)
             with recording(tape), values_alone() if func in _OF_VALUES else nullcontext():
                 result: Any = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
+            if func in chooses and result is args[0] and by_layout(func, result, kwargs):
+                note_chosen(result)
             if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
                 in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
                 result.__class__ = type(args[0]) if in_parameter else Recorded  # nn.Parameter(x) insists on it

@@ -59,7 +59,10 @@ def read(tensor: Tensor, tape: Tape) -> Value:
     if state.linking:
         return value
     if value.stale:
-        return _reread(tensor, value.constant, tape)
+        again = _reread(tensor, value.constant, tape)
+        if not tape.strong:  # which lets go of the node by which the tensor came to look there
+            again.chosen = value.chosen if value.chosen >= 0 else _looked(node)
+        return again
     unchanged = version_of(tensor) in binding.versions
     if node is None:
         if unchanged and value.shape == tensor.shape and value.dtype == tensor.dtype:
@@ -94,6 +97,15 @@ def read(tensor: Tensor, tape: Tape) -> Value:
             stand_in.closed = SWEPT
             return stand_in
     return value
+
+
+def _looked(node: Node | None) -> int:
+    """Where in the order of recording ``reshape`` (or ``view``) gave the view that `node` made; -1 if none did."""
+    while node is not None and node.op.forward is not _VIEW:
+        schema = getattr(node.op.forward, "_schema", None)
+        looks = schema is not None and any(each.alias_info is not None for each in schema.returns)
+        node = node.sources[0] if looks and node.sources else None
+    return -1 if node is None else node.seq
 
 
 def is_update(value: Value, node: Node | None) -> bool:
@@ -184,6 +196,7 @@ _CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.o
 
 
 _DETACH = registry.find(DETACH)
+_VIEW = torch.ops.aten.view.default
 
 AS_COMPLEX = registry.find(torch.ops.aten.view_as_complex.default)
 

@@ -74,6 +74,7 @@ class Written:
             "gradients": [{**self._target(t), "g": self.value(g)} for t, g in frozen.gradients],
             "unreached": [self._target(each) for each in frozen.unreached],
             "writes": [[self.value(leaf), self.value(after)] for leaf, after in frozen.writes],
+            "lying": [[self.value(v), conj, neg] for v, (conj, neg) in frozen.lying.items()],
             "same": self._same(),
             "shared": [list(each) for each in shared],
             "copy": copy,

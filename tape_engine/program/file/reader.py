@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 PARTS = (
     "made_by ops types scopes lines values nodes recorded forward backward inputs outputs single seed leaves live "
-    "constants gradients unreached writes same shared copy tensors"
+    "constants gradients unreached writes lying same shared copy tensors"
 ).split()
 
 
@@ -240,6 +240,13 @@ class Read:
             leaf, after = [self.tables.index(v, (*place, k), values) for k, v in enumerate(listed(row, place, 2))]
             self._check_write(leaf, after, place)
             frozen.writes.append((leaf, after))
+        for i, row in enumerate(self.tables.part("lying")):
+            place = ("lying", i)
+            index, conj, neg = listed(row, place, 3)
+            value = self.tables.index(index, (*place, 0), values)
+            if value in frozen.lying or not (value in frozen.live or value in frozen.inputs):
+                refuse((*place, 0), "it is no input and no live value, or stands there twice.")
+            frozen.lying[value] = boolean(conj, (*place, 1)), boolean(neg, (*place, 2))
         self._check_reads()
 
     def _check_reads(self) -> None:

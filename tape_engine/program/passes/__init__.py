@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .choices import demanded
 from .common import merge_common
 from .dead import drop_dead
 from .early import results_early
@@ -12,6 +13,6 @@ from .masks import unmask
 from .turned import turn_products
 
 __all__ = [
-    "drop_dead", "find_in_place", "fold_constants", "laid_out", "merge_common", "results_early", "turn_products",
-    "unmask",
+    "demanded", "drop_dead", "find_in_place", "fold_constants", "laid_out", "merge_common", "results_early",
+    "turn_products", "unmask",
 ]  # fmt: skip
