@@ -123,6 +123,7 @@ class Value:
         chosen: where in the order of recording the code got its tensor from ``contiguous()``, which might have been a
             copy had it lain otherwise; -1 if it did not.
         asked: whether the code has asked for its strides, or goes by them.
+        ended: outside a block, where in the order of recording a write gave its tensor other contents; -1 before.
     """
 
     # What most values share stands here, and on a value only where it differs: a value is made at each operation.
@@ -138,6 +139,7 @@ class Value:
     observed = 0
     chosen = -1
     asked = False
+    ended = -1
     _node: weakref.ref[Node] | None = None
     _kept: weakref.ref[Kept] | None = None
 

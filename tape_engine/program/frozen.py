@@ -8,7 +8,6 @@ other), so that forward and backward are one list.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,8 +21,8 @@ from ..walk import Sweep
 from .bare import bare, bare_tape
 from .data import DESCRIBED, LIFT, SAME, STEPPED, Frozen, sized_by_elements
 from .decisive import decisive
+from .lying import as_they_lay, strided
 from .opened import opened
-from .passes.choices import demanded
 from .passes.common import merge_common
 from .passes.dead import drop_dead
 
@@ -86,11 +85,11 @@ def freeze_nodes(
     if targets is not None:
         reached = {id(frozen.given[t] if isinstance(t, int) else t) for t, _ in frozen.gradients}
         frozen.unreached = [_target(each, frozen) for each in targets if id(each) not in reached]
-    lying = _demanded(tape, frozen, steps)
+    lying = strided(tape, frozen, steps)
     _merge_same(frozen)
     merge_common(frozen)
     _find_live(frozen)
-    frozen.lying = _lying(lying, frozen)
+    frozen.lying = as_they_lay(lying, frozen)
     frozen.held.clear()  # what of it is read is live now
     frozen.stand_ins.clear()
     return frozen
@@ -142,7 +141,9 @@ def _refuse(what: str, tensor: Tensor, name: str, fix: str) -> NotRecordedError:
 def _output(tensor: Tensor, tape: Tape, end: Tape) -> tuple[Value, Node | None]:
     """The value that an output holds now, and the node that made it."""
     binding = values_by_tensor.get(id(tensor))
-    if binding is not None and binding.value.stale:  # a view whose base was written to since
+    above = None if binding is not None or tensor._base is None else bound(tensor._base)
+    # A view whose base was written to since; or of a class of the user's, under which torch has dressed up the result.
+    if (above is not None and above.node is not None) or (binding is not None and binding.value.stale):
         with quietly():
             read(tensor, end)
         binding = values_by_tensor[id(tensor)]
@@ -273,33 +274,6 @@ def _covered(leaf: Value, nodes: list[Node], rim: list[Value | None]) -> bool:
         return False
     states = {leaf, *(v for node in nodes for v in node.outputs if v.holder is base)}
     return all(node.op is write_view for node in nodes for v in node.inputs if v in states)
-
-
-def _demanded(tape: Tape, frozen: Frozen, steps: dict[Node, list[Node]]) -> set[Value]:
-    """The leaves whose strides decide what the recorded code did, besides numbers."""
-    order: list[Node] = []
-    places: list[tuple[int, int]] = []  # where in that stands what was recorded when
-    for node in sorted({*frozen.tape.nodes, *steps}, key=lambda node: node.seq):  # a write may serve no output
-        places.append((node.seq, len(order)))
-        order += steps.get(node, [node])
-    noted = {*tape.asked, *(v for node in order for v in (*node.inputs, *node.outputs) if v.asked or v.chosen >= 0)}
-    begin = dict(places)
-    more = [(begin[node.seq], of, made) for node, _ in frozen.unsure for of in node.inputs for made in node.outputs]
-    for value in noted:
-        if value.chosen >= 0:
-            at = bisect.bisect_right(places, (value.chosen, 0))
-            more.append((places[at][1] - 1 if at < len(places) else len(order), value, value))
-    strided = [value for node, asked in frozen.unsure if asked for value in node.inputs]
-    frozen.unsure.clear()
-    return demanded(frozen, order, more, [*strided, *(value for value in noted if value.asked)])
-
-
-def _lying(leaves: set[Value], frozen: Frozen) -> dict[Value, tuple[bool, bool]]:
-    """The inputs and live tensors among leaves, and how their elements are to be read."""
-    held = {frozen.canonical(v): t for v, t in zip(frozen.inputs, frozen.given, strict=True) if v is not None}
-    held |= {value: tensor for value, tensor in frozen.live.items() if value not in frozen.constants}
-    wanted = {frozen.canonical(value) for value in leaves}
-    return {value: (tensor.is_conj(), tensor.is_neg()) for value, tensor in held.items() if value in wanted}
 
 
 def _merge_same(frozen: Frozen) -> None:

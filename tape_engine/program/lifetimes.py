@@ -111,6 +111,9 @@ def stretches(buffers: Iterable[Value], lifetimes: Lifetimes) -> dict[Value, Str
         while busy and busy[0][0] < life.born:
             ends, _, stretch = heapq.heappop(busy)
             if stretch.ends == ends:  # it was not passed on meanwhile
+                stretch.ends = (
+                    -1
+                )  # and not again: a result that nobody reads is gone when the operand is that it is over
                 free[stretch.device].give(stretch)
         unused = free.setdefault(value.device, _Free())
         place = _passed_on(value, life, found, lifetimes) or unused.take(value)

@@ -147,6 +147,8 @@ def settle(
     untouched = {id(tensor) for _, tensor in spared}
     for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
+        if not tape.strong:  # which lets go of the node, if nobody reads what it wrote
+            old.ended = node.seq
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
         new.constant = old.constant if node.cut else statistics
         new.name = old.name if old.leaf else None
@@ -218,6 +220,8 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
     stored = as_stored(tensor, target)  # a conjugated view writes the conjugate of what it shows
     part = turned(tape, new, tensor, target, stored)
     node = write(tape, aliases.write_view, (old, part, *place), {}, [old, part], [None, None], [made], cut=cut)
+    if not tape.strong:
+        old.ended = node.seq
     if cut:
         node.mutates = ((0, 0),)
     node.outputs[0].constant = old.constant and (cut or new.constant)

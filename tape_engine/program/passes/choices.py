@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,19 +43,22 @@ UNTOLD = {aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split
 IN_ORDER = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
-def demanded(frozen: Frozen, order: list[Node], more: Sequence[Place], strided: Iterable[Value]) -> set[Value]:
+def demanded(
+    frozen: Frozen, order: list[Node], ended: Mapping[Value, float], more: Sequence[Place], strided: Iterable[Value]
+) -> set[Value]:
     """The leaves whose strides a replay must find as they were recorded.
 
     Args:
         frozen: of which `forward` is complete, and nothing of it is merged yet.
         order: what was recorded, in order, with the nodes of `forward` among the rest: a write that serves no output
             would serve one if it went elsewhere.
+        ended: values that were written over by nodes that are gone, and between which places these would stand.
         more: choices that no node shows: ``contiguous()`` gave the tensor itself, or the body of an operation chose.
         strided: values of which the code has asked how they lie.
     """
     wanted = {frozen.canonical(value) for value in strided}
-    if any(node.mutates or node.op is VIEWS[1] for node in order):
-        memory = _Memory(frozen, order)
+    if ended or any(node.mutates or node.op is VIEWS[1] for node in order):
+        memory = _Memory(frozen, order, ended)
         wanted |= {frozen.canonical(of) for at, of, made in (*_choices(order), *more) if memory.matters(at, of, made)}
     return _leaves_of(wanted, frozen, order)
 
@@ -83,7 +86,7 @@ def _asked_outright(node: Node) -> bool:
 class _Memory:
     """Which values of a forward pass lie in one memory, and when that is read and written."""
 
-    def __init__(self, frozen: Frozen, order: list[Node]) -> None:
+    def __init__(self, frozen: Frozen, order: list[Node], ended: Mapping[Value, float]) -> None:
         self._frozen = frozen
         self._above: dict[Any, Any] = {}
         for node in order:
@@ -91,7 +94,7 @@ class _Memory:
                 if value.aliases is not None:
                     self._join(value, id(value.aliases))
             self._follow(node)
-        self.written: dict[Any, list[int]] = {}
+        self.written: dict[Any, list[float]] = {}
         self.read: dict[Any, float] = {}  # the last time
         self.carried: dict[Any, int] = {}  # when a write to one tensor was last carried to another one
         needed = set(drop_dead(frozen, with_sweep=True))
@@ -104,6 +107,8 @@ class _Memory:
                 self.carried[self.of(node.outputs[0])] = at
             for value in () if node.op.forward in DESCRIBED else node.inputs:
                 self.read[self.of(value)] = at
+        for value, at in ended.items():
+            bisect.insort(self.written.setdefault(self.of(value), []), at)
         for value in (*frozen.leaves, *frozen.outputs):  # the caller has them at the end
             self.read[self.of(value)] = math.inf
         self._made_by = {value: node for node in order for value in node.outputs}

@@ -106,6 +106,36 @@ def test_the_second_operand_is_written_over_where_the_first_lives_on() -> None:
     assert found[c] is not found[a]
 
 
+def test_memory_is_free_once_where_nobody_reads_what_is_written_over_an_operand() -> None:
+    a, b, c, d = (value(100) for _ in range(4))
+    life = Lifetimes()
+    life.make(a)
+    life.step = 1  # b over a, and nobody reads it: both are needed no more after this step
+    life.touch(a)
+    life.make(b, [a])
+    life.step = 2
+    life.make(c)
+    life.step = 3
+    life.make(d)
+    life.step = 4
+    life.touch(c)
+    life.touch(d)
+    found = stretches([a, b, c, d], life)
+    assert found[a] is found[b] is found[c]
+    assert found[c] is not found[d]
+
+
+def test_a_result_that_is_written_over_before_it_is_read_lends_its_memory_once() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        y = (x @ w) / 3
+        z = x * w
+        y.copy_(x.sin())  # the quotient is never read
+        return z.square().sum() + y.sum()
+
+    x, w = draw(3, 3), draw(3, 3)
+    follows(freeze(function, [x], [w], backend="python"), function, [draw(3, 3)], [w])
+
+
 def test_what_code_may_have_kept_is_never_passed_on() -> None:
     a, b = value(100), value(100)
     life = Lifetimes()
