@@ -112,8 +112,20 @@ def mixed() -> te.Program:
     return program
 
 
+def strided() -> te.Program:
+    x, w = torch.randn(3, 2), torch.randn(2, 3).t()
+    with te.record() as tape:
+        h = x * w
+        flat = h.reshape(-1)
+        flat.add_(1)
+        out = (h * flat.view(3, 2)).sum()
+    program: te.Program = tape.program(inputs=x, outputs=out)
+    return program
+
+
 SEEDS: dict[str, Callable[[], te.Program]] = {
-    "product": product, "article": article, "network": network, "writes": writes, "mixed": mixed
+    "product": product, "article": article, "network": network, "writes": writes, "mixed": mixed,
+    "strided": strided,
 }  # fmt: skip
 
 
