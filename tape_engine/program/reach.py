@@ -218,6 +218,7 @@ def _modes() -> Iterator[tuple[str, Any]]:
     yield "the grad mode", torch.is_grad_enabled()
     yield "the inference mode", torch.is_inference_mode_enabled()
     yield "the default dtype", torch.get_default_dtype()
+    yield "the default device", torch.get_default_device() if torch._C._len_torch_function_stack() else None
     for device in ("cpu", "cuda"):
         enabled = torch.is_autocast_enabled(device)
         yield f"autocast on {device}", (enabled, torch.get_autocast_dtype(device) if enabled else None)

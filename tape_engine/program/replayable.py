@@ -160,7 +160,7 @@ class Replayable:
             facts = facts_of(self._function, args, kwargs, named=False)
             key = tuple(facts.key)
         tried: list[_Made] = []
-        failed: GuardError | None = None
+        failed: GuardError | InputError | None = None
         while True:
             for each in self._known(key, tried):
                 tried.append(each)
@@ -171,7 +171,8 @@ class Replayable:
                         raise
                     failed = error
                     continue
-                except InputError:  # memory shared in another way, say: the function decides what is right
+                except InputError as error:  # memory shared in another way, say: the function decides what is right
+                    failed = error
                     continue
                 self._in_a_row = 0
                 return result
@@ -205,13 +206,9 @@ class Replayable:
 
     def _no_step(self) -> MissingRuleError:
         name = getattr(self, "__name__", "the function")
-        return MissingRuleError(
-            message(
-                f"{name}.step: a sweep begins at the first tensor that {name} returns, which it did not compute.",
-                where=call_site(user_frame()),
-                fix=f"return the loss first, or call {name}(...) itself",
-            )
-        )
+        what = f"{name}.step: a sweep begins at the first tensor that {name} returns, which it did not compute."
+        fix = f"return the loss first, or call {name}(...) itself"
+        return MissingRuleError(message(what, where=call_site(user_frame()), fix=fix))
 
     # -- recording -----------------------------------------------------------------------------------------------
 
@@ -221,7 +218,7 @@ class Replayable:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: dict[str, Any] | None,
-        failed: GuardError | None,
+        failed: GuardError | InputError | None,
     ) -> Any:
         with self._lock:
             with quietly():
@@ -275,7 +272,7 @@ class Replayable:
 
     # -- telling -------------------------------------------------------------------------------------------------
 
-    def _tell(self, facts: Facts, failed: GuardError | None) -> None:
+    def _tell(self, facts: Facts, failed: GuardError | InputError | None) -> None:
         """Warns where a function records again and again, which costs more than running it."""
         self._in_a_row += 1
         last, self._last = self._last, told(facts)
@@ -283,12 +280,14 @@ class Replayable:
             return
         self._in_a_row = 0
         name = getattr(self, "__name__", "a function")
-        cause = f"a decision in it: {failed.args[0]}" if failed is not None else difference(last, facts)
+        fix = "give tensors that lie alike" if isinstance(failed, InputError) else "give what changes as a tensor"
+        what = "how its tensors lie in memory" if isinstance(failed, InputError) else "a decision in it"
+        cause = difference(last, facts) if failed is None else f"{what}: {failed.args[0]}"
         warnings.warn(
             message(
                 f"{name} was recorded {AGAIN} times in a row without a replay. What changes is {cause}",
                 where=call_site(user_frame()),
-                fix="give what changes as a tensor, or call the function without te.replayable",
+                fix=f"{fix}, or call the function without te.replayable",
             ),
             TapeWarning,
             stacklevel=5,

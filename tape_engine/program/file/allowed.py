@@ -48,7 +48,7 @@ PLAIN = {"Tensor", "int", "float", "bool", "number", "str", "ScalarType", "Layou
 #: Families of torch's that look at files, hand out no plain tensors, or take packed memory on trust.
 DENIED = ("from_file", "_test_", "_nested", "nested_", "_sparse", "sparse_", "_cslt", "_convert_weight", "_dyn_quant",
           "_weight_int", "_make_per", "quantize_", "_quantize_", "_empty_affine", "_empty_per", "_cudnn_init",
-          "_mkldnn", "to_mkldnn", "mkldnn_reorder", "fbgemm_")  # fmt: skip
+          "_mkldnn", "to_mkldnn", "to_sparse", "_to_sparse", "mkldnn_reorder", "fbgemm_")  # fmt: skip
 
 
 # -- writing ---------------------------------------------------------------------------------------------------

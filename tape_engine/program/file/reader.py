@@ -173,6 +173,8 @@ class Read:
         lists = {}
         for name in ("recorded", "forward", "backward"):
             rows = self.tables.part(name)
+            if len(rows) > len(self.nodes):  # said before each of them is looked at
+                refuse((name,), "a node stands there twice.")
             lists[name] = [self.tables.index(i, (name, k), self.nodes) for k, i in enumerate(rows)]
             if len({*rows}) < len(rows):
                 refuse((name,), "a node stands there twice.")

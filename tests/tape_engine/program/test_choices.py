@@ -6,6 +6,7 @@ strides than those recorded must give the same results and leave the same tensor
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -383,6 +384,21 @@ def test_replayable_records_each_layout_once() -> None:
             x = lying(how)
             close(fast(x, w), base_of_a_result(alike(x), w))
     assert len(fast.programs) == len(STRIDES)
+
+
+def test_replayable_says_that_layouts_change() -> None:
+    @te.replayable
+    def moved(x: Tensor) -> Tensor:
+        x.reshape(-1).add_(1)
+        return x.sum()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(12):
+            moved(torch.empty_strided((3, 3), (20 + step, 1)).zero_())
+    (text,) = [str(each.message) for each in told]
+    for part in ("moved was recorded 10 times", "how its tensors lie", "strides", "fix: give tensors that lie alike"):
+        assert part in text
 
 
 @pytest.mark.parametrize(("recorded", "given"), [("in order", "transposed"), ("transposed", "in order")])

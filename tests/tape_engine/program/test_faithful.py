@@ -423,3 +423,38 @@ def test_a_slice_written_through_a_view_of_it_is_refused_as_an_input() -> None:
         twin = fresh.clone()
         close(tape.program(inputs=x, outputs=y)(fresh), function(twin))
         close(fresh, twin)
+
+
+# -- who owns results, and what they are -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["result", "input"])
+def test_a_replay_in_a_recording_gives_results_that_are_the_callers_own(first: str) -> None:
+    x = draw(2, 3)
+    with te.record() as tape:
+        y = x.view(-1)
+    program = tape.program(inputs=x, outputs=(y, x))
+
+    def function(run: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> Tensor:
+        flat, same = run(x)
+        (flat if first == "result" else x).add_(1)
+        return flat.sum() * 2 + x.sum() * 3 + same.sum() * 5
+
+    x, mine = torch.zeros(2, 3, dtype=F64), torch.zeros(2, 3, dtype=F64)
+    with te.record():
+        got = function(program, x)
+    close(got, function(program, mine))
+    close(x, mine)
+
+
+def test_outputs_under_a_class_of_the_users_are_on_the_tape() -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    x, w = draw(3).as_subclass(Mine), draw(3)
+    with te.record() as tape:
+        out = (x * w).sum()
+    program = tape.program(inputs=x, outputs=out)
+    y = draw(3)
+    close(program.step(y), (y * w).sum())
+    close(g_of(y), w)

@@ -503,3 +503,13 @@ def test_results_agree_with_each_tensor_of_the_plain_function() -> None:
         x = draw(5, 2, 3)
         for a, b in zip(each_tensor(fast(x)), each_tensor(lstm(x)), strict=True):
             close(a, b.detach())
+
+
+def test_another_default_device_records_anew() -> None:
+    fast = te.replayable(lambda x: (x * 1, torch.zeros(3)))
+    x = draw(3)
+    fast(x)
+    with torch.device("meta"):
+        assert fast(x)[1].device.type == "meta"
+    assert fast(x)[1].device.type == "cpu"
+    assert len(fast.programs) == 2
