@@ -99,4 +99,4 @@ for _names, _wrapper in ((CHOOSING, _choosing), (ASKING, _asking)):
     for _name in _names:
         for _owner in (Tensor, torch):
             if hasattr(_owner, _name):
-                exits.wrap_as_well(_owner, _name, _wrapper)
+                exits.more.append((_owner, _name, _wrapper))

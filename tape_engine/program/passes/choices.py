@@ -96,8 +96,9 @@ class _Memory:
             self._follow(node)
         self.written: dict[Any, list[float]] = {}
         self.read: dict[Any, float] = {}  # the last time
-        self.carried: dict[Any, int] = {}  # when a write to one tensor was last carried to another one
+        self.carried: dict[Any, float] = {}  # when a write to one tensor was last carried to another one
         needed = set(drop_dead(frozen, with_sweep=True))
+        at: float
         for at, node in enumerate(order):
             for value in self._writes(node):
                 self.written.setdefault(self.of(value), []).append(at)

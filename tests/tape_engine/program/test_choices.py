@@ -145,19 +145,20 @@ def summed_grad(g, out, x):  # type: ignore[no-untyped-def]
 
 
 def in_an_operation(x: Tensor, w: Tensor) -> Tensor:
-    y = in_order(x)
+    y: Tensor = in_order(x)
     y.add_(1)
     return (y * x).sum()
 
 
 def in_an_operation_left_whole(x: Tensor, w: Tensor) -> Tensor:
-    y = in_a_row(x)
+    y: Tensor = in_a_row(x)
     y.add_(1)
     return (y * x.flatten()).sum()
 
 
 def asked_in_an_operation(x: Tensor, w: Tensor) -> Tensor:
-    return summed(x) * 2
+    out: Tensor = summed(x)
+    return out * 2
 
 
 def by_strides(x: Tensor, w: Tensor) -> Tensor:

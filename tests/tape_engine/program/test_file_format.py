@@ -100,7 +100,10 @@ class Reader:
             return found
         if space == "ops":
             return self.ops[rest]
-        return {"read_view": read_view, "write_view": write_view, "tolist": Tensor.tolist}[rest]
+        ours: dict[str, Callable[..., Any]] = {
+            "read_view": read_view, "write_view": write_view, "tolist": Tensor.tolist
+        }  # fmt: skip
+        return ours[rest]
 
     def run(self, inputs: list[Tensor], seed: Tensor | None = None) -> tuple[Any, list[Tensor]]:
         """The outputs, and with a seed the gradients in the order of the file; then the writes are done."""
