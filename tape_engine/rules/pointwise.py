@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor, binary, conj, is_tensor, keep_where, rule_name, unary
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten, binary, conj, is_tensor, keep_where, rule_name, unary
 
 # -- sums, products, quotients -----------------------------------------------------------------------
 

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .common import Tensor, kernels
+from .common import Tensor, aten, kernels
 from .indexing import indices, to_shape
-
-aten = torch.ops.aten
 
 # -- attention ---------------------------------------------------------------------------------------
 
