@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Gradient rules of bounds: the larger and the smaller of two, and clamps, as the torch at hand has them.
 
 At a bound the gradient is a choice, and torch's own changed with release 2.14. Before, all of it passes a clamp at its
