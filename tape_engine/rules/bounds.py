@@ -16,7 +16,7 @@ from ..registry import rule, sample, spec
 from .common import Tensor, aten, binary, keep_where, unary
 
 #: Whether equals share a gradient evenly, as in torch since 2.14: the one difference of releases that rules look at.
-SHARED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
+SHARED = torch.torch_version.TorchVersion(torch.__version__) >= torch.torch_version.TorchVersion("2.14")
 
 _ties = sample(spec(4, values=[1.0, 2.0, 3.0, 0.0]), spec(4, values=[1.0, 3.0, 2.0, 0.0]))
 _nans = sample(spec(3, values=[math.nan, 1.0, math.nan]), spec(3, values=[1.0, math.nan, math.nan]))
