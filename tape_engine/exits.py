@@ -371,6 +371,7 @@ def _by_python(name: str, original: Any) -> Any:
     def by_python(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _heard():
             refuse_by_python(self, name)
+            expose(self)  # a rule may read what lies there, and torch counts no such write
             _unfollowed(f"x.{name}(...)")
         return original(self, *args, **kwargs)
 

@@ -54,7 +54,7 @@ def refuse_by_python(tensor: Tensor, name: str) -> None:
             "through which no gradient can be followed.",
             where=call_site(user_frame()),
             operands=[(value.name or "value", describe(value))],
-            fix=f"write it in operations of torch; .detach().clone().{name}(...) gives a constant",
+            fix=f"write it in operations of torch; .clone().detach().{name}(...) gives a constant",
         )
     )
 
