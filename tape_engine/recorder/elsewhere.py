@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .. import exits
+from ..tape import DIFFERENTIABLE
 from ..warned import warn_of_thread
 from .listening import DETACHES
 from .mode import quietly
@@ -34,11 +35,14 @@ class Elsewhere(TorchFunctionMode):
             and current_tape_is_global()
             and torch.is_grad_enabled()
             and not (state.deaf or func in DETACHES or getattr(func, "__name__", "") in ("detach", "detach_"))
-            and any(made.is_floating_point() or made.is_complex() for made in tensors_in(result))
         ):
             given = [*tensors_in(args), *tensors_in(list((kwargs or {}).values()))]
-            with quietly():
-                self.told = warn_of_thread(getattr(func, "__name__", "an operation"), given)
+            made = [each for each in tensors_in(result) if not any(each is other for other in given)]
+            if any(
+                each.dtype in DIFFERENTIABLE for each in made
+            ):  # of a write the sweep says by itself that it was unseen
+                with quietly():
+                    self.told = warn_of_thread(getattr(func, "__name__", "an operation"), given)
         return result
 
 

@@ -8,6 +8,8 @@ The grammar of a rule, on the smallest example that shows it all::
 
 - `rule` enters the function for an **ATen overload**: what torch runs once a call is taken apart
   (``a @ b`` of two matrices is ``aten.mm.default``; ``nn.Linear`` is ``aten.t`` and ``aten.addmm``).
+  The rules name them by `common.aten`, for which another release of torch may have what this one lacks: a rule for
+  that is left out.
 - **g** is the gradient of the loss with respect to the output, in the output's shape. An operation
   of several outputs gets a tuple, with ``None`` for an output that the loss does not reach.
 - **out** is the output; then come the operation's own arguments, with its defaults and
