@@ -18,8 +18,8 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``apply_`` and ``map_`` write what a function of Python gives for each element: refused where a gradient would pass.
 - A thread that is started in a block is watched: of what it computes the block hears nothing, so it warns.
-- Outside a block ``torch.asarray``, ``torch.tensor([a, b])`` and the like never ask the class of what they are given, so
-  they are wrapped for good, from the first time on that a recorded tensor listens.
+- Outside a block ``torch.asarray``, ``torch.tensor([a, b])`` and the like never ask the class of what they are
+  given, so they are wrapped for good, from the first time on that a recorded tensor listens.
 - ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
 - A function of ``torch.compile`` runs as it was written: of what it compiles to, no mode hears the operations.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
