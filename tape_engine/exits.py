@@ -16,6 +16,10 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``tolist()`` decides something in Python by the elements: it is a guard, like ``item()``.
 - ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
+- ``apply_`` and ``map_`` write what a function of Python gives for each element: refused where a gradient would pass.
+- A thread that is started in a block is watched: of what it computes the block hears nothing, so it warns.
+- Outside a block ``torch.asarray``, ``torch.tensor([a, b])`` and the like never ask the class of what they are
+  given, so they are wrapped for good, from the first time on that a recorded tensor listens.
 - ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
 - A function of ``torch.compile`` runs as it was written: of what it compiles to, no mode hears the operations.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
@@ -34,11 +38,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from .aliases import expose
 from .names import called_by_user
 from .tape import bound, rebind
-from .warned import warn_of_exit, warn_of_hook, warn_of_list
+from .warned import refuse_by_python, warn_of_exit, warn_of_hook, warn_of_list
 
 __all__ = ["close_exits", "hear_functions", "more", "open_exits", "plain_apply", "reconstructed"]
 
@@ -46,6 +51,9 @@ Tensor = torch.Tensor
 
 #: Methods that hand a tensor's memory, or its elements, to code that is not torch's.
 LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
+
+#: Functions that make tensors of what they are given, without asking its class.
+UNASKED = ("asarray", "as_tensor", "tensor")
 
 #: Methods that ask for a call at a gradient of torch's own.
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
@@ -57,6 +65,9 @@ OF_VALUES = (
     (torch, "nuclear_norm"),
     (Tensor, "norm"),
 )
+
+#: Methods that write to a tensor what a function of Python gives for each element, and tell nobody.
+BY_PYTHON = ("apply_", "map_", "map2_")
 
 _dlpack: Any = torch.utils.dlpack
 _lock = threading.Lock()
@@ -76,6 +87,9 @@ _values_alone: Callable[[], AbstractContextManager[None]]
 _deepcopy: Callable[[Any, Tensor, dict[int, Any]], Tensor]
 _shallow: Callable[[Tensor], Tensor]
 _function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+_watched: Callable[[threading.Thread, Callable[[], None]], Callable[[], None]]
+_listens: Callable[[Any], bool] = bool  # whether plain operations on this are recorded outside a block
+_asked: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _plain_apply: Any = None  # torch's own Function.apply, once the recorder is asked first
 
 #: Methods of a storage by which its contents change without an operation.
@@ -112,6 +126,18 @@ def on_function(handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) 
     """The recorder says here what applying a custom function does."""
     global _function
     _function = handler
+
+
+def on_plain(listens: Callable[[Any], bool], asked: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """The recorder says here whether it listens to a tensor outside a block, and what a function of such a one does."""
+    global _listens, _asked
+    _listens, _asked = listens, asked
+
+
+def on_thread(watched: Callable[[threading.Thread, Callable[[], None]], Callable[[], None]]) -> None:
+    """The recorder says here how it watches a thread that is started in a block."""
+    global _watched
+    _watched = watched
 
 
 def open_exits() -> None:
@@ -168,8 +194,9 @@ def _wrapped() -> list[tuple[Any, str, Callable[[Any], Any]]]:
         (Tensor, "__deepcopy__", _deepcopying),
         (Tensor, "__copy__", lambda original: _shallowly),
         (Tensor, "__reduce_ex__", _reducing),
-        (_dlpack, "to_dlpack", _capsuling),
         (Tensor, "set_", functools.partial(_moving, "x.set_(...)")),
+        *((Tensor, name, functools.partial(_by_python, name)) for name in BY_PYTHON),
+        (threading.Thread, "start", _starting),
         *(
             (torch.UntypedStorage, name, functools.partial(_moving, f"x.untyped_storage().{name}(...)"))
             for name in MOVING
@@ -223,6 +250,9 @@ def _getting(original: Any) -> Any:
     def data(self: Tensor) -> Tensor:
         if not _heard():
             return original(self)  # type: ignore[no-any-return]
+        if is_lazy(self):  # nothing to follow: it has no contents yet, nor a shape
+            with _quietly():
+                return original(self)  # type: ignore[no-any-return]
         made = _detach(original, self)
         rebind(made)  # torch counts the writes to it anew
         return made
@@ -232,7 +262,7 @@ def _getting(original: Any) -> Any:
 
 def _setting(original: Any) -> Any:
     def set_data(self: Tensor, other: Any) -> None:
-        if _heard() and isinstance(other, Tensor):
+        if _heard() and isinstance(other, Tensor) and not is_lazy(self):
             _set(original, self, other)
         else:
             original(self, other)
@@ -323,10 +353,12 @@ def _reducing(original: Any) -> Any:
 
 def _capsuling(original: Any) -> Any:
     def to_dlpack(tensor: Tensor) -> Any:
-        if _heard() and isinstance(tensor, Tensor):
+        if _heard() or _listens(tensor):
             warn_of_exit(tensor, "to_dlpack")
-            expose(tensor)
-            _guard(tensor, "elements")
+            with _quietly():
+                expose(tensor)
+            if _heard():
+                _guard(tensor, "elements")
         return original(tensor)
 
     return to_dlpack
@@ -351,6 +383,17 @@ def _moving(title: str, original: Any) -> Any:
     return move
 
 
+def _by_python(name: str, original: Any) -> Any:
+    def by_python(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _heard():
+            refuse_by_python(self, name)
+            expose(self)  # a rule may read what lies there, and torch counts no such write
+            _unfollowed(f"x.{name}(...)")
+        return original(self, *args, **kwargs)
+
+    return by_python
+
+
 def _detach_(original: Any) -> Any:
     def detach_(self: Tensor) -> Tensor:
         result: Tensor = original(self)
@@ -359,6 +402,15 @@ def _detach_(original: Any) -> Any:
         return result
 
     return detach_
+
+
+def _starting(original: Any) -> Any:
+    def start(self: threading.Thread) -> None:
+        if _heard():
+            self.run = _watched(self, self.run)  # type: ignore[method-assign]
+        original(self)
+
+    return start
 
 
 def _one_hot(original: Any) -> Any:
@@ -386,6 +438,38 @@ def hear_functions() -> None:
         if _plain_apply is None:
             _plain_apply = torch.autograd.Function.__dict__["apply"]
             torch.autograd.Function.apply = classmethod(_applying())  # type: ignore[method-assign, assignment]
+            for name in UNASKED:
+                setattr(torch, name, _asking(f"torch.{name}", getattr(torch, name)))
+            Tensor.set_ = _setting_memory(Tensor.set_)  # type: ignore[method-assign]
+            _dlpack.to_dlpack = _capsuling(_dlpack.to_dlpack)
+
+
+def _asking(title: str, original: Any) -> Any:
+    """A function of which torch does not ask the classes of its arguments, so that outside a block it is unheard."""
+
+    @functools.wraps(original)
+    def asking(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, (list, tuple)):
+            while isinstance(first, (list, tuple)) and first:
+                first = first[0]
+            if _listens(first):
+                warn_of_list(title, _tensors_within(args[0]))
+        elif title != "torch.tensor" and _listens(first):  # that copies, without the gradient
+            return _asked(original, args, kwargs)
+        return original(*args, **kwargs)
+
+    return asking
+
+
+def _setting_memory(original: Any) -> Any:
+    @functools.wraps(original)
+    def set_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args and (_listens(args[0]) or _listens(self)):
+            return _asked(original, (self, *args), kwargs)
+        return original(self, *args, **kwargs)
+
+    return set_
 
 
 def _applying() -> Any:

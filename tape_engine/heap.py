@@ -26,4 +26,4 @@ def settle_heap() -> None:
     global _settled
     if not _settled:
         _settled = True
-        torch.UntypedStorage(LARGEST)
+        torch.UntypedStorage(LARGEST)  # type: ignore[no-untyped-call]

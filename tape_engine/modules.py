@@ -7,13 +7,11 @@ them: ``Sequential``, ``Sequential/0``. Its parameters take their names from it 
 from __future__ import annotations
 
 import threading
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-
-from .errors import TapeWarning
 
 __all__ = ["close_scope", "listen", "open_scope", "parameter_name", "path", "stop_listening"]
 
@@ -32,6 +30,13 @@ _here = _Here()
 _lock = threading.Lock()
 _listeners = 0
 _hooks: list[Any] = []
+_backward_hook: Callable[[torch.nn.Module], None] = print
+
+
+def on_backward_hook(handler: Callable[[torch.nn.Module], None]) -> None:
+    """The room of warnings says here what is said of a module with a hook for torch's own backward."""
+    global _backward_hook
+    _backward_hook = handler
 
 
 def _enter(module: torch.nn.Module, args: Any) -> None:
@@ -41,11 +46,7 @@ def _enter(module: torch.nn.Module, args: Any) -> None:
         _here.names = {id(inside): name for name, inside in module.named_modules()}
         _here.outermost.append(module)
     if module._backward_hooks or module._backward_pre_hooks:
-        warnings.warn(
-            f"{type(module).__name__} has a backward hook for torch's own backward: te.backward calls no hook.",
-            TapeWarning,
-            stacklevel=3,
-        )
+        _backward_hook(module)
     _here.depth += 1
     _here.path.append(_here.names.get(id(module)) or type(module).__name__)
 

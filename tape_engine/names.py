@@ -86,8 +86,16 @@ def call_site(frame: FrameType | None) -> str | None:
 
 
 def _site(filename: str, line: int) -> str:
-    text = linecache.getline(filename, line).strip()
+    text = _text(filename, line)
     return f"{_short(filename)}:{line}" + (f"    {text}" if text else "")
+
+
+def _text(filename: str, line: int) -> str:
+    """A line of source, stripped; empty where there is none.
+
+    From Python 3.13 on all code without a file seems to lie in what was given to ``python -c``.
+    """
+    return "" if filename == "<string>" else linecache.getline(filename, line).strip()
 
 
 def _short(filename: str) -> str:
@@ -124,7 +132,7 @@ def code_line(node: Node) -> str | None:
         return None
     if isinstance(code, Told):
         return code.text or None
-    return linecache.getline(code.co_filename, line_of(code, lasti)).strip() or None
+    return _text(code.co_filename, line_of(code, lasti)) or None
 
 
 class _Site:

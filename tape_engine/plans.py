@@ -146,7 +146,8 @@ def _make(overload: OpOverload) -> Plan:
         random=random,
         plain=_makes_tensors(returned)
         and flat
-        and not (written or guard or random or overload in {*APART, *VECTORS, BATCH_NORM}),
+        and not (written or guard or random or overload in {*APART, *VECTORS, BATCH_NORM})
+        and "_nested" not in overload._schema.name,  # what it makes may have no shape
         single=returned == ["Tensor"],
         chance=next((i for i, a in enumerate(arguments) if a.name == "dropout_p" and not a.kwarg_only), None),
         call=overload._op,

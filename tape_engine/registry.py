@@ -35,7 +35,22 @@ import torch
 
 from .errors import DTypeError, MissingRuleError, RuleError, message
 
-__all__ = ["Op", "Sample", "Spec", "declare", "find", "op", "ops", "reads", "records", "rule", "sample", "spec"]
+__all__ = [
+    "Absent",
+    "Op",
+    "Sample",
+    "Spec",
+    "composite",
+    "declare",
+    "find",
+    "op",
+    "ops",
+    "reads",
+    "records",
+    "rule",
+    "sample",
+    "spec",
+]
 
 Rule = Callable[..., Any]
 
@@ -409,10 +424,22 @@ def declare(*targets: Any) -> None:
             found.differentiable = False
 
 
+class Absent:
+    """What stands for an overload that this release of torch lacks or runs as several others: it has no record."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def name(self) -> str:
+        return self._name
+
+
 def records(target: Any) -> list[Op]:
     """The records that a named operation, an ATen overload or a torch function stands for."""
     if isinstance(target, Op):
         return [target]
+    if isinstance(target, Absent):
+        return []
     if isinstance(target, torch._ops.OpOverload):
         overloads = [target]
     else:

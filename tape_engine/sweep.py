@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._C import DisableTorchFunction
 
 from . import recorder
 from .errors import (
@@ -82,7 +83,7 @@ def backward(
         MissingRuleError, RuleError, OverwrittenError, SweptError: naming the operation and its line.
             Whatever is raised, no ``.g`` has changed.
     """
-    with recorder.quietly():
+    with recorder.quietly(), DisableTorchFunction():  # a function mode of the user's hears its own code, and no rules
         targets = None if wrt is None else _targets(wrt, "te.backward")
         root, node = root_of(C, "te.backward")
         found = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
@@ -124,7 +125,7 @@ def grad(
     Raises:
         As `backward`.
     """
-    with recorder.quietly():
+    with recorder.quietly(), DisableTorchFunction():
         targets = _targets(wrt, "te.grad")
         root, node = root_of(C, "te.grad")
         sweep = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()

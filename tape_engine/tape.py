@@ -736,9 +736,9 @@ def push_tape(tape: Tape) -> None:
 
 
 def pop_tape(tape: Tape) -> None:
-    """Closes `tape`, and whatever was opened after it."""
-    while _tapes.stack and _tapes.stack.pop() is not tape:
-        pass
+    """Closes `tape`; what was opened after it stays open, as where the blocks of two coroutines take turns."""
+    if tape in _tapes.stack:
+        _tapes.stack.remove(tape)
     _tapes.current = _tapes.stack[-1] if _tapes.stack else _tapes.globe
 
 

@@ -1,4 +1,4 @@
-"""What is said of values that leave the recording's sight: legal, and probably not meant."""
+"""What is said of values that leave the recording's sight: legal, and probably not meant, or refused."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 import torch
 
-from .errors import TapeWarning, message
+from . import modules
+from .errors import NotRecordedError, TapeWarning, message
 from .names import call_site, user_frame
 from .tape import bound, describe
 
-__all__ = ["warn_of_exit", "warn_of_hook", "warn_of_list"]
+__all__ = ["refuse_by_python", "warn_of_exit", "warn_of_hook", "warn_of_list", "warn_of_thread"]
 
 Tensor = torch.Tensor
 
@@ -42,10 +43,26 @@ def warn_of_exit(tensor: Tensor, name: str) -> None:
     )
 
 
-def warn_of_hook(tensor: Tensor, what: str, stacklevel: int) -> None:
+def refuse_by_python(tensor: Tensor, name: str) -> None:
+    """Refuses to have a function of Python write to what may have a gradient, as torch does."""
+    value = bound(tensor)
+    if value is None or not _would_cut(tensor):
+        return
+    raise NotRecordedError(
+        message(
+            f".{name}() writes to {value.name or 'a recorded value'} what a function of Python gives for each element, "
+            "through which no gradient can be followed.",
+            where=call_site(user_frame()),
+            operands=[(value.name or "value", describe(value))],
+            fix=f"write it in operations of torch; .clone().detach().{name}(...) gives a constant",
+        )
+    )
+
+
+def warn_of_hook(tensor: Tensor | None, what: str, stacklevel: int) -> None:
     """Warns that a call by torch's own backward was asked for, which no sweep makes."""
     frame = user_frame()
-    value = bound(tensor)
+    value = None if tensor is None else bound(tensor)
     name = (None if value is None else value.name) or "value"
     warnings.warn(
         message(
@@ -57,6 +74,32 @@ def warn_of_hook(tensor: Tensor, what: str, stacklevel: int) -> None:
         TapeWarning,
         stacklevel=stacklevel,
     )
+
+
+def warn_of_thread(title: str, tensors: Iterable[Tensor]) -> bool:
+    """Warns that another thread than the one that records computes with one of `tensors`, if a gradient could pass."""
+    known = next((value for each in tensors if _would_cut(each) and (value := bound(each)) is not None), None)
+    if known is None:
+        return False
+    warnings.warn(
+        message(
+            f"{title} runs in another thread than the one that records: what it makes of "
+            f"{known.name or 'a recorded value'} is a constant to the sweep.",
+            where=call_site(user_frame()),
+            operands=[(known.name or "value", describe(known))],
+            fix="open te.record() in this thread as well: the gradient passes from one tape to the other",
+        ),
+        TapeWarning,
+        stacklevel=3,
+    )
+    return True
+
+
+def _warn_of_module(module: torch.nn.Module) -> None:
+    warn_of_hook(None, f"a backward hook of {type(module).__name__} asks for", stacklevel=5)
+
+
+modules.on_backward_hook(_warn_of_module)
 
 
 def warn_of_list(title: str, tensors: Iterable[Tensor]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -77,11 +78,12 @@ def rotating(value: Value, *, copy: bool = True) -> Callable[[], Tensor]:
     ring: list[tuple[Tensor, torch.UntypedStorage, int]] = []
     uses = torch._C._storage_Use_Count
     references = sys.getrefcount
+    alone = _references_alone()
 
     def take() -> Tensor:
         for tensor, storage, place in ring:
-            # Our tensor and the handle use the storage; it, `ring`, the loop and the call refer to the handle.
-            if uses(place) == 2 and references(storage) == 4:
+            # Our tensor and the handle use the storage; `ring`, the loop, and what else there is refer to the handle.
+            if uses(place) == 2 and references(storage) == alone:
                 return tensor.detach()
         with torch.inference_mode(False):  # it may outlive the mode of this replay
             tensor = buffer(value)
@@ -92,3 +94,23 @@ def rotating(value: Value, *, copy: bool = True) -> Callable[[], Tensor]:
         return tensor.detach()
 
     return take
+
+
+@cache
+def _references_alone() -> int:
+    """How many references `rotating` finds to the handle of a storage that nobody else refers to.
+
+    Whether the storage itself counts is told by the release of torch (from 2.9 on it does), and whether a call does by
+    that of Python (up to 3.13).
+    """
+    references = sys.getrefcount
+    tensor = torch.empty(1)
+    ring = [(tensor, tensor.untyped_storage(), 0)]
+
+    def take() -> int:
+        for tensor, storage, _ in ring:  # as `rotating` does
+            if tensor is not None:
+                return references(storage)
+        return 0
+
+    return take()

@@ -16,6 +16,7 @@ from then on. `aliases` follows the other tensors that look into the same storag
 from __future__ import annotations
 
 from . import copies as copies
+from . import elsewhere as elsewhere
 from .called import CalledBack, called_again, freezing
 from .doors import pause, record, scope, stop_gradient
 from .functions import FunctionOp

@@ -138,7 +138,8 @@ class record:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         tape, mode, state.grad_mode, length = self._open.pop()
-        mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        with _taken_off(mode):
+            mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         pop_tape(tape)
         exits.close_exits()
         modules.stop_listening(length)
@@ -154,6 +155,20 @@ class record:
                     mark(holder, tape)
             if tape.frozen == tape.length:  # nothing was recorded since
                 rest_leaves(tape.token)
+
+
+@contextmanager
+def _taken_off(mode: Mode) -> Iterator[None]:
+    """A context in which `mode` is the innermost of this thread.
+
+    It need not be: blocks of two coroutines, or of two generators, may close in the order in which they were opened.
+    """
+    above = []
+    while (depth := torch._C._len_torch_dispatch_stack()) and torch._C._get_dispatch_stack_at(depth - 1) is not mode:
+        above.append(torch._C._pop_torch_dispatch_stack(None))
+    yield
+    for each in reversed(above):
+        torch._C._push_on_torch_dispatch_stack(each)
 
 
 @contextmanager

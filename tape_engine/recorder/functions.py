@@ -9,7 +9,6 @@ backward: so the result has the ``requires_grad``, the ``grad_fn`` and the error
 from __future__ import annotations
 
 import inspect
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -159,8 +158,11 @@ def _apply(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain = exits.plain_apply(cls)
     if not _listens(args):
         return plain(*args, **kwargs)
-    if cls is getattr(sys.modules.get("torch.utils.checkpoint"), "CheckpointFunction", None):
-        return _checkpointed(*args)
+    if cls.__module__ == "torch.utils.checkpoint":
+        if cls.__name__ == "CheckpointFunction":
+            return _checkpointed(*args)
+        with quietly():  # keeps the arguments for torch's own backward (up to 2.11), and computes nothing
+            return plain(*args, **kwargs)
     if torch._C._are_functorch_transforms_active():
         _warn_of_transforms(cls)
         return plain(*args, **kwargs)

@@ -23,13 +23,14 @@ from torch._C import DisableTorchFunctionSubclass
 from .. import aliases, exits
 from ..names import called_by_user
 from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
-from ..warned import warn_of_exit
+from ..warned import refuse_by_python, warn_of_exit
 from .decisions import observe_from, record_tolist
 from .layouts import asks, by_layout, chooses, note_asked, note_chosen
 from .mode import quietly, recording
 from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in, values_alone
 
 __all__ = [
+    "DETACHES",
     "Recorded",
     "RecordedParameter",
     "as_plain",
@@ -67,6 +68,9 @@ class Recorded(Tensor):
                 with quietly():
                     aliases.expose(args[0])
                 return func(*args, **kwargs)
+            if func in _BY_PYTHON:
+                refuse_by_python(args[0], func.__name__)
+                return func(*args, **kwargs)
             if func is Tensor.new_tensor and not state.deaf and len(args) > 1 and isinstance(args[1], Tensor):
                 with recording(current_tape()):  # as torch.tensor(x): a copy through which no gradient passes
                     copied: Tensor = detaching(lambda each: func(args[0], each, *args[2:], **kwargs), args[1])
@@ -76,7 +80,7 @@ class Recorded(Tensor):
             rests = _rest(args, kwargs)
             if rests and torch.is_grad_enabled() and not _writes(func) and _shows(args, kwargs):
                 return func(*args, **kwargs)
-            if (func in _DETACHES or is_cut()) and not (kwargs or _writes(func)) and _all_swept(args):
+            if (func in DETACHES or is_cut()) and not (kwargs or _writes(func)) and _all_swept(args):
                 return func(*args)  # no gradient, and no decision, has to do with it: a running total of losses
             tape = current_tape()
             if func is _TOLIST:
@@ -89,10 +93,10 @@ class Recorded(Tensor):
                 tape.forgotten = next_in_sequence()  # what is decided by the result is not heard
                 return func(*args, **kwargs)
             with recording(tape), values_alone() if func in _OF_VALUES else nullcontext():
-                result: Any = detaching(func, args[0]) if func in _DETACHES else func(*args, **kwargs)
+                result: Any = detaching(func, args[0]) if func in DETACHES else func(*args, **kwargs)
             if func in chooses and result is args[0] and by_layout(func, result, kwargs):
                 note_chosen(result)
-            if func in _DETACHES:  # a constant, but writes to it are writes to the same memory
+            if func in DETACHES:  # a constant, but writes to it are writes to the same memory
                 in_parameter = sys._getframe(1).f_code is torch.nn.Parameter.__new__.__code__
                 result.__class__ = type(args[0]) if in_parameter else Recorded  # nn.Parameter(x) insists on it
             touched = [*tensors_in(result), *tensors_in(args), *tensors_in(list(kwargs.values()))]
@@ -100,7 +104,7 @@ class Recorded(Tensor):
                 value = bound(tensor)
                 if value is not None and (value.closed or not value.leaf):
                     mark(tensor, tape)  # what it made, and what it wrote to
-            for tensor in () if func in _DETACHES else tensors_in(result):
+            for tensor in () if func in DETACHES else tensors_in(result):
                 observe(tensor, depth)
             for tensor in tensors_in(result) if rests else ():
                 value = bound(tensor)
@@ -117,8 +121,17 @@ class Recorded(Tensor):
             return format(self, spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if not (state.quiet or state.paused) and current_tape_is_global():
+            warn_of_exit(self, "__reduce_ex__")
         with as_plain(self):
             return self.__reduce_ex__(protocol)
+
+
+def _listens(argument: Any) -> bool:
+    return isinstance(argument, Recorded) and not (state.quiet or state.paused) and current_tape_is_global()
+
+
+exits.on_plain(_listens, lambda func, args, kwargs: Recorded.__torch_function__(func, (Recorded,), args, kwargs))
 
 
 class RecordedParameter(Recorded, torch.nn.Parameter):
@@ -184,13 +197,16 @@ _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 _PLAIN -= _EXITS
 
 
+_BY_PYTHON = {getattr(Tensor, name) for name in exits.BY_PYTHON}
+
+
 #: What asks for singular values or eigenvalues alone; in a block by the wrappers of `exits`.
 _OF_VALUES = {getattr(owner, name) for owner, name in exits.OF_VALUES}
 
 
 _TOLIST = Tensor.tolist
 _DATA: Any = Tensor.data  # a descriptor
-_DETACHES = {Tensor.detach, torch.detach, _DATA.__get__}
+DETACHES = {Tensor.detach, torch.detach, _DATA.__get__}
 
 
 def _leaves_only(args: Any, kwargs: Any) -> bool:

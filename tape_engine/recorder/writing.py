@@ -14,7 +14,7 @@ import torch
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from .. import aliases, modules, registry
-from ..errors import MissingRuleError, message
+from ..errors import MissingRuleError, NotRecordedError, message
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
@@ -121,7 +121,7 @@ def is_update(value: Value, node: Node | None) -> bool:
 
 
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
-    value = Value(tensor)
+    value = _value(tensor)
     value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
     value.closed = closed or (OUTSIDE if tensor.grad_fn is not None else "")
     bind(tensor, value, None)
@@ -131,6 +131,21 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
         warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)
     return value
+
+
+def _value(tensor: Tensor) -> Value:
+    try:
+        return Value(tensor)
+    except RuntimeError as error:
+        if not tensor.is_nested:
+            raise
+        raise NotRecordedError(
+            message(
+                "a nested tensor of strided layout has no one shape, and cannot be recorded.",
+                where=call_site(user_frame()),
+                fix="torch.nn.utils.rnn.pad_sequence([...]) and a mask",
+            )
+        ) from error
 
 
 def settle(tensor: Tensor, value: Value) -> None:
@@ -260,7 +275,7 @@ def outputs_of(node: Node, made: Sequence[Tensor]) -> tuple[Value, ...]:
     ref = weakref.ref(node)
     outputs = []
     for index, tensor in enumerate(made):
-        value = Value(tensor)
+        value = _value(tensor)
         value._node = ref
         if index:
             value.index = index

@@ -8,6 +8,8 @@ The grammar of a rule, on the smallest example that shows it all::
 
 - `rule` enters the function for an **ATen overload**: what torch runs once a call is taken apart
   (``a @ b`` of two matrices is ``aten.mm.default``; ``nn.Linear`` is ``aten.t`` and ``aten.addmm``).
+  The rules name them by `common.aten`, for which another release of torch may have what this one lacks: a rule for
+  that is left out.
 - **g** is the gradient of the loss with respect to the output, in the output's shape. An operation
   of several outputs gets a tuple, with ``None`` for an output that the loss does not reach.
 - **out** is the output; then come the operation's own arguments, with its defaults and
@@ -25,8 +27,8 @@ The grammar of a rule, on the smallest example that shows it all::
   replayed.
 - **What it reads is kept** until the sweep. Asking ``x.shape`` keeps nothing; ``x * 2`` keeps ``x``.
   So prefer ``out`` where the formula can be told by it, and pass ``x.shape`` on, not ``x``.
-- At a **kink** it gives what torch gives: relu 0 at 0, abs 0, clamp 1 at the bound, maximum a half
-  to each of two equals, amax an equal share, max over a dimension one index.
+- At a **kink** it gives what torch gives: relu 0 at 0, abs 0, maximum a half to each of two equals,
+  amax an equal share, max over a dimension one index; a clamp at its bound what this release of torch gives.
 - **Samples** are the calls with which it is tested: against `torch.autograd`, against finite
   differences, with strides, with the same tensor twice, and for second derivatives. Elements given
   outright (``spec(3, values=[-1.0, 0.0, 1.0])``) mark a kink, where finite differences do not count.
@@ -39,6 +41,7 @@ from __future__ import annotations
 
 from . import (
     activations,
+    bounds,
     creation,
     decompositions,
     distances,
@@ -61,6 +64,7 @@ from . import (
 
 __all__ = [
     "activations",
+    "bounds",
     "creation",
     "decompositions",
     "distances",

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .common import Tensor, keep_where, kernels, rule_name, unary
-
-aten = torch.ops.aten
+from .common import Tensor, aten, keep_where, kernels, rule_name, unary
 
 _kink = spec(5, values=[-1.0, -0.5, 0.0, 0.5, 1.0])
 _pair = [sample(spec(3, 4), spec(3, 4)), sample(spec(), spec())]

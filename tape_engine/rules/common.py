@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..registry import Sample, sample, spec
+from ..registry import Absent, Sample, composite, sample, spec
 
 Tensor = torch.Tensor
 C128 = torch.complex128
@@ -28,6 +28,39 @@ class Kernels:
 
 
 kernels = Kernels()
+
+
+# -- overloads by name -------------------------------------------------------------------------------
+
+
+class Packet:
+    """The overloads of one of ATen's operations, as rules are entered for them: ``aten.sum.dim_IntList``."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, overload: str) -> Any:
+        found = getattr(getattr(torch.ops.aten, self._name, None), overload, None)
+        if found is None or composite(found):
+            found = Absent(f"aten::{self._name}.{overload}")
+        setattr(self, overload, found)
+        return found
+
+
+class Overloads:
+    """``torch.ops.aten``, of which a rule may name what another release of torch has, and this one not.
+
+    Releases differ: an operation goes (``cholesky``, after 2.13), or was several others before it became one
+    (``ldexp``, up to 2.8). `Absent` stands for those, and no rule is entered for it.
+    """
+
+    def __getattr__(self, name: str) -> Packet:
+        found = Packet(name)
+        setattr(self, name, found)
+        return found
+
+
+aten = Overloads()
 
 
 # -- numbers and masks -------------------------------------------------------------------------------
@@ -55,7 +88,7 @@ def stand_in(g: Tensor, shape: Sequence[int]) -> Tensor:
 
 def rule_name(target: Any) -> str:
     """The name of a family's rule for `target`: ``sin_grad``."""
-    return f"{target._schema.name.removeprefix('aten::')}_grad"
+    return f"{target.name().removeprefix('aten::').partition('.')[0]}_grad"
 
 
 # -- reduced dimensions ------------------------------------------------------------------------------

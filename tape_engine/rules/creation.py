@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..registry import declare
-
-aten = torch.ops.aten
+from .common import aten
 
 declare(
     aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.ones.default, aten.ones_like.default,

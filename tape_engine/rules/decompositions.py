@@ -12,9 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import rule, sample, spec
-from .common import C128, Tensor, kernels
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten, kernels
 
 _complex = spec(2, 3, 3, dtype=C128)
 _positive = spec(2, 2, values=[2.0, 0.5, 0.5, 1.0])

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .common import C128, Tensor, keep_dims, kernels, reduced
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten, keep_dims, kernels, reduced
 
 # -- norms -------------------------------------------------------------------------------------------
 

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import C128, Tensor, binary, keep_where, kernels, rule_name, unary
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten, binary, keep_where, kernels, rule_name, unary
 
 # -- the two families: a derivative told by the output, or by the input ------------------------------
 

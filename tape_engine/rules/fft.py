@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import rule, sample, spec
-from .common import C128, kernels
-
-aten = torch.ops.aten
+from .common import C128, aten, kernels
 
 
 @rule(

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor, kernels, stand_in
+from .common import C128, Tensor, aten, kernels, stand_in
 from .reductions import at_index
-
-aten = torch.ops.aten
 
 
 def indices(*values: int, shape: tuple[int, ...] | None = None) -> Any:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import C128, conj
-
-aten = torch.ops.aten
+from .common import C128, aten, conj
 
 
 def products(*shapes: tuple[int, ...]) -> list[Sample]:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import Tensor, keep_where, kernels, stand_in
-
-aten = torch.ops.aten
+from .common import Tensor, aten, keep_where, kernels, stand_in
 
 
 def pairs(*more: Any, low: float = -2.0, high: float = 2.0, **kwargs: Any) -> list[Sample]:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import Tensor, kernels, rule_name, stand_in
-
-aten = torch.ops.aten
+from .common import Tensor, aten, kernels, rule_name, stand_in
 
 # -- convolution -------------------------------------------------------------------------------------
 

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, rule, sample, spec
-from .common import Tensor, kernels
-
-aten = torch.ops.aten
+from .common import Tensor, aten, kernels
 
 
 def _second(

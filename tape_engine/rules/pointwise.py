@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor, binary, conj, is_tensor, keep_where, rule_name, unary
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten, binary, conj, is_tensor, keep_where, rule_name, unary
 
 # -- sums, products, quotients -----------------------------------------------------------------------
 
@@ -229,107 +227,7 @@ def pow_grad(g, out, a, b):
     return torch.where(b == 0, 0, by_a), torch.where(flat, 0, by_b)
 
 
-# -- the larger and the smaller of two ---------------------------------------------------------------
-
-_ties = sample(spec(4, values=[1.0, 2.0, 3.0, 0.0]), spec(4, values=[1.0, 3.0, 2.0, 0.0]))
-_nans = sample(spec(3, values=[math.nan, 1.0, math.nan]), spec(3, values=[1.0, math.nan, math.nan]))
-
-
-@rule(aten.maximum.default, broadcasts=True, formula="max(a, b)", samples=[*binary(complex=False), _ties, _nans])
-def maximum_grad(g, out, a, b):
-    shared = torch.where(a == b, g / 2, g)
-    return torch.where(a < b, 0, shared), torch.where(b < a, 0, shared)
-
-
-@rule(aten.minimum.default, broadcasts=True, formula="min(a, b)", samples=[*binary(complex=False), _ties, _nans])
-def minimum_grad(g, out, a, b):
-    shared = torch.where(a == b, g / 2, g)
-    return torch.where(a > b, 0, shared), torch.where(b > a, 0, shared)
-
-
-@rule(aten.fmax.default, broadcasts=True, samples=[*binary(complex=False), _ties, _nans])
-def fmax_grad(g, out, a, b):
-    first = (a >= b) | b.isnan()
-    return torch.where(first, g, 0), torch.where(first, 0, g)
-
-
-@rule(aten.fmin.default, broadcasts=True, samples=[*binary(complex=False), _ties, _nans])
-def fmin_grad(g, out, a, b):
-    first = (a <= b) | b.isnan()
-    return torch.where(first, g, 0), torch.where(first, 0, g)
-
-
-_clamped = [-2.0, -1.0, 0.0, 1.0, 2.0, math.nan]
-
-
-@rule(
-    aten.clamp.default,
-    samples=[
-        *unary(-2, 2, -0.7, 0.9, complex=False),
-        *unary(-2, 2, 0.1, complex=False)[:2],
-        *unary(-2, 2, None, 0.1, complex=False)[:2],
-        sample(spec(6, values=_clamped), -1.0, 1.0),
-        sample(spec(6, values=_clamped), 0.0),
-        sample(spec(6, values=_clamped), None, 0.0),
-        sample(spec(6, values=_clamped), 1.0, -1.0),
-    ],
-)
-def clamp_grad(g, out, x, min=None, max=None):
-    if min is None:
-        return keep_where(x <= max, g)
-    return keep_where(x >= min if max is None else (x >= min) & (x <= max), g)
-
-
-@rule(aten.clamp_min.default, samples=[*unary(-2, 2, 0.1, complex=False), sample(spec(6, values=_clamped), 0.0)])
-def clamp_min_grad(g, out, x, min):
-    return keep_where(x >= min, g)
-
-
-@rule(aten.clamp_max.default, samples=[*unary(-2, 2, 0.1, complex=False), sample(spec(6, values=_clamped), 0.0)])
-def clamp_max_grad(g, out, x, max):
-    return keep_where(x <= max, g)
-
-
-_bound = spec(6, values=[-1.0] * 6), spec(6, values=[1.0] * 6)
-
-
-@rule(
-    aten.clamp.Tensor,
-    broadcasts=True,
-    samples=[
-        sample(spec(3, 4), spec(4, low=-1, high=0), spec(3, 1, low=0, high=1)),
-        sample(spec(3, 4), spec(4)),
-        sample(spec(3, 4), None, spec(4)),
-        sample(spec(6, values=_clamped), *_bound),
-        sample(spec(6, values=_clamped), *_bound[::-1]),
-        sample(spec(6, values=_clamped), _bound[0], _bound[0]),
-    ],
-)
-def clamp_tensor_grad(g, out, x, min=None, max=None):
-    if min is None:
-        return keep_where(x <= max, g), None, keep_where(x > max, g)
-    if max is None:
-        return keep_where(x >= min, g), keep_where(x < min, g), None
-    inside = (x >= min) & (x <= max)
-    return keep_where(inside, g), keep_where((x < min) & (min < max), g), keep_where((x > max) | (max < min), g)
-
-
-@rule(
-    aten.clamp_min.Tensor,
-    broadcasts=True,
-    samples=[*binary(complex=False), sample(spec(6, values=_clamped), _bound[1])],
-)
-def clamp_min_tensor_grad(g, out, x, min):
-    return keep_where(x >= min, g), keep_where(x < min, g)
-
-
-@rule(
-    aten.clamp_max.Tensor,
-    broadcasts=True,
-    samples=[*binary(complex=False), sample(spec(6, values=_clamped), _bound[1])],
-)
-def clamp_max_tensor_grad(g, out, x, max):
-    return keep_where(x <= max, g), keep_where(x > max, g)
+# -- chosen elements --------------------------------------------------------------------------------
 
 
 @rule(

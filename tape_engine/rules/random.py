@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import kernels
-
-aten = torch.ops.aten
+from .common import aten, kernels
 
 
 @rule(

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from ..registry import Sample, declare, rule, sample, spec
-from .common import C128, Tensor, count, flipped_cumsum, keep_dims, kernels, reduced, rule_name, spread
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten, count, flipped_cumsum, keep_dims, kernels, reduced, rule_name, spread
 
 
 def over_dims(*more: Any, low: float = -2.0, complex: bool = True, **kwargs: Any) -> list[Sample]:

@@ -6,9 +6,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import rule, sample, spec
-from .common import C128, Tensor
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten
 
 
 def _reflectors(g: Tensor, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from ..registry import rule, sample, spec
-from .common import Tensor, kernels
+from .common import Tensor, aten, kernels
 from .indexing import indices, to_shape
-
-aten = torch.ops.aten
 
 # -- attention ---------------------------------------------------------------------------------------
 
@@ -191,7 +189,7 @@ def embedding_bag_dense_backward_grad(
     picked = torch.where((index == padding_idx).unsqueeze(-1), 0, g.index_select(0, index))
     if scale_grad_by_freq:  # each row by what the kernel divides it by, which on the CPU is not always its own count
         ones, how = torch.ones_like(gy.narrow(1, 0, 1)), (index, bags, sizes, places, rows)
-        whole, scaled = (aten._embedding_bag_dense_backward(ones, *how, scale, 0, None) for scale in (False, True))
+        whole, scaled = (kernels._embedding_bag_dense_backward(ones, *how, scale, 0, None) for scale in (False, True))
         picked = picked * torch.where(whole == 0, 0, scaled / whole).index_select(0, index)
     by_weights = None
     if per_sample_weights is not None:

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..registry import declare, rule, sample, spec
-from .common import C128, Tensor, kernels
-
-aten = torch.ops.aten
+from .common import C128, Tensor, aten, kernels
 
 _x = spec(2, 3, 4)
 

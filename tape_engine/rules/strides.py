@@ -9,9 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..registry import rule, sample, spec
-from .common import Tensor
-
-aten = torch.ops.aten
+from .common import Tensor, aten
 
 
 def _places(shape: Sequence[int], stride: Sequence[int], device: torch.device) -> Tensor:

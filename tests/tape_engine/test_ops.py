@@ -65,7 +65,7 @@ def plain_after_named(X: Tensor, w: Tensor, b: Tensor | None, Y: Tensor) -> tupl
     return Z, U, C
 
 
-#: clamp_min, as opposed to relu, lets the gradient through at the bound, as in torch.
+#: clamp_min, as opposed to relu, gives at the bound what this release of torch gives.
 CLAMPED: list[Ways] = [plain_torch, plain_after_named]
 WAYS: list[Ways] = [on_global_tape, named_in_block, plain_torch, functional, plain_after_named]
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
@@ -147,8 +147,7 @@ def test_clamp_min_at_its_bound_is_torch_s(way: Ways) -> None:
     X, w, b, Y = at_the_kink()
     wanted = reference(lambda X, w, b, Y: ((X @ w + b).clamp_min(0.0) - Y).pow(2).mean(), X, w, b, Y)
     te.backward(way(X, w, b, Y)[2])
-    agree([X, w, b, Y], wanted)
-    assert plain(X.g)[::3].any()
+    agree([X, w, b, Y], wanted)  # up to 2.13 the gradient passes at the bound, from 2.14 on it does not
 
 
 @ways

@@ -835,7 +835,7 @@ def test_printing_and_formatting_need_no_warning() -> None:
         C = y.sum()
         te.backward(C)
     assert all(texts)
-    assert depth <= 4, "printing is no computation"
+    assert depth - len([n for n in tape.nodes if n.op.name == "detach"]) <= 3, "printing is no computation"
     U = te.relu(x)
     assert "tensor(" in repr(U)
     assert "Recorded" not in repr(U)
@@ -1631,7 +1631,12 @@ def test_copies_and_files_of_recorded_tensors_are_as_torch_makes_them(swept: boo
     if swept:
         te.backward(tensors[3].sum() + tensors[4].sum())
         assert t.g is not None
-    for i, (copied, plainly) in enumerate(zip(copies_of(t), wanted, strict=True)):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        copies = copies_of(t)
+    pickled = [each for each in told if "pickling hands" in str(each.message)]
+    assert bool(pickled) is (index > 2 and not swept)  # what was computed leaves for a file
+    for i, (copied, plainly) in enumerate(zip(copies, wanted, strict=True)):
         recorded = i > 1 and index > 2 and not swept  # a copy of what was computed is computed as well
         assert type(copied) is (Recorded if recorded else type(plainly))
         assert torch.equal(plain(copied), plain(t))
@@ -1675,7 +1680,8 @@ def test_views_saved_together_stay_together() -> None:
     x = rand(4)
     U = te.relu(x)
     v = U[:2]
-    a, b = pickle.loads(pickle.dumps((U, v)))
+    with pytest.warns(te.TapeWarning, match="pickling hands"):
+        a, b = pickle.loads(pickle.dumps((U, v)))
     assert torch.equal(plain(a)[:2], plain(b))
 
 

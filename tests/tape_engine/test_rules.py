@@ -14,7 +14,9 @@ import torch
 
 import tape_engine as te
 from tape_engine import registry
-from tape_engine.registry import Op, sample, spec
+from tape_engine.registry import Op, declare, ops, rule, sample, spec
+from tape_engine.rules import bounds
+from tape_engine.rules.common import Overloads, rule_name
 from tests.tape_engine import rule_checks as checks
 from tests.tape_engine.computations import COMPUTATIONS, attention_reference, bags_reference
 from tests.tape_engine.rule_calls import calls
@@ -66,6 +68,56 @@ def test_no_operation_is_both_ruled_and_declared() -> None:
 
 def test_a_rule_is_named_after_its_operation_or_says_what_it_is_a_rule_of() -> None:
     assert [title(op) for op in OPS if not op.grad.__name__.endswith("_grad")] == []  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["no_such_operation.default", "add.NoSuchOverload", "matmul.default"])
+def test_a_rule_for_what_this_torch_lacks_or_takes_apart_is_left_out(name: str) -> None:
+    """Releases differ in what is an operation: `cholesky` is none after 2.13, and `ldexp` was none up to 2.8."""
+    packet, _, overload = name.partition(".")
+    target = getattr(getattr(Overloads(), packet), overload)
+    before = ops()
+
+    def grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        return g
+
+    assert rule(target, samples=[sample(spec(3))])(grad) is grad
+    declare(target)
+    assert ops() == before
+    assert rule_name(target) == f"{packet}_grad"
+    assert Overloads().mm.default is torch.ops.aten.mm.default
+
+
+#: x, the lower and the upper bound, then for each its share of the gradient, read off torch 2.14.
+SINCE_2_14 = """
+    0 0 0   1  0  0     0 0 1   .5 .5 0     0 1 0   0 0 1     0 1 1   0 1 0     0 2 1   0 0 1     1 0 0   0 0 1
+    1 0 1   .5 0  .5    1 0 2   1  0  0     1 1 0   0 0 1     1 1 1   1 0 0     1 1 2   .5 .5 0   1 2 0   0 0 1
+    1 2 1   0  0  1     1 2 2   0  1  0     2 0 1   0 0 1     2 0 2   .5 0 .5   2 1 1   0 0 1     2 2 1   0 0 1
+    0 nan nan 1 0 0     1 nan 1 1  0  0     1 1 nan 1 0 0     nan 0 1 1 0 0     nan 1 0 1 0 1
+"""
+
+
+def test_clamps_and_ties_since_2_14(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever torch is at hand: the table is that of the release that changed it."""
+    monkeypatch.setattr(bounds, "SHARED", True)
+    numbers = torch.tensor([float(each) for each in SINCE_2_14.split()], dtype=torch.float64).reshape(-1, 6)
+    x, low, high = numbers[:, :3].unbind(1)
+    g = torch.ones_like(x)
+    for found, wanted in zip(bounds.clamp_tensor_grad(g, None, x, low, high), numbers[:, 3:].unbind(1), strict=True):
+        assert torch.equal(found, wanted)
+    x = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    one, g = torch.ones_like(x), torch.ones_like(x)
+    assert bounds.clamp_grad(g, None, x, 1.0, 2.0).tolist() == [0, 0, 0]
+    assert bounds.clamp_min_grad(g, None, x, 1.0).tolist() == [0, 0, 1]
+    assert bounds.clamp_max_grad(g, None, x, 1.0).tolist() == [1, 0, 0]
+    larger, smaller = [[0, 0.5, 1], [1, 0.5, 0]], [[1, 0.5, 0], [0, 0.5, 1]]
+    for grad, shares in [
+        (bounds.fmax_grad, larger),
+        (bounds.fmin_grad, smaller),
+        (bounds.clamp_min_tensor_grad, larger),
+        (bounds.clamp_max_tensor_grad, smaller),
+    ]:
+        assert [each.tolist() for each in grad(g, None, x, one)] == shares
+    assert [each.tolist() for each in bounds.clamp_tensor_grad(g, None, x, one)[:2]] == larger
 
 
 def test_the_operations_of_the_common_architectures_have_rules_or_are_declared() -> None:
