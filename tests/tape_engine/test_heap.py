@@ -30,4 +30,4 @@ def test_what_is_freed_at_the_end_of_the_heap_is_not_paid_for_again() -> None:
     before, after = json.loads(run.stdout)
     if platform.libc_ver()[0] == "glibc":
         assert before > 1_000, "36 MiB, given back and taken anew"
-    assert after < 100
+    assert after < 1_000
