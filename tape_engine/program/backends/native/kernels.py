@@ -1,4 +1,4 @@
-"""The kernels: what a program's instructions call, each a loop in plain Python that numba compiles.
+"""The kernels: what a program's instructions call, each a loop in plain Python, which is translated for LLVM.
 
 A *map* works on `n` elements of up to four operands, the first of which is its result; each operand has an
 address and the distance from one element to the next, and for every combination of those there is a map of its own.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 __all__ = ["DRIVERS", "KINDS", "MAPS", "RUNNERS", "parts_of", "sources"]
 
-#: Letters for the dtypes that kernels know, with numba's names; a bool is a byte, nought or one.
+#: Letters for the dtypes that kernels know, with the names of their types; a bool is a byte, nought or one.
 SIZES = {"f": "4", "d": "8", "l": "8", "b": "1"}
 LANES = {"f": "16", "d": "8", "l": "8", "b": "64"}  # elements in 64 bytes
 KINDS = {"f": "float32", "d": "float64", "l": "int64", "b": "uint8"}
@@ -46,17 +46,17 @@ class Map:
 
 UNARY = {
     "copy": "a", "neg": "-a", "square": "a * a", "cube": "a * a * a", "exp": "exp(a)", "expm1": "expm1(a)",
-    "log": "log(a)", "log1p": "log1p(a)", "tanh": "tanh(a)", "sigmoid": "sigmoid(a)", "sqrt": "math.sqrt(a)",
-    "rsqrt": "one / math.sqrt(a)", "reciprocal": "one / a", "sin": "math.sin(a)", "cos": "math.cos(a)",
-    "abs": "abs(a)", "erf": "math.erf(a)",
+    "log": "log(a)", "log1p": "log1p(a)", "tanh": "tanh(a)", "sigmoid": "sigmoid(a)", "sqrt": "sqrt(a)",
+    "rsqrt": "one / sqrt(a)", "reciprocal": "one / a", "sin": "sin(a)", "cos": "cos(a)",
+    "abs": "abs(a)", "erf": "erf(a)",
     "sign": "one if a > zero else (-one if a < zero else zero)",
-    "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "math.atan(a)", "tan": "math.tan(a)",
+    "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "atan(a)", "tan": "tan(a)",
     "relu_whole": "a if a > 0 else 0",
 }  # fmt: skip
 
 BINARY = {
-    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "math.pow(a, b)",
-    "atan2": "math.atan2(a, b)",
+    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "pow(a, b)",
+    "atan2": "atan2(a, b)",
     "maximum": "a if (a > b or a != a) else b", "minimum": "a if (a < b or a != a) else b",
     "tanh_backward": "a * (one - b * b)", "sigmoid_backward": "a * ((one - b) * b)",
     "and": "a & b", "or": "a | b", "xor": "a ^ b",

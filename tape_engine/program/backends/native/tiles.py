@@ -1,6 +1,6 @@
 """The inmost part of a product of matrices: a tile of the result that stays in vector registers.
 
-Numba's loops would write each line of the result back for every few steps of the sum, and finish lines that fill no
+A loop would write each line of the result back for every few steps of the sum, and finish lines that fill no
 register one element at a time. So these are written in LLVM's own terms: lines are loaded and stored under masks, and
 the tile is written once.
 """
@@ -13,7 +13,7 @@ __all__ = ["tile"]
 
 
 def tile(width: int, rows: int, vectors: int) -> Any:
-    """What computes `rows` lines of C = A B, or C += A B, of up to `vectors` registers each, as numba can call it.
+    """What computes `rows` lines of C = A B, or C += A B, of up to `vectors` registers each, as a kernel can call it.
 
     Args:
         width: the bits of an element, 32 or 64.
@@ -21,9 +21,8 @@ def tile(width: int, rows: int, vectors: int) -> Any:
         vectors: how many registers of 64 bytes a line takes; what the arguments say is left of it may be less.
     """
     from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
+
+    from .translator import repeated
 
     low = ir.FloatType() if width == 32 else ir.DoubleType()
     lanes, item = 512 // width, width // 8
@@ -37,67 +36,66 @@ def tile(width: int, rows: int, vectors: int) -> Any:
         return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
 
     def declared(builder: Any, name: str, kind: Any) -> Any:
-        return cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.{name}.v{lanes}f{width}.p0")
+        name = f"llvm.masked.{name}.v{lanes}f{width}.p0"
+        return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
     def computed(
-        context: Any, C: Any, rc: Any, A: Any, ra: Any, ca: Any, B: Any, rb: Any, K: Any, left: Any, add: Any
-    ) -> Any:
-        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
-            C, rc, A, ra, ca, B, rb, K, left, add = args
-            place = vector.as_pointer()
-            load = declared(builder, "load", ir.FunctionType(vector, [place, number, mask_type, vector]))
-            store = declared(builder, "store", ir.FunctionType(ir.VoidType(), [vector, place, number, mask_type]))
-            zeros = ir.Constant(vector, None)
-            lines = ir.VectorType(number, lanes)
-            room = spread(builder, builder.trunc(left, number), lines)
-            masks = [
-                builder.icmp_signed("<", ir.Constant(lines, [j * lanes + i for i in range(lanes)]), room)
-                for j in range(vectors)
-            ]
-            adds = spread(builder, builder.icmp_signed("!=", add, word(0)), mask_type)
+        builder: Any, C: Any, rc: Any, A: Any, ra: Any, ca: Any, B: Any, rb: Any, K: Any, left: Any, add: Any
+    ) -> None:
+        place = vector.as_pointer()
+        load = declared(builder, "load", ir.FunctionType(vector, [place, number, mask_type, vector]))
+        store = declared(builder, "store", ir.FunctionType(ir.VoidType(), [vector, place, number, mask_type]))
+        zeros = ir.Constant(vector, None)
+        lines = ir.VectorType(number, lanes)
+        room = spread(builder, builder.trunc(left, number), lines)
+        masks = [
+            builder.icmp_signed("<", ir.Constant(lines, [j * lanes + i for i in range(lanes)]), room)
+            for j in range(vectors)
+        ]
+        adds = spread(builder, builder.icmp_signed("!=", add, word(0)), mask_type)
 
-            def at(address: Any, step: Any, count: Any, vector_number: int = 0) -> Any:
-                moved = builder.add(address, builder.mul(step, count))
-                return builder.inttoptr(builder.add(moved, word(vector_number * lanes * item)), place)
+        def at(address: Any, step: Any, count: Any, vector_number: int = 0) -> Any:
+            moved = builder.add(address, builder.mul(step, count))
+            return builder.inttoptr(builder.add(moved, word(vector_number * lanes * item)), place)
 
-            sums = {}
-            for r in range(rows):
-                for j in range(vectors):
-                    for u in range(unrolled):
-                        sums[r, j, u] = cgutils.alloca_once(builder, vector)
-                        start = zeros
-                        if u == 0:
-                            mask = builder.and_(masks[j], adds)
-                            start = builder.call(load, [at(C, rc, word(r), j), number(item), mask, zeros])
-                        builder.store(start, sums[r, j, u])
-
-            def step(k: Any, u: int) -> None:
-                line = [builder.call(load, [at(B, rb, k, j), number(item), masks[j], zeros]) for j in range(vectors)]
-                for r in range(rows):
-                    address = builder.add(builder.add(A, builder.mul(ra, word(r))), builder.mul(ca, k))
-                    x = builder.load(builder.inttoptr(address, low.as_pointer()), align=item)
-                    x = spread(builder, x, vector)
-                    for j in range(vectors):
-                        product = builder.fmul(x, line[j], flags=("contract",))
-                        total = builder.fadd(builder.load(sums[r, j, u]), product, flags=("contract",))
-                        builder.store(total, sums[r, j, u])
-
-            whole = builder.sdiv(K, word(unrolled))
-            with cgutils.for_range(builder, whole) as loop:
+        sums = {}
+        for r in range(rows):
+            for j in range(vectors):
                 for u in range(unrolled):
-                    step(builder.add(builder.mul(loop.index, word(unrolled)), word(u)), u)
-            if unrolled > 1:
-                done = builder.mul(whole, word(unrolled))
-                with cgutils.for_range(builder, builder.sub(K, done)) as loop:
-                    step(builder.add(loop.index, done), 0)
+                    with builder.goto_entry_block():
+                        sums[r, j, u] = builder.alloca(vector)
+                    start = zeros
+                    if u == 0:
+                        mask = builder.and_(masks[j], adds)
+                        start = builder.call(load, [at(C, rc, word(r), j), number(item), mask, zeros])
+                    builder.store(start, sums[r, j, u])
+
+        def step(k: Any, u: int) -> None:
+            line = [builder.call(load, [at(B, rb, k, j), number(item), masks[j], zeros]) for j in range(vectors)]
             for r in range(rows):
+                address = builder.add(builder.add(A, builder.mul(ra, word(r))), builder.mul(ca, k))
+                x = builder.load(builder.inttoptr(address, low.as_pointer()), align=item)
+                x = spread(builder, x, vector)
                 for j in range(vectors):
-                    total = builder.load(sums[r, j, 0])
-                    for u in range(1, unrolled):
-                        total = builder.fadd(total, builder.load(sums[r, j, u]))
-                    builder.call(store, [total, at(C, rc, word(r), j), number(item), masks[j]])
-            return code.get_dummy_value()
+                    product = builder.fmul(x, line[j], flags=("contract",))
+                    total = builder.fadd(builder.load(sums[r, j, u]), product, flags=("contract",))
+                    builder.store(total, sums[r, j, u])
 
-        return types.void(*[types.int64] * 10), make
+        whole = builder.sdiv(K, word(unrolled))
 
-    return intrinsic(computed)
+        def steps(k: Any) -> None:
+            for u in range(unrolled):
+                step(builder.add(builder.mul(k, word(unrolled)), word(u)), u)
+
+        repeated(builder, whole, steps)
+        if unrolled > 1:
+            done = builder.mul(whole, word(unrolled))
+            repeated(builder, builder.sub(K, done), lambda k: step(builder.add(k, done), 0))
+        for r in range(rows):
+            for j in range(vectors):
+                total = builder.load(sums[r, j, 0])
+                for u in range(1, unrolled):
+                    total = builder.fadd(total, builder.load(sums[r, j, u]))
+                builder.call(store, [total, at(C, rc, word(r), j), number(item), masks[j]])
+
+    return computed
