@@ -18,6 +18,10 @@ __all__ = ["scalars"]
 
 LN2 = Fraction("0.693147180559945309417232121458176568075500134360255254")
 
+#: The functions that LLVM knows, by its names, and those of the C library, whose names for a float end in f.
+OF_LLVM = {name: name for name in ("sqrt", "sin", "cos", "pow", "copysign")} | {"abs": "fabs"}
+OF_C = ("tan", "atan", "atan2", "erf")
+
 #: `real` and `whole` are the types of a number and of a whole one of as many bits; `bits` and `number` take the one
 #: for the other, bit by bit.
 SOURCE = """
@@ -117,9 +121,8 @@ def scalars(width: int) -> dict[str, Any]:
         "real": real, "whole": whole,
         "bits": Emitted(lambda builder, x: builder.bitcast(x, whole)),
         "number": Emitted(lambda builder, x: builder.bitcast(x, real)),
-        **{name: Emitted(_intrinsic(name, real)) for name in ("sqrt", "sin", "cos", "fabs", "pow", "copysign")},
-        "abs": Emitted(_intrinsic("fabs", real)),
-        **{name: Emitted(_of_c(name, real)) for name in ("tan", "atan", "atan2", "erf")},
+        **{name: Emitted(_called(f"llvm.{known}.f{width}", real)) for name, known in OF_LLVM.items()},
+        **{name: Emitted(_called(name if width == 64 else f"{name}f", real)) for name in OF_C},
     }  # fmt: skip
 
 
@@ -131,20 +134,9 @@ def _series(name: str, coefficients: list[float]) -> str:
     return f"def {name}(x):\n    return {body}\n"
 
 
-def _intrinsic(name: str, kind: Any) -> Any:
-    """A function of numbers of a kind that LLVM knows."""
-
-    def emitted(builder: Any, *given: Any) -> Any:
-        return builder.call(builder.module.declare_intrinsic(f"llvm.{name}", [kind]), given)
-
-    return emitted
-
-
-def _of_c(name: str, kind: Any) -> Any:
-    """A function of the C library's, whose name for a float ends in f."""
+def _called(symbol: str, kind: Any) -> Any:
+    """A function of numbers of a kind, of LLVM's or of the C library."""
     from llvmlite import ir
-
-    symbol = name if kind == ir.DoubleType() else f"{name}f"
 
     def emitted(builder: Any, *given: Any) -> Any:
         known = builder.module.globals.get(symbol)

@@ -58,13 +58,14 @@ def translated(
     made = ir.Function(module, ir.FunctionType(ir.VoidType(), types), symbol)
     made.attributes.add("nounwind")
     entry, start = made.append_basic_block("entry"), made.append_basic_block("start")
-    at = _Translator(ir.IRBuilder(start), ir.IRBuilder(entry), names, tuple(flags), tuple(inner))
+    at = _Translator(ir.IRBuilder(start), names, flags, inner)
     for argument, value in zip(function.args.args, made.args, strict=True):
         at.assign(argument.arg, value)
     at.statements(function.body)
     if not at.builder.block.is_terminated:
         at.builder.ret_void()
-    at.entry.branch(start)
+    at.builder.position_at_end(entry)
+    at.builder.branch(start)
     return module
 
 
@@ -72,9 +73,7 @@ def repeated(
     builder: ir.IRBuilder, count: Any, body: Callable[[Any], None], *, first: Any = None, variable: Any = None
 ) -> None:
     """Appends a loop: `body` appends what is done for a number, from `first` (or nought) up to `count`."""
-    if variable is None:
-        with builder.goto_entry_block():
-            variable = builder.alloca(WORD)
+    variable = variable or _variable(builder, WORD)
     builder.store(first or WORD(0), variable)
 
     def once() -> None:
@@ -95,12 +94,15 @@ def _looped(builder: ir.IRBuilder, test: Callable[[], Any], body: Callable[[], N
     builder.position_at_end(end)
 
 
+def _variable(builder: ir.IRBuilder, kind: Any, name: str = "") -> Any:
+    """A place for a number, in the function's first block: LLVM makes a register of it."""
+    with builder.goto_entry_block():
+        return builder.alloca(kind, name=name)
+
+
 class _Translator:
-    def __init__(
-        self, builder: ir.IRBuilder, entry: ir.IRBuilder, names: Names, flags: tuple[str, ...], inner: tuple[str, ...]
-    ) -> None:
-        self.builder, self.entry = builder, entry  # the entry has the variables, which LLVM makes registers
-        self.names, self.flags, self.inner = names, flags, inner
+    def __init__(self, builder: ir.IRBuilder, names: Names, flags: Sequence[str], inner: Sequence[str]) -> None:
+        self.builder, self.names, self.flags, self.inner = builder, names, flags, inner
         self.variables: dict[str, Any] = {}
 
     # -- statements --------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ class _Translator:
 
     def variable(self, name: str, kind: Any) -> Any:
         if name not in self.variables:
-            self.variables[name] = self.entry.alloca(kind, name=name)
+            self.variables[name] = _variable(self.builder, kind, name)
         return self.variables[name]
 
     # -- memory ------------------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ class _Translator:
 
     def inlined(self, function: ast.FunctionDef, given: Sequence[Any]) -> Any:
         """The result of a function of this kind, which is straight on: its last statement returns it."""
-        within = _Translator(self.builder, self.entry, self.names, self.inner, self.inner)
+        within = _Translator(self.builder, self.names, self.inner, self.inner)
         for argument, value in zip(function.args.args, given, strict=True):
             within.assign(argument.arg, value)
         *statements, last = function.body
