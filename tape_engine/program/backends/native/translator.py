@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # noqa: TID253 - this file is loaded to compile a kernel, and for nothing else
 
 __all__ = ["BYTE", "DOUBLE", "FLAG", "FLOAT", "HALF_WORD", "WORD", "Emitted", "functions", "repeated", "translated"]
 
@@ -43,8 +43,14 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
 
 
 def translated(
-    function: ast.FunctionDef, types: Sequence[Any], names: Names, *, symbol: str, flags: Sequence[str], inner: Sequence[str]
-) -> ir.Module:  # fmt: skip
+    function: ast.FunctionDef,
+    types: Sequence[Any],
+    names: Names,
+    *,
+    symbol: str,
+    flags: Sequence[str],
+    inner: Sequence[str] = (),
+) -> ir.Module:
     """A module with a function without a result.
 
     Args:
@@ -52,7 +58,11 @@ def translated(
         types: those of its arguments.
         names: what it may use.
         symbol: what it is called in the module.
-        flags: what rounding may change in it; `inner` the same in the functions that become part of it.
+        flags: what rounding may change in it.
+        inner: the same in the functions that become part of it.
+
+    Raises:
+        NotImplementedError: for what there is none of here.
     """
     module = ir.Module(symbol)
     made = ir.Function(module, ir.FunctionType(ir.VoidType(), types), symbol)
@@ -193,7 +203,8 @@ class _Translator:
         return getattr(self, f"of_{type(node).__name__}", _unknown)(node)
 
     def of_Constant(self, node: ast.Constant) -> Any:
-        return ir.Constant(DOUBLE if isinstance(node.value, float) else WORD, node.value)
+        kind = {int: WORD, float: DOUBLE}.get(type(node.value)) or _unknown(node)
+        return ir.Constant(kind, node.value)
 
     def of_Name(self, node: ast.Name) -> Any:
         variable = self.variables.get(node.id)
