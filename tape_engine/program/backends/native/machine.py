@@ -124,6 +124,11 @@ class Place:
 
 def dense(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of elements that lie in order, without gaps."""
+    return _dense(tuple(shape))
+
+
+@functools.lru_cache(1024)
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)

@@ -122,15 +122,19 @@ def planned(
 
 def _fits(node: Node, canonical: Callable[[Value], Value], loose: set[Value], tried: dict[Any, bool]) -> bool:
     """Whether the kernels can do a node, tried on tensors that lie in order."""
-    if node.op.forward not in LOWERED or len(node.outputs) != 1 or node.random or node.result is not None:
+    if len(node.outputs) != 1 or node.random or node.result is not None or node.op.forward not in LOWERED:
         return False
     values = [*node.inputs, *node.outputs]
-    for value in values:
-        strided = value.ndim == 0 or len(value.strides) == value.ndim
-        if value.dtype not in KIND or value.device.type != "cpu" or not strided or canonical(value) in loose:
-            return False
-    key = (node.op.forward, _told(node.args), _told(node.kwargs), *((v.dtype, v.shape) for v in values))
+    if loose and not loose.isdisjoint(map(canonical, values)):
+        return False
+    told = _told(node.kwargs) if node.kwargs else ()
+    key = (node.op, _told(node.args), told, *[(v.dtype, v.shape, v.device, len(v.strides)) for v in values])
     if key not in tried:
+        for value in values:
+            strided = value.ndim == 0 or len(value.strides) == value.ndim
+            if value.dtype not in KIND or value.device.type != "cpu" or not strided:
+                tried[key] = False
+                return False
         at = Lowering(canonical, Constants())
         for value in node.inputs:
             shape = tuple(value.shape)
@@ -282,9 +286,9 @@ def _rim(place: int, part: Part, plan: Plan, read: set[Value], readers: dict[Val
     inputs = {canonical(v): None for node in part.nodes for v in node.inputs}
     part.inputs = [v for v in inputs if v not in made and v not in plan.constants]
     crossing: set[Value] = set()
-    levels = levels_of(part, plan)
-    makers = {canonical(v): node for node in part.nodes for v in node.outputs}
-    for node in part.nodes:
+    levels = levels_of(part, plan) if plan.rows else {}
+    makers = {canonical(v): node for node in part.nodes for v in node.outputs} if plan.rows else {}
+    for node in part.nodes if plan.rows else ():
         for value in node.inputs:
             source = canonical(value)
             maker = makers.get(source)
@@ -293,7 +297,8 @@ def _rim(place: int, part: Part, plan: Plan, read: set[Value], readers: dict[Val
             here, there = levels[node], levels[maker]
             if there >= 0 and here != there and (here % 2 or there % 2):
                 crossing.add(source)  # a block reads its rows from a tensor, whose register moves on
-    part.outputs = [v for v in made if v in read or v in crossing or not readers.get(v, set()) <= {place}]
+    here = {place}
+    part.outputs = [v for v in made if v in read or v in crossing or not readers.get(v, here) <= here]
 
 
 def levels_of(part: Part, plan: Plan) -> dict[Node, int]:

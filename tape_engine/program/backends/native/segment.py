@@ -8,6 +8,7 @@ at a time, and then together.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -106,7 +107,7 @@ class Segment:
             if isinstance(step, Loop):
                 self.local = max(self.local, _lay_out_local(step))
 
-    @property
+    @functools.cached_property
     def kernels(self) -> set[str]:
         codes = [c for step in self.steps for c in ([step] if isinstance(step, Code) else step.codes)]
         looped = {"part", "share"} if any(isinstance(step, Loop) for step in self.steps) else set()
