@@ -86,7 +86,7 @@ class _Compiler:
                 at.lower(node)
         at.wanted = {v: self.given[v] for v in self.outputs}
         for node in nodes:
-            for value in {self.canonical(v) for v in node.inputs}:
+            for value in map(self.canonical, node.inputs if self.plan.constants else ()):
                 if value in self.plan.constants and value not in at.places:
                     at.places[value] = self.constant(value, value.shape)
             at.lower(node)

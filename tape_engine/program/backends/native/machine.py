@@ -38,7 +38,7 @@ class Unfit(Exception):
     node: Any = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Memory:
     """A stretch of memory: of an arena (`nbytes` from `offset` on, once that is known), or a tensor's."""
 
@@ -47,9 +47,12 @@ class Memory:
     offset: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Place:
-    """Where the elements of a value lie: distances and start are counted in elements."""
+    """Where the elements of a value lie: distances and start are counted in elements. It is not changed once made.
+
+    (Frozen, it would take four times as long to make, and there are some for every operation.)
+    """
 
     memory: Memory
     kind: str
@@ -136,7 +139,7 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Instruction:
     driver: str
     words: list[int | str | tuple[int, Place]]  # a number, the name of a kernel, or a register and an offset
@@ -192,11 +195,16 @@ class Code:
         With `gathers` it adds to a result that is broadcast itself.
         """
         shape = operands[0].shape if gathers else result.shape
-        if not prod(shape):
+        count = prod(shape)
+        if not count:
             return
-        places = [each.expanded(shape) for each in (result, *operands)]
+        places = [result, *operands]
+        if result.is_dense and all(p.shape == shape and p.strides == result.strides for p in places):
+            self._lines(name, places, [(count, [1] * len(places))])
+            return
+        places = [each.expanded(shape) for each in places]
         if all(p.strides == places[0].strides for p in places) and places[0].is_dense:
-            dims = [(prod(shape), [1] * len(places))]
+            dims = [(count, [1] * len(places))]
         else:
             dims = _collapsed(shape, [p.strides for p in places], gathers)
         self._lines(name, places, dims)
@@ -211,7 +219,6 @@ class Code:
                 self._lines(name, moved, dims[1:])
             return
         reads, writes = [p.memory for p in places[1:]], [places[0].memory]
-        items = [ITEM[p.kind] for p in places]
         if len(dims) == 1:
             count, steps = dims[0]
             words: list[int | str | tuple[int, Place]] = [f"{name}_{_pattern(steps)}", count]
@@ -221,6 +228,7 @@ class Code:
             self.instructions.append(_Instruction("map_flat", words, reads, writes))
             return
         outer = [(1, [0] * len(places))] * (4 - len(dims)) + dims[:-1]
+        items = [ITEM[p.kind] for p in places]
         words = [f"{name}_{_pattern(dims[-1][1])}", *(n for n, _ in outer), dims[-1][0]]
         for i, p in enumerate(places):
             words += [(p.memory.register, p), *(steps[i] * items[i] for _, steps in outer), dims[-1][1][i]]
