@@ -43,7 +43,7 @@ def both(body: str, whole: tuple[int, ...], real: tuple[float, ...]) -> tuple[li
     kernel, _engine = translated(source)
     given = (ctypes.c_int64 * len(whole))(*whole), (ctypes.c_double * len(real))(*real)
     found = (ctypes.c_int64 * 8)(), (ctypes.c_double * 8)()
-    kernel(*map(ctypes.addressof, (*given, *found)))
+    kernel(*[ctypes.addressof(each) for each in (*given, *found)])
     return [*python[0], *(repr(float(x)) for x in python[1])], [*found[0], *map(repr, found[1])]
 
 

@@ -300,8 +300,8 @@ def _rim(place: int, part: Part, plan: Plan, read: set[Value], readers: dict[Val
             here, there = levels[node], levels[maker]
             if there >= 0 and here != there and (here % 2 or there % 2):
                 crossing.add(source)  # a block reads its rows from a tensor, whose register moves on
-    here = {place}
-    part.outputs = [v for v in made if v in read or v in crossing or not readers.get(v, here) <= here]
+    inside = {place}
+    part.outputs = [v for v in made if v in read or v in crossing or not readers.get(v, inside) <= inside]
 
 
 def levels_of(part: Part, plan: Plan) -> dict[Node, int]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from llvmlite import ir  # noqa: TID253 - this file is loaded to compile a kernel, and for nothing else
 
@@ -314,7 +314,7 @@ def _real(x: Any) -> bool:
     return x.type in (FLOAT, DOUBLE)
 
 
-def _unknown(node: ast.AST) -> Any:
+def _unknown(node: ast.AST) -> NoReturn:
     raise NotImplementedError(f"a kernel cannot have this: {ast.unparse(node)}")
 
 
