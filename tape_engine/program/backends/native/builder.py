@@ -38,8 +38,9 @@ def build(name: str, symbol: str, machine: Any) -> Any:
     if name in RUNNERS:
         types = [words, WORD, words, words, WORD, WORD] if name == "run" else [words]
     flags = SUMS if stem in ("sum", "product_lines", "product_dots") else PLAIN
+    apart = "C" if stem in ("product_lines", "product_dots") else ""  # the result of a product
     (function,) = functions(sources(name)).values()
-    made = translated(function, types, _names(kind), symbol=symbol, flags=flags, inner=PLAIN)
+    made = translated(function, types, _names(kind), symbol=symbol, flags=flags, inner=PLAIN, apart=apart)
     module = llvm.parse_assembly(str(made))
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_vectorization, tuning.slp_vectorization = True, False

@@ -50,6 +50,7 @@ def translated(
     symbol: str,
     flags: Sequence[str],
     inner: Sequence[str] = (),
+    apart: str = "",
 ) -> ir.Module:
     """A module with a function without a result.
 
@@ -60,6 +61,8 @@ def translated(
         symbol: what it is called in the module.
         flags: what rounding may change in it.
         inner: the same in the functions that become part of it.
+        apart: the name of a pointer to memory that no other pointer of the function looks into. LLVM would else ask
+            at each loop whether they overlap, and have a slow way for that.
 
     Raises:
         NotImplementedError: for what there is none of here.
@@ -69,6 +72,10 @@ def translated(
     made.attributes.add("nounwind")
     entry, start = made.append_basic_block("entry"), made.append_basic_block("start")
     at = _Translator(ir.IRBuilder(start), names, flags, inner)
+    if apart:
+        domain = module.add_metadata([ir.MetaDataString(module, "memory")])
+        scope = module.add_metadata([ir.MetaDataString(module, apart), domain])
+        at.apart, at.scopes = apart, module.add_metadata([scope])
     for argument, value in zip(function.args.args, made.args, strict=True):
         at.assign(argument.arg, value)
     at.statements(function.body)
@@ -114,6 +121,7 @@ class _Translator:
     def __init__(self, builder: ir.IRBuilder, names: Names, flags: Sequence[str], inner: Sequence[str]) -> None:
         self.builder, self.names, self.flags, self.inner = builder, names, flags, inner
         self.variables: dict[str, Any] = {}
+        self.apart, self.scopes = "", None
 
     # -- statements --------------------------------------------------------------------------------------------
 
@@ -128,7 +136,8 @@ class _Translator:
     def do_AugAssign(self, node: ast.AugAssign) -> None:
         if isinstance(node.target, ast.Subscript):
             place = self.place(node.target)
-            self.store(self.arithmetic(node, node.op, self.read(place), self.value(node.value)), place)
+            before = self.read(place, node.target)
+            self.store(self.arithmetic(node, node.op, before, self.value(node.value)), place, node.target)
         else:
             before = self.value(ast.Name(node.target.id) if isinstance(node.target, ast.Name) else node.target)
             self.put(node.target, self.arithmetic(node, node.op, before, self.value(node.value)))
@@ -169,7 +178,7 @@ class _Translator:
 
     def put(self, target: ast.expr, value: Any) -> None:
         if isinstance(target, ast.Subscript):
-            self.store(value, self.place(target))
+            self.store(value, self.place(target), target)
         elif isinstance(target, ast.Name):
             self.assign(target.id, value)
         else:
@@ -188,14 +197,20 @@ class _Translator:
     def place(self, node: ast.Subscript) -> Any:
         return self.builder.gep(self.value(node.value), [self.value(node.slice)])
 
-    def read(self, place: Any) -> Any:
+    def read(self, place: Any, node: ast.Subscript) -> Any:
         found = self.builder.load(place)
+        self.tell_apart(found, node)
         return self.builder.zext(found, WORD) if found.type == BYTE else found
 
-    def store(self, value: Any, place: Any) -> None:
+    def store(self, value: Any, place: Any, node: ast.Subscript) -> None:
         if place.type.pointee == BYTE:
             value = self.cast(value, BYTE)
-        self.builder.store(value, place)
+        self.tell_apart(self.builder.store(value, place), node)
+
+    def tell_apart(self, instruction: Any, node: ast.Subscript) -> None:
+        if self.scopes is not None:
+            own = isinstance(node.value, ast.Name) and node.value.id == self.apart
+            instruction.set_metadata("alias.scope" if own else "noalias", self.scopes)
 
     # -- values ------------------------------------------------------------------------------------------------
 
@@ -211,7 +226,7 @@ class _Translator:
         return self.names[node.id] if variable is None else self.builder.load(variable)
 
     def of_Subscript(self, node: ast.Subscript) -> Any:
-        return self.read(self.place(node))
+        return self.read(self.place(node), node)
 
     def of_UnaryOp(self, node: ast.UnaryOp) -> Any:
         if not isinstance(node.op, ast.USub):
