@@ -332,14 +332,14 @@ class _Writer(Names, Memory):
     def call(self, node: Node, call: Call) -> None:
         canonical = self.frozen.canonical
         operands = [canonical(v) for v in node.inputs]
-        if call.view and all(self.frozen.canonical(v) in self.static for v in node.inputs):
+        if call.view and all(v in self.static for v in operands):
             self.once(node)
             return
         by_overload = ".ops." in call.title
         function = call.title if call.title.startswith("torch.") and not by_overload else ""
         function = function or self.shared(call.title.split(".")[-2] if by_overload else call.title, call.function)
         arguments = self.arguments(node, 0, call.more)
-        if call.in_place and (local := self.dying(node, operands)) is not None:
+        if call.in_place and self.locals and (local := self.dying(node, operands)) is not None:
             value = canonical(node.outputs[0])
             arguments += f", {call.outs[0]}={self.name(local)}"
             self.locals[value] = self.name(value, node.op.name)

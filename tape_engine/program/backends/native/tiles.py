@@ -82,15 +82,13 @@ def tile(width: int, rows: int, vectors: int) -> Any:
                     builder.store(total, sums[r, j, u])
 
         whole = builder.sdiv(K, word(unrolled))
-
-        def steps(k: Any) -> None:
+        with repeated(builder, whole) as k:
             for u in range(unrolled):
                 step(builder.add(builder.mul(k, word(unrolled)), word(u)), u)
-
-        repeated(builder, whole, steps)
         if unrolled > 1:
             done = builder.mul(whole, word(unrolled))
-            repeated(builder, builder.sub(K, done), lambda k: step(builder.add(k, done), 0))
+            with repeated(builder, builder.sub(K, done)) as k:
+                step(builder.add(k, done), 0)
         for r in range(rows):
             for j in range(vectors):
                 total = builder.load(sums[r, j, 0])

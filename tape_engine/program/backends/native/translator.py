@@ -15,7 +15,8 @@ Everything else is a `NotImplementedError` with the source of what it is.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -86,27 +87,24 @@ def translated(
     return module
 
 
-def repeated(
-    builder: ir.IRBuilder, count: Any, body: Callable[[Any], None], *, first: Any = None, variable: Any = None
-) -> None:
-    """Appends a loop: `body` appends what is done for a number, from `first` (or nought) up to `count`."""
+@contextmanager
+def repeated(builder: ir.IRBuilder, count: Any, *, first: Any = None, variable: Any = None) -> Iterator[Any]:
+    """A loop: what is appended inside is done for the number that it gives, from `first` (or nought) up to `count`."""
     variable = variable or _variable(builder, WORD)
     builder.store(first or WORD(0), variable)
-
-    def once() -> None:
-        body(builder.load(variable))
+    with _looped(builder, lambda: builder.icmp_signed("<", builder.load(variable), count)):
+        yield builder.load(variable)
         builder.store(builder.add(builder.load(variable), WORD(1), flags=["nsw"]), variable)
 
-    _looped(builder, lambda: builder.icmp_signed("<", builder.load(variable), count), once)
 
-
-def _looped(builder: ir.IRBuilder, test: Callable[[], Any], body: Callable[[], None]) -> None:
+@contextmanager
+def _looped(builder: ir.IRBuilder, test: Callable[[], Any]) -> Iterator[None]:
     head, inside, end = (builder.append_basic_block() for _ in range(3))
     builder.branch(head)
     builder.position_at_end(head)
     builder.cbranch(test(), inside, end)
     builder.position_at_end(inside)
-    body()
+    yield
     builder.branch(head)
     builder.position_at_end(end)
 
@@ -162,7 +160,8 @@ class _Translator:
         self.builder.position_at_end(end)
 
     def do_While(self, node: ast.While) -> None:
-        _looped(self.builder, lambda: self.truth(self.value(node.test)), lambda: self.statements(node.body))
+        with _looped(self.builder, lambda: self.truth(self.value(node.test))):
+            self.statements(node.body)
 
     def do_For(self, node: ast.For) -> None:
         call, target = node.iter, node.target
@@ -171,10 +170,9 @@ class _Translator:
         if not isinstance(target, ast.Name):
             _unknown(node)
         *first, last = (self.value(each) for each in call.args)
-        repeated(
-            self.builder, last, lambda _: self.statements(node.body),
-            first=first[0] if first else None, variable=self.variable(target.id, WORD),
-        )  # fmt: skip
+        start, variable = first[0] if first else None, self.variable(target.id, WORD)
+        with repeated(self.builder, last, first=start, variable=variable):
+            self.statements(node.body)
 
     def put(self, target: ast.expr, value: Any) -> None:
         if isinstance(target, ast.Subscript):
