@@ -7,7 +7,7 @@ from typing import Any
 
 from .kernels import DRIVERS, KINDS, RUNNERS, parts_of, sources
 from .scalars import scalars
-from .tiles import tile
+from .tiles import dots, lines, tile
 
 __all__ = ["build"]
 
@@ -34,9 +34,7 @@ def build(names: list[str]) -> dict[str, tuple[str, str]]:
     for name in names:
         stem, kind, _ = parts_of(name)
         local = {**space, **_numbers(kind)}
-        if stem == "product_tiles":
-            width = 32 if kind == "f" else 64
-            local.update({f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES})
+        local.update(_inmost(stem, kind))
         exec(compile(sources(name), f"<kernel {name}>", "exec"), local)
         signature = of_driver if stem in DRIVERS else of_map
         if name in RUNNERS:
@@ -48,6 +46,18 @@ def build(names: list[str]) -> dict[str, tuple[str, str]]:
         made = compiled(local[name])
         found[name] = made.inspect_llvm(), made.native_name
     return found
+
+
+def _inmost(stem: str, kind: str) -> dict[str, Any]:
+    """The inmost parts of a product that a kernel calls."""
+    width, ahead = 32 if kind == "f" else 64, stem.endswith("_ahead")
+    if stem == "product_tiles":
+        return {f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES}
+    if stem.startswith("product_dot_tiles"):
+        return {f"dots_{kind}_{rows}": dots(width, rows, ahead=ahead and rows > 1) for rows in (8, 1)}
+    if stem.startswith("product_line_tiles"):
+        return {f"lines_{kind}_{rows}": lines(width, rows, ahead=ahead and rows > 1) for rows in (8, 1, 0)}
+    return {}
 
 
 _scalars: dict[str, dict[str, Any]] = {}
@@ -125,18 +135,6 @@ def _space() -> dict[str, Any]:
 
         return types.int64(types.int64), make
 
-    def fetch(context: Any, address: Any) -> Any:
-        """Asks for a line of memory that will be read soon."""
-
-        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
-            number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-            kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-            function = builder.module.declare_intrinsic("llvm.prefetch", [byte], fnty=kind)
-            builder.call(function, [builder.inttoptr(args[0], byte), number(0), number(2), number(1)])
-            return code.get_dummy_value()
-
-        return types.void(types.int64), make
-
     def call_driver(context: Any, f: Any, w: Any, regs: Any) -> Any:
         def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
             kind = ir.FunctionType(ir.VoidType(), [low_words, low_words])
@@ -183,7 +181,7 @@ def _space() -> dict[str, Any]:
     _shared.update(
         stream_f=stream(ir.FloatType(), 16, types.float32), stream_d=stream(ir.DoubleType(), 8, types.float64)
     )
-    calls = (call_map, call_driver, call_run, call_part, asked, fetch, moved)
+    calls = (call_map, call_driver, call_run, call_part, asked, moved)
     _shared.update({each.__name__: intrinsic(each) for each in calls}, math=math)
     _shared.update(lower=numba.njit(forceinline=True)(lower), higher=numba.njit(forceinline=True)(higher))
     return _shared
