@@ -8,7 +8,7 @@ from typing import Any
 
 from .kernels import DRIVERS, KINDS, RUNNERS, parts_of, sources
 from .scalars import scalars
-from .tiles import tile
+from .tiles import dots, lines, tile
 
 __all__ = ["build"]
 
@@ -30,7 +30,7 @@ def build(name: str, symbol: str, machine: Any) -> Any:
     """
     import llvmlite.binding as llvm
 
-    from .translator import WORD, functions, translated
+    from .translator import WORD, Emitted, functions, translated
 
     stem, kind, _ = parts_of(name)
     words = WORD.as_pointer()
@@ -38,15 +38,28 @@ def build(name: str, symbol: str, machine: Any) -> Any:
     if name in RUNNERS:
         types = [words, WORD, words, words, WORD, WORD] if name == "run" else [words]
     flags = SUMS if stem in ("sum", "product_lines", "product_dots") else PLAIN
-    apart = "C" if stem in ("product_lines", "product_dots") else ""  # the result of a product
+    apart = "C" if stem in ("product_lines", "product_dots", "product_past") else ""  # the result of a product
     (function,) = functions(sources(name)).values()
-    made = translated(function, types, _names(kind), symbol=symbol, flags=flags, inner=PLAIN, apart=apart)
+    names = {**_names(kind), **{name: Emitted(each) for name, each in _inmost(stem, kind).items()}}
+    made = translated(function, types, names, symbol=symbol, flags=flags, inner=PLAIN, apart=apart)
     module = llvm.parse_assembly(str(made))
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_vectorization, tuning.slp_vectorization = True, False
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)
     return module
+
+
+def _inmost(stem: str, kind: str) -> dict[str, Any]:
+    """The inmost parts of a product that a kernel calls."""
+    width, ahead = 32 if kind == "f" else 64, stem.endswith("_ahead")
+    if stem == "product_tiles":
+        return {f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES}
+    if stem.startswith("product_dot_tiles"):
+        return {f"dots_{kind}_{rows}": dots(width, rows, ahead=ahead and rows > 1) for rows in (8, 1)}
+    if stem.startswith("product_line_tiles"):
+        return {f"lines_{kind}_{rows}": lines(width, rows, ahead=ahead and rows > 1) for rows in (8, 1, 0)}
+    return {}
 
 
 @functools.cache
@@ -57,13 +70,12 @@ def _names(kind: str) -> dict[str, Any]:
     types = dict(zip(KINDS, (FLOAT, DOUBLE, WORD, BYTE), strict=True))
     found: dict[str, Any] = {KINDS[letter]: each for letter, each in types.items()}
     found.update({f"pointer_{letter}": Emitted(_pointer(each)) for letter, each in types.items()})
-    found.update({each.__name__: Emitted(each) for each in (asked, fetch, moved)}, min="<", max=">")
+    found.update({each.__name__: Emitted(each) for each in (asked, moved)}, min="<", max=">")
     found.update({name: Emitted(functools.partial(_call, words=words)) for name, words in CALLS.items()})
     if kind in ("f", "d"):
         width = 32 if kind == "f" else 64
         found.update(scalars(width))
         found[f"stream_{kind}"] = Emitted(functools.partial(stream, types[kind], 512 // width))
-        found.update({f"tile_{kind}_{rows}_{many}": Emitted(tile(width, rows, many)) for rows, many in TILES})
     return {**found, **functions(CHOICES)}
 
 
@@ -101,16 +113,6 @@ def asked(builder: Any, function: Any) -> Any:
     from llvmlite import ir
 
     return builder.sext(_call(builder, function, result=ir.IntType(32)), ir.IntType(64))
-
-
-def fetch(builder: Any, address: Any) -> None:
-    """Asks for a line of memory that will be read soon."""
-    from llvmlite import ir
-
-    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-    function = builder.module.declare_intrinsic("llvm.prefetch", [byte], fnty=kind)
-    builder.call(function, [builder.inttoptr(address, byte), number(0), number(2), number(1)])
 
 
 def stream(low: Any, lanes: int, builder: Any, to: Any, source: Any, x: Any) -> None:

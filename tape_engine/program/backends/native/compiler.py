@@ -44,7 +44,7 @@ class _Compiler:
         if plan.rows:
             rowed = [value for value in values if value in plan.rows.dims]
             for i, value in enumerate(rowed, GIVEN + len(values)):
-                self.sliding[value] = replace(self.given[value], memory=Memory(i))
+                self.sliding[value] = replace(self.given[value], memory=Memory(i, moves=True))
         self.outputs = {*part.outputs}
         self.threads = threads()
         self.known: dict[Value, Place] = {}  # values in the arena, or given
