@@ -119,7 +119,8 @@ class _Translator:
     def __init__(self, builder: ir.IRBuilder, names: Names, flags: Sequence[str], inner: Sequence[str]) -> None:
         self.builder, self.names, self.flags, self.inner = builder, names, flags, inner
         self.variables: dict[str, Any] = {}
-        self.apart, self.scopes = "", None
+        self.apart = ""
+        self.scopes: Any = None  # what tells LLVM that `apart` is apart
 
     # -- statements --------------------------------------------------------------------------------------------
 
