@@ -48,7 +48,7 @@ MODULES = {
     "": "torch executing graphviz networkx numpy pygraphviz rich sklearn tape_engine".split(),
     "test": "pytest expecttest hypothesis pytest_benchmark pytest_timeout xdist safetensors".split(),
     "dev": "mypy ruff".split(),
-    "native": ["numba"],
+    "native": ["llvmlite"],
     "bench": ["jax"],
     "docs": "sphinx furo myst_nb safetensors".split(),
 }

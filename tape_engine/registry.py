@@ -132,6 +132,7 @@ class Op:
             where the output's shape is what broadcasting the arguments gives.
         saves: the names of the rule's parameters whose data it reads; ``None`` without a rule.
         outputs_read: of an operation with several outputs, those that its rule reads (``out[1]``); ``None`` for all.
+        sized_by_elements: whether the shape of a result may depend on the arguments' elements (``nonzero``).
         samples: the calls with which its rule is tested.
         formula: what a picture writes inside its box.
     """
@@ -158,6 +159,7 @@ class Op:
         self.formula = formula
         self.check = check
         self.is_named = not isinstance(forward, torch._ops.OpOverload)
+        self.sized_by_elements = torch.Tag.dynamic_output_shape in getattr(forward, "tags", ())
         self.signature = _signature(forward) if self.is_named else None
         self._note_reads()
         self.__name__ = name

@@ -38,7 +38,7 @@ VIEWS = (read_view, write_view)
 
 def sized_by_elements(node: Node) -> bool:
     """Whether the shape of what a node returns depends on its arguments' elements (``nonzero``, a mask)."""
-    if torch.Tag.dynamic_output_shape not in getattr(node.op.forward, "tags", ()):
+    if not node.op.sized_by_elements:
         return False
     if node.op.forward is aten.index.Tensor:  # by integers, the shape is that of the indices
         return any(v.dtype in (torch.bool, torch.uint8) for v in node.inputs[1:])

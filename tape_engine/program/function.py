@@ -74,7 +74,7 @@ class Function:
         elif wanted == "auto" and self.device == "cpu" and native.available():
             try:
                 made = native.generate(frozen, with_sweep=sweep, always=False)
-            except Exception as error:  # an installation of numba that does not work must not stop a replay
+            except Exception as error:  # an installation of llvmlite that does not work must not stop a replay
                 self.plan = f"not native: {type(error).__name__}: {error}".partition("\n")[0]
         if made is not None:
             source, self.native = made

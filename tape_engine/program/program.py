@@ -276,7 +276,7 @@ def freeze(
         wrt: the tensors on which `Program.step` writes ``.g``; by default every leaf that has one.
         backend: ``"python"``: calls of torch; ``"native"``: compiled loops, on the CPU, for what they are good at;
             ``"inductor"``: torch's own compiler; ``"cudagraph"``: on a GPU, the whole step as one CUDA graph;
-            ``"auto"``: native where numba is installed and it pays, a CUDA graph where the program can be captured,
+            ``"auto"``: native where llvmlite is installed and it pays, a CUDA graph where the program can be captured,
             otherwise python. `print(program)` tells which it is.
         copy: results belong to the caller. With ``copy=False`` a replay may write over what an earlier
             one returned, ``.g`` included; such a result must not be given as an input then.
@@ -296,8 +296,8 @@ def freeze(
         )
     if backend == "native" and not native.available():
         raise _no_backend(
-            "the native backend needs numba, which is not installed.",
-            "pip install numba, or backend='auto', which does without",
+            "the native backend needs llvmlite, which is not installed.",
+            "pip install llvmlite, or backend='auto', which does without",
         )
     given = _tensors(inputs, "inputs", "the tensors that a replay is given anew")
     wanted = _tensors(outputs, "outputs", "a tensor of the tape or a tuple of them")

@@ -50,7 +50,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numba": _version("numba"),
+        "llvmlite": _version("llvmlite"),
         "jax": _version("jax"),
         "tape_engine": te.__version__,
     }

@@ -167,6 +167,8 @@ class _Writer(Names, Memory):
         the replay refuses.
         """
         nodes = [node for node in self.nodes if sized_by_elements(node)]
+        if not nodes:
+            return set()
         found = {self.frozen.canonical(v) for node in nodes for v in node.outputs}
         made = {self.frozen.canonical(v) for node in self.frozen.forward for v in node.outputs}
         return found - made - wanted
@@ -193,10 +195,10 @@ class _Writer(Names, Memory):
 
     def checked(self, node: Node) -> bool:
         """Whether the shape of what a node returns has to be checked."""
-        if any(self.frozen.canonical(v) in self.loose for v in node.outputs):
+        if self.loose and any(self.frozen.canonical(v) in self.loose for v in node.outputs):
             return False
-        loose = any(self.frozen.canonical(v) in self.loose for v in node.inputs)
-        return loose or sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS)
+        loose = self.loose and any(self.frozen.canonical(v) in self.loose for v in node.inputs)
+        return bool(loose) or sized_by_elements(node) or (node.op.is_named and node.op not in VIEWS)
 
     def order(self) -> list[list[Node]]:
         """The nodes in the order in which they run; those of one list run as one."""
@@ -211,7 +213,7 @@ class _Writer(Names, Memory):
 
     def makes(self, node: Node) -> bool:
         """Whether a node runs by itself on each replay, into memory of its own."""
-        loose = any(self.frozen.canonical(v) in self.loose for v in (*node.inputs, *node.outputs))
+        loose = self.loose and any(self.frozen.canonical(v) in self.loose for v in (*node.inputs, *node.outputs))
         return not (node in self.folded or node.random or self.looks_into(node) or loose)
 
     def owned(self, value: Value) -> str:
@@ -330,14 +332,14 @@ class _Writer(Names, Memory):
     def call(self, node: Node, call: Call) -> None:
         canonical = self.frozen.canonical
         operands = [canonical(v) for v in node.inputs]
-        if call.view and all(self.frozen.canonical(v) in self.static for v in node.inputs):
+        if call.view and all(v in self.static for v in operands):
             self.once(node)
             return
         by_overload = ".ops." in call.title
         function = call.title if call.title.startswith("torch.") and not by_overload else ""
         function = function or self.shared(call.title.split(".")[-2] if by_overload else call.title, call.function)
         arguments = self.arguments(node, 0, call.more)
-        if call.in_place and (local := self.dying(node, operands)) is not None:
+        if call.in_place and self.locals and (local := self.dying(node, operands)) is not None:
             value = canonical(node.outputs[0])
             arguments += f", {call.outs[0]}={self.name(local)}"
             self.locals[value] = self.name(value, node.op.name)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from ...registry import Op
 from ...tape import Node, Value
 from ..data import VIEWS, Frozen, sized_by_elements
 
@@ -33,12 +34,13 @@ def merge_common(frozen: Frozen) -> None:
     may have other contents afterwards, and what was computed before is not computed by that.
     """
     known: dict[Hashable, Node] = {}
+    own = {op for op in {node.op for nodes in (frozen.forward, frozen.backward) for node in nodes} if _alone(op)}
     for nodes in (frozen.forward, frozen.backward):
         kept = []
         for node in nodes:
             if node.op.is_named and node.op not in VIEWS:
                 known.clear()
-            elif _pure(node):
+            elif node.op in own and not (node.random or node.result is not None or sized_by_elements(node)):
                 try:
                     key = _key(node, frozen)
                 except _Other:
@@ -55,12 +57,11 @@ def merge_common(frozen: Frozen) -> None:
         nodes[:] = kept
 
 
-def _pure(node: Node) -> bool:
-    if node.random or node.result is not None or sized_by_elements(node):
-        return False
-    if node.op in VIEWS:
+def _alone(op: Op) -> bool:
+    """Whether an operation depends on its arguments alone, and changes nothing."""
+    if op in VIEWS:
         return True
-    forward = node.op.forward
+    forward = op.forward
     if not isinstance(forward, OpOverload) or not forward._schema.name.startswith("aten::"):
         return False
     return not forward._schema.is_mutable

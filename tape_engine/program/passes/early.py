@@ -14,20 +14,17 @@ __all__ = ["results_early"]
 def results_early(nodes: list[Node], frozen: Frozen, wanted: set[Value]) -> list[Node]:
     """The nodes, with those of the sweep that make nothing but results (and the views for them) moved up."""
     canonical = frozen.canonical
-    readers: dict[Value, list[Node]] = {}
-    for node in nodes:
-        for value in node.inputs:
-            readers.setdefault(canonical(value), []).append(node)
     recorded = set(frozen.forward)
     moving: set[Node] = set()
+    read, read_early = set[Value](), set[Value]()  # by what stays, and by what moves
     for node in reversed(nodes):
-        pure = not (node in recorded or node.op.is_named or node.random or node.mutates or node.result is not None)
-        if not pure or sized_by_elements(node):
-            continue
-        read = [each for value in node.outputs for each in readers.get(canonical(value), ())]
-        results = all(canonical(v) in wanted for v in node.outputs)
-        if (not read and results) or (read and _is_view(node) and all(each in moving for each in read)):
+        if _moves(node, [canonical(value) for value in node.outputs], read, read_early, wanted, recorded):
             moving.add(node)
+            read_early.update(map(canonical, node.inputs))
+        else:
+            read.update(map(canonical, node.inputs))
+    if not moving:
+        return nodes
     made: dict[Value, int] = {}  # after how many of the nodes that stay a value is there
     after: dict[int, list[Node]] = {}
     least = sum(node in recorded for node in nodes)  # no node of the sweep runs before it
@@ -45,6 +42,16 @@ def results_early(nodes: list[Node], frozen: Frozen, wanted: set[Value]) -> list
     for i, node in enumerate((node for node in nodes if node not in moving), 1):
         ordered += [node, *after.get(i, ())]
     return ordered
+
+
+def _moves(
+    node: Node, made: list[Value], read: set[Value], read_early: set[Value], wanted: set[Value], recorded: set[Node]
+) -> bool:
+    if not read.isdisjoint(made) or node in recorded:
+        return False
+    if node.op.is_named or node.random or node.mutates or node.result is not None or sized_by_elements(node):
+        return False
+    return wanted.issuperset(made) if read_early.isdisjoint(made) else _is_view(node)
 
 
 def _is_view(node: Node) -> bool:

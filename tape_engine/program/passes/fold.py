@@ -11,13 +11,14 @@ __all__ = ["fold_constants"]
 def fold_constants(frozen: Frozen, nodes: list[Node]) -> set[Node]:
     """The nodes whose outputs are the same on every replay."""
     constant: set[Value] = set(frozen.constants)
+    described = {op for op in {node.op for node in nodes} if op.forward in DESCRIBED}
+    canonical = frozen.canonical
     folded: set[Node] = set()
     for node in nodes:
-        named = node.op.is_named and node.op not in VIEWS
-        if node.random or named or node.result is not None or sized_by_elements(node):
+        if node.op not in described and not constant.issuperset(map(canonical, node.inputs)):
             continue
-        described = node.op.forward in DESCRIBED
-        if described or all(frozen.canonical(value) in constant for value in node.inputs):
+        named = node.op.is_named and node.op not in VIEWS
+        if not (node.random or named or node.result is not None or sized_by_elements(node)):
             folded.add(node)
-            constant.update(frozen.canonical(value) for value in node.outputs)
+            constant.update(map(canonical, node.outputs))
     return folded

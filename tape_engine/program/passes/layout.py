@@ -27,8 +27,9 @@ STRIDED = {
 def laid_out(frozen: Frozen, nodes: list[Node]) -> set[Value]:
     """The leaves that a replay must have in the recorded layout."""
     wanted: set[Value] = set()
+    strided = {op for op in {node.op for node in nodes} if op.forward in STRIDED}
     for node in reversed(nodes):
-        if node.op.forward in STRIDED or any(frozen.canonical(value) in wanted for value in node.outputs):
+        if node.op in strided or (wanted and any(frozen.canonical(value) in wanted for value in node.outputs)):
             wanted.update(frozen.canonical(value) for value in node.inputs)
     rim = {value for value in (*frozen.inputs, *frozen.live) if value is not None} - frozen.constants
     return {value for value in wanted & rim if value.strides}

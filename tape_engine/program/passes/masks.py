@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+from ...registry import Op
 from ...tape import Node, Value
 from ..data import Frozen
 
@@ -18,16 +19,24 @@ MASK = "output_mask"
 
 def unmask(nodes: list[Node], frozen: Frozen, wanted: set[Value]) -> list[Node]:
     """The nodes, with masks that leave out what neither another node nor `wanted` reads."""
+    places = {op: _place(op) for op in {node.op for node in nodes}}
+    if all(place is None for place in places.values()):
+        return nodes
     read = wanted | {frozen.canonical(v) for node in nodes for v in node.inputs}
-    return [_narrowed(node, frozen, read) for node in nodes]
+    return [
+        node if (place := places[node.op]) is None or place >= len(node.args) else _narrowed(node, place, frozen, read)
+        for node in nodes
+    ]
 
 
-def _narrowed(node: Node, frozen: Frozen, read: set[Value]) -> Node:
-    schema = getattr(node.op.forward, "_schema", None)
+def _place(op: Op) -> int | None:
+    """Which of an operation's arguments is its mask."""
+    schema = getattr(op.forward, "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema is not None else []
-    place = names.index(MASK) if MASK in names else len(node.args)
-    if place >= len(node.args):
-        return node
+    return names.index(MASK) if MASK in names else None
+
+
+def _narrowed(node: Node, place: int, frozen: Frozen, read: set[Value]) -> Node:
     mask = list(node.args[place])
     given = [i for i in range(len(mask)) if i not in node.gaps]  # the place of each output in what is returned
     if len(given) != len(node.outputs):

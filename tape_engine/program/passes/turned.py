@@ -24,6 +24,8 @@ CLONE, MM, TRANSPOSE, T = aten.clone.default, aten.mm.default, aten.transpose.in
 
 def turn_products(nodes: list[Node], frozen: Frozen, wanted: set[Value]) -> list[Node]:
     """The nodes, with a turned product for each copy of a transposed one that nobody else reads."""
+    if not any(op.forward is MM for op in {node.op for node in nodes}):
+        return nodes
     canonical = frozen.canonical
     readers: dict[Value, int] = {}
     makers: dict[Value, Node] = {}

@@ -15,7 +15,7 @@ from tape_engine.program.backends import native
 from tape_engine.program.backends.native.ops import LOWERED
 from tests.tape_engine.program.common import F32, F64, draw
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="numba, an extra, is not installed")
+pytestmark = pytest.mark.skipif(not native.available(), reason="llvmlite, an extra, is not installed")
 
 Tensor = torch.Tensor
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ import tape_engine as te
 from tests.helpers import close
 from tests.tape_engine.program.common import draw, follows, freeze
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 Tensor = torch.Tensor
 

@@ -14,7 +14,7 @@ from tape_engine.program.backends import native
 from tests.helpers import Tensor, close, g_of, grad_of, plain
 from tests.tape_engine.program.common import F32, F64, draw, follows, freeze
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="numba, an extra, is not installed")
+pytestmark = pytest.mark.skipif(not native.available(), reason="llvmlite, an extra, is not installed")
 
 ROWS = 3_001  # no multiple of any block
 

@@ -16,7 +16,7 @@ from tape_engine.program.backends.native import team
 from tests.helpers import close
 from tests.tape_engine.program.common import draw, follows, freeze
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 Tensor = torch.Tensor
 

@@ -13,7 +13,7 @@ from tape_engine.program.backends.native import objects
 from tests.helpers import close
 from tests.tape_engine.program.common import F32, F64, draw, follows, freeze
 
-pytest.importorskip("numba")
+pytest.importorskip("llvmlite")
 
 Tensor = torch.Tensor
 

@@ -228,7 +228,7 @@ def test_many_random_programs(writes: str, hundreds: int) -> None:
     many(range(100 * hundreds, 100 * hundreds + 100), writes)
 
 
-@pytest.mark.skipif(not native.available(), reason="numba, an extra, is not installed")
+@pytest.mark.skipif(not native.available(), reason="llvmlite, an extra, is not installed")
 @pytest.mark.parametrize("writes", ["none", "fresh", "all"])
 def test_random_programs_in_segments(monkeypatch: pytest.MonkeyPatch, writes: str) -> None:
     """Of however few operations a segment consists."""
@@ -236,7 +236,7 @@ def test_random_programs_in_segments(monkeypatch: pytest.MonkeyPatch, writes: st
     many(range(5000, 5040), writes, backend="native")
 
 
-@pytest.mark.skipif(not native.available(), reason="numba, an extra, is not installed")
+@pytest.mark.skipif(not native.available(), reason="llvmlite, an extra, is not installed")
 def test_random_programs_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where three rows are many: blocks of two and one left over."""
     for name, least in (("LEAST", 1), ("ROWS", 3), ("ROW_BYTES", 1), ("ROW_WORK", 1 << 20), ("FLAT", 0)):

@@ -44,7 +44,7 @@ class _Compiler:
         if plan.rows:
             rowed = [value for value in values if value in plan.rows.dims]
             for i, value in enumerate(rowed, GIVEN + len(values)):
-                self.sliding[value] = replace(self.given[value], memory=Memory(i))
+                self.sliding[value] = replace(self.given[value], memory=Memory(i, moves=True))
         self.outputs = {*part.outputs}
         self.threads = threads()
         self.known: dict[Value, Place] = {}  # values in the arena, or given
@@ -86,7 +86,7 @@ class _Compiler:
                 at.lower(node)
         at.wanted = {v: self.given[v] for v in self.outputs}
         for node in nodes:
-            for value in {self.canonical(v) for v in node.inputs}:
+            for value in map(self.canonical, node.inputs if self.plan.constants else ()):
                 if value in self.plan.constants and value not in at.places:
                     at.places[value] = self.constant(value, value.shape)
             at.lower(node)

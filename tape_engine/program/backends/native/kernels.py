@@ -1,4 +1,4 @@
-"""The kernels: what a program's instructions call, each a loop in plain Python that numba compiles.
+"""The kernels: what a program's instructions call, each a loop in plain Python, which is translated for LLVM.
 
 A *map* works on `n` elements of up to four operands, the first of which is its result; each operand has an
 address and the distance from one element to the next, and for every combination of those there is a map of its own.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 __all__ = ["DRIVERS", "KINDS", "MAPS", "RUNNERS", "parts_of", "sources"]
 
-#: Letters for the dtypes that kernels know, with numba's names; a bool is a byte, nought or one.
+#: Letters for the dtypes that kernels know, with the names of their types; a bool is a byte, nought or one.
 SIZES = {"f": "4", "d": "8", "l": "8", "b": "1"}
 LANES = {"f": "16", "d": "8", "l": "8", "b": "64"}  # elements in 64 bytes
 KINDS = {"f": "float32", "d": "float64", "l": "int64", "b": "uint8"}
@@ -46,17 +46,17 @@ class Map:
 
 UNARY = {
     "copy": "a", "neg": "-a", "square": "a * a", "cube": "a * a * a", "exp": "exp(a)", "expm1": "expm1(a)",
-    "log": "log(a)", "log1p": "log1p(a)", "tanh": "tanh(a)", "sigmoid": "sigmoid(a)", "sqrt": "math.sqrt(a)",
-    "rsqrt": "one / math.sqrt(a)", "reciprocal": "one / a", "sin": "math.sin(a)", "cos": "math.cos(a)",
-    "abs": "abs(a)", "erf": "math.erf(a)",
+    "log": "log(a)", "log1p": "log1p(a)", "tanh": "tanh(a)", "sigmoid": "sigmoid(a)", "sqrt": "sqrt(a)",
+    "rsqrt": "one / sqrt(a)", "reciprocal": "one / a", "sin": "sin(a)", "cos": "cos(a)",
+    "abs": "abs(a)", "erf": "erf(a)",
     "sign": "one if a > zero else (-one if a < zero else zero)",
-    "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "math.atan(a)", "tan": "math.tan(a)",
+    "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "atan(a)", "tan": "tan(a)",
     "relu_whole": "a if a > 0 else 0",
 }  # fmt: skip
 
 BINARY = {
-    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "math.pow(a, b)",
-    "atan2": "math.atan2(a, b)",
+    "add": "a + b", "sub": "a - b", "mul": "a * b", "div": "a / b", "pow": "pow(a, b)",
+    "atan2": "atan2(a, b)",
     "maximum": "a if (a > b or a != a) else b", "minimum": "a if (a < b or a != a) else b",
     "tanh_backward": "a * (one - b * b)", "sigmoid_backward": "a * ((one - b) * b)",
     "and": "a & b", "or": "a | b", "xor": "a ^ b",
@@ -145,9 +145,7 @@ def map_lines(w, regs):
 """
 
 #: C = A B or C += A B, for a stack of matrices. Words: [2] stack, [3] M, [4] N, [5] K, [6] whether to add, then for
-#: C, A, B: register, offset, distance in the stack (bytes), from row to row, from column to column (elements); [22]
-#: 1 if C is so large that it is written past the cache, 2 if the lines after those of B will be read next: a quarter of
-#: them is asked for while those of B come from the cache, so that memory has no rest.
+#: C, A, B: register, offset, distance in the stack (bytes), from row to row, from column to column (elements).
 #: ``product_lines`` wants lines of B and C without gaps, ``product_dots`` lines of A and columns of B.
 PRODUCT_LINES = """
 def product_lines_K(w, regs):
@@ -159,62 +157,41 @@ def product_lines_K(w, regs):
         B0 = regs[w[17]] + w[18] + s * w[19]
         for i in range(M):
             C = pointer_K(C0 + i * rc * SIZE)
-            k = 0
             if w[6] == 0:
-                B = pointer_K(B0)
-                if K == 0:
-                    for j in range(N):
-                        C[j] = zero
-                elif w[22] == 1 and K == 1:
-                    x0 = A[i * ra]
-                    C1 = C0 + i * rc * SIZE
-                    j = 0
-                    while j < N and (C1 + j * SIZE) & 63 != 0:
-                        C[j] = x0 * B[j]
-                        j += 1
-                    while (j + LANES) <= N:
-                        stream_K(C1 + j * SIZE, B0 + j * SIZE, x0)
-                        j += LANES
-                    while j < N:
-                        C[j] = x0 * B[j]
-                        j += 1
-                    k = 1
-                elif K >= 4:
-                    x0 = A[i * ra]; x1 = A[i * ra + ca]; x2 = A[i * ra + 2 * ca]; x3 = A[i * ra + 3 * ca]
-                    for j in range(N):
-                        C[j] = x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
-                    k = 4
-                else:
-                    x0 = A[i * ra]
-                    for j in range(N):
-                        C[j] = x0 * B[j]
-                    k = 1
-            while k + 4 <= K:
-                B = pointer_K(B0 + k * rb * SIZE)
-                x0 = A[i * ra + k * ca]; x1 = A[i * ra + (k + 1) * ca]
-                x2 = A[i * ra + (k + 2) * ca]; x3 = A[i * ra + (k + 3) * ca]
-                if w[22] == 2:
-                    here = B0 + (K + k // 4) * rb * SIZE
-                    j = 0
-                    while j < N:
-                        end = min(j + 4 * LANES, N)
-                        q = j * SIZE
-                        while q < end * SIZE:
-                            fetch(here + q)
-                            q += 64
-                        for l in range(j, end):
-                            C[l] += x0 * B[l] + x1 * B[rb + l] + x2 * B[2 * rb + l] + x3 * B[3 * rb + l]
-                        j = end
-                else:
-                    for j in range(N):
-                        C[j] += x0 * B[j] + x1 * B[rb + j] + x2 * B[2 * rb + j] + x3 * B[3 * rb + j]
-                k += 4
-            while k < K:
+                for j in range(N):
+                    C[j] = zero
+            for k in range(K):
                 B = pointer_K(B0 + k * rb * SIZE)
                 x0 = A[i * ra + k * ca]
                 for j in range(N):
                     C[j] += x0 * B[j]
-                k += 1
+"""
+
+#: The same for one column and one line, K = 1, where C is so large that it is written past the cache: it would drive
+#: out what is read again.
+PRODUCT_PAST = """
+def product_past_K(w, regs):
+    M = w[3]; N = w[4]
+    rc = w[10]; ra = w[15]
+    for s in range(w[2]):
+        C0 = regs[w[7]] + w[8] + s * w[9]
+        A = pointer_K(regs[w[12]] + w[13] + s * w[14])
+        B0 = regs[w[17]] + w[18] + s * w[19]
+        B = pointer_K(B0)
+        for i in range(M):
+            C1 = C0 + i * rc * SIZE
+            C = pointer_K(C1)
+            x0 = A[i * ra]
+            j = 0
+            while j < N and (C1 + j * SIZE) & 63 != 0:
+                C[j] = x0 * B[j]
+                j += 1
+            while (j + LANES) <= N:
+                stream_K(C1 + j * SIZE, B0 + j * SIZE, x0)
+                j += LANES
+            while j < N:
+                C[j] = x0 * B[j]
+                j += 1
 """
 
 #: The same where lines of B and C have no gaps, by tiles that stay in registers: eight lines of one register, four of
@@ -269,6 +246,52 @@ def product_dots_K(w, regs):
                 if w[6] != 0:
                     total += C[i * rc + j * cc]
                 C[i * rc + j * cc] = total
+"""
+
+#: Dots by tiles of eight, and one line that is a sum of lines, eight at a time. Where these are rows of a block, those
+#: of the next one are asked for meanwhile: so many bytes further on as the block has.
+PRODUCT_DOT_TILES = """
+def product_dot_tilesAHEAD_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10] * SIZE; cc = w[11] * SIZE; ra = w[15] * SIZE; cb = w[21] * SIZE
+    for s in range(w[2]):
+        A = regs[w[12]] + w[13] + s * w[14]
+        i = 0
+        while i + 8 <= M:
+            for j in range(N):
+                C = regs[w[7]] + w[8] + s * w[9] + i * rc + j * cc
+                B = regs[w[17]] + w[18] + s * w[19] + j * cb
+                dots_K_8(C, rc, A + i * ra, ra, B, K, w[6], M * ra)
+            i += 8
+        while i < M:
+            for j in range(N):
+                C = regs[w[7]] + w[8] + s * w[9] + i * rc + j * cc
+                B = regs[w[17]] + w[18] + s * w[19] + j * cb
+                dots_K_1(C, rc, A + i * ra, ra, B, K, w[6], 0)
+            i += 1
+"""
+
+PRODUCT_LINE_TILES = """
+def product_line_tilesAHEAD_K(w, regs):
+    M = w[3]; N = w[4]; K = w[5]
+    rc = w[10] * SIZE; ra = w[15] * SIZE; ca = w[16] * SIZE; rb = w[20] * SIZE
+    for s in range(w[2]):
+        for i in range(M):
+            C = regs[w[7]] + w[8] + s * w[9] + i * rc
+            A = regs[w[12]] + w[13] + s * w[14] + i * ra
+            B = regs[w[17]] + w[18] + s * w[19]
+            add = w[6]
+            k = 0
+            while k + 8 <= K:
+                lines_K_8(C, A + k * ca, ca, B + k * rb, rb, N, add, K * rb)
+                add = 1
+                k += 8
+            while k < K:
+                lines_K_1(C, A + k * ca, ca, B + k * rb, rb, N, add, 0)
+                add = 1
+                k += 1
+            if K == 0:
+                lines_K_0(C, A, ca, B, rb, N, add, 0)
 """
 
 #: Words: [2] how many indices, [3] how many lines there are, [4] elements of a line, then register and offset of
@@ -345,7 +368,11 @@ def share(w):
 #: Drivers by name; those with a K in the source are made for each kind.
 DRIVERS = {
     "map_flat": MAP_FLAT, "map_lines": MAP_LINES, "product_lines": PRODUCT_LINES, "product_dots": PRODUCT_DOTS,
-    "product_tiles": PRODUCT_TILES,
+    "product_tiles": PRODUCT_TILES, "product_past": PRODUCT_PAST,
+    "product_dot_tiles": PRODUCT_DOT_TILES.replace("AHEAD", ""),
+    "product_dot_tiles_ahead": PRODUCT_DOT_TILES.replace("AHEAD", "_ahead"),
+    "product_line_tiles": PRODUCT_LINE_TILES.replace("AHEAD", ""),
+    "product_line_tiles_ahead": PRODUCT_LINE_TILES.replace("AHEAD", "_ahead"),
     "take": TAKE, "add_at": ADD_AT, "run": RUN, "part": PART, "share": SHARE,
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ....tape import Node, Value
-from .machine import AHEAD, ITEM, KIND, LOCAL, PAST, SHARED, Code, Memory, Place, Unfit, bits_of, dense
+from .machine import ITEM, KIND, LOCAL, SHARED, Code, Memory, Place, Unfit, bits_of, dense
 
 __all__ = ["FILLS", "LOWERED", "POINTWISE", "Lowering", "Total", "dims_of"]
 
@@ -193,7 +193,7 @@ class Lowering:
             total = self._total("sum", value, a.kind, None, 0.0)
             shape = (a.shape[0], a.shape[1], b.shape[2])
             part = self.scratch(a.kind, shape)
-            self.code.product(part, a, b, add=False, scratch=self.scratch, way=AHEAD)
+            self.code.product(part, a, b, add=False, scratch=self.scratch, summed=True)
             self.map("sum", reshaped(total.place, shape), part, gathers=True)
             return
         result = self.result(value)
@@ -202,8 +202,8 @@ class Lowering:
             raise Unfit("a product laid out so")
         if bias is not None:
             self.map("copy", stacked, bias)
-        way = PAST if value in self.wanted and value.nbytes > LARGE else 0
-        self.code.product(stacked, a, b, add=bias is not None, scratch=self.scratch, way=way)
+        past = value in self.wanted and value.nbytes > LARGE
+        self.code.product(stacked, a, b, add=bias is not None, scratch=self.scratch, past=past)
 
     def _total(self, name: str, value: Value, kind: str, divisor: float | None, start: float | int | bool) -> Total:
         found = self.totals.get(value)

@@ -26,9 +26,6 @@ ITEM = {"f": 4, "d": 8, "l": 8, "b": 1}
 #: Registers: what went wrong; the arena of a replay; that of a thread; then the tensors that a replay is given.
 STATUS, SHARED, LOCAL, GIVEN = 0, 1, 2, 3
 
-#: Ways of a product: its result written past the cache, the lines that follow asked for.
-PAST, AHEAD = 1, 2
-
 ALIGNED = 64  # bytes: a line of the cache, a vector register
 
 
@@ -38,18 +35,26 @@ class Unfit(Exception):
     node: Any = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Memory:
-    """A stretch of memory: of an arena (`nbytes` from `offset` on, once that is known), or a tensor's."""
+    """A stretch of memory: of an arena (`nbytes` from `offset` on, once that is known), or a tensor's.
+
+    Attributes:
+        moves: whether its register moves on with the rows, so that other rows follow those that are worked on.
+    """
 
     register: int
     nbytes: int = 0
     offset: int = 0
+    moves: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Place:
-    """Where the elements of a value lie: distances and start are counted in elements."""
+    """Where the elements of a value lie: distances and start are counted in elements. It is not changed once made.
+
+    (Frozen, it would take four times as long to make, and there are some for every operation.)
+    """
 
     memory: Memory
     kind: str
@@ -124,6 +129,11 @@ class Place:
 
 def dense(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of elements that lie in order, without gaps."""
+    return _dense(tuple(shape))
+
+
+@functools.lru_cache(1024)
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
@@ -131,7 +141,7 @@ def dense(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Instruction:
     driver: str
     words: list[int | str | tuple[int, Place]]  # a number, the name of a kernel, or a register and an offset
@@ -187,11 +197,16 @@ class Code:
         With `gathers` it adds to a result that is broadcast itself.
         """
         shape = operands[0].shape if gathers else result.shape
-        if not prod(shape):
+        count = prod(shape)
+        if not count:
             return
-        places = [each.expanded(shape) for each in (result, *operands)]
+        places = [result, *operands]
+        if result.is_dense and all(p.shape == shape and p.strides == result.strides for p in places):
+            self._lines(name, places, [(count, [1] * len(places))])
+            return
+        places = [each.expanded(shape) for each in places]
         if all(p.strides == places[0].strides for p in places) and places[0].is_dense:
-            dims = [(prod(shape), [1] * len(places))]
+            dims = [(count, [1] * len(places))]
         else:
             dims = _collapsed(shape, [p.strides for p in places], gathers)
         self._lines(name, places, dims)
@@ -206,7 +221,6 @@ class Code:
                 self._lines(name, moved, dims[1:])
             return
         reads, writes = [p.memory for p in places[1:]], [places[0].memory]
-        items = [ITEM[p.kind] for p in places]
         if len(dims) == 1:
             count, steps = dims[0]
             words: list[int | str | tuple[int, Place]] = [f"{name}_{_pattern(steps)}", count]
@@ -216,17 +230,20 @@ class Code:
             self.instructions.append(_Instruction("map_flat", words, reads, writes))
             return
         outer = [(1, [0] * len(places))] * (4 - len(dims)) + dims[:-1]
+        items = [ITEM[p.kind] for p in places]
         words = [f"{name}_{_pattern(dims[-1][1])}", *(n for n, _ in outer), dims[-1][0]]
         for i, p in enumerate(places):
             words += [(p.memory.register, p), *(steps[i] * items[i] for _, steps in outer), dims[-1][1][i]]
         words += [0] * (6 * (4 - len(places)))
         self.instructions.append(_Instruction("map_lines", words, reads, writes))
 
-    def product(self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any, way: int = 0) -> None:
+    def product(
+        self, result: Place, a: Place, b: Place, *, add: bool, scratch: Any, summed: bool = False, past: bool = False
+    ) -> None:
         """``result = a @ b``, or ``+=``, of stacks of matrices (stack, rows, columns).
 
-        `PAST`: the result is so large that it is written past the cache, where it would drive out what is read again.
-        `AHEAD`: the lines after those of `b`, or of `a`, will be read next, so that some of them are asked for.
+        `summed` tells that the sum runs over the rows of a block, `past` that the result is so large that it is written
+        past the cache, where it would drive out what is read again.
         """
         kind, K = result.kind, a.shape[2]
         if not result.numel:
@@ -241,25 +258,31 @@ class Code:
             b = copy
         lines, dots = _lines(result, a, b), _dots(result, a, b)
         if dots > lines:
-            self._product(f"product_dots_{kind}", result, a, b, M, N, K, add)
-        elif lines and N > 1 and way != PAST and (M > 1 or (N <= SHORT and not way)) and _masks():
-            self._product(f"product_tiles_{kind}", result, a, b, M, N, K, add)
+            if N > M:
+                result, a, b = (p.permuted((0, 2, 1)) for p in (result, b, a))
+            following = not summed and a.memory.moves  # the block after this one lies after the lines of `a`
+            self._product("product_dot_tiles" if _masks() else "product_dots", result, a, b, add, following)
+        elif lines and N > 1 and past and K == 1 and not add:
+            self._product("product_past", result, a, b, add)
+        elif lines and N > 1 and M == 1 and (N > SHORT or (summed and b.memory.moves)) and _masks():
+            self._product("product_line_tiles", result, a, b, add, summed and b.memory.moves)
+        elif lines and N > 1 and _masks():
+            self._product("product_tiles", result, a, b, add)
         elif lines:
-            self._product(f"product_lines_{kind}", result, a, b, M, N, K, add, way)
+            self._product("product_lines", result, a, b, add)
         else:
             made, copy = scratch(kind, result.shape), scratch(kind, b.shape)
             self.map(f"copy_{kind}", copy, b)
-            self._product(f"product_lines_{kind}", made, a, copy, M, N, K, add=False)
+            self._product("product_lines", made, a, copy, add=False)
             operands = (result, made) if add else (made,)
             self.map(f"{'add' if add else 'copy'}_{kind}", result, *operands)
 
-    def _product(
-        self, driver: str, c: Place, a: Place, b: Place, M: int, N: int, K: int, add: bool, way: int = 0
-    ) -> None:
-        words: list[int | str | tuple[int, Place]] = [c.shape[0], M, N, K, int(add)]
+    def _product(self, driver: str, c: Place, a: Place, b: Place, add: bool, following: bool = False) -> None:
+        """A product by a driver, one that asks for the block of rows `following` where there is such a one."""
+        driver += f"{'_ahead' if following and c.shape[0] == 1 and _masks() else ''}_{c.kind}"
+        words: list[int | str | tuple[int, Place]] = [c.shape[0], *c.shape[1:], a.shape[2], int(add)]
         for p in (c, a, b):
             words += [(p.memory.register, p), p.strides[0] * ITEM[p.kind], p.strides[1], p.strides[2]]
-        words.append(way if way != AHEAD or (M == 1 and b.memory.register >= GIVEN) else 0)
         self.instructions.append(_Instruction(driver, words, [a.memory, b.memory, c.memory], [c.memory]))
 
     def lines_at(self, driver: str, result: Place, source: Place, indices: Place, length: int) -> None:

@@ -1,6 +1,6 @@
 """Kernels as machine code: compiled once for a machine, kept in the user's cache folder, loaded when asked for.
 
-A kernel's file is named by a digest of all that its machine code depends on: its source, the versions of numba and
+A kernel's file is named by a digest of all that its machine code depends on: its source, the version of
 llvmlite, the processor. It begins with a digest of its content, so that a damaged one is known and made anew; it is
 written beside its name and then renamed, so that two processes never see half of one. Where no folder can be
 written to, kernels live as long as the process.
@@ -12,8 +12,8 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import os
+import pkgutil
 import sys
 import tempfile
 import threading
@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import builder, kernels, scalars, tiles
+from . import builder, kernels
 
 __all__ = ["CACHE_VARIABLE", "Loaded", "available", "folder", "load", "loaded"]
 
@@ -31,11 +31,14 @@ CACHE_VARIABLE = "TAPE_ENGINE_CACHE"
 
 MAGIC = b"tape_engine kernel 1\n"
 
+#: What makes machine code of a kernel's source: each part of its digest.
+SOURCES = ("builder.py", "kernels.py", "scalars.py", "tiles.py", "translator.py")
+
 
 @functools.cache
 def available() -> bool:
-    """Whether numba is installed; it is not imported for that."""
-    return all(importlib.util.find_spec(name) is not None for name in ("numba", "llvmlite"))
+    """Whether llvmlite is installed; it is not imported for that."""
+    return importlib.util.find_spec("llvmlite") is not None
 
 
 def folder() -> Path | None:
@@ -108,7 +111,6 @@ class Loaded:
     def _start(self) -> None:
         if self._engine is not None:
             return
-        import llvmlite
         import llvmlite.binding as llvm
 
         llvm.initialize_native_target()
@@ -119,9 +121,8 @@ class Loaded:
             cpu=cpu, features=features, opt=3, reloc="default", codemodel="jitdefault"
         )
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), self._machine)
-        about = [cpu, features, target.triple, llvmlite.__version__, importlib.metadata.version("numba")]
-        about += [f"{sys.version_info[:2]}"]
-        texts = [inspect.getsource(module).encode() for module in (builder, kernels, scalars, tiles)]
+        about = [cpu, features, target.triple, importlib.metadata.version("llvmlite"), f"{sys.version_info[:2]}"]
+        texts = [pkgutil.get_data(__package__, name) or b"" for name in SOURCES]
         self._about = hashlib.sha256("\n".join(about).encode() + b"".join(texts)).digest()
 
     def _file(self, name: str) -> Path | None:
@@ -146,25 +147,11 @@ class Loaded:
         return symbol.decode(), code
 
     def _compile(self, names: list[str]) -> dict[str, tuple[str, bytes]]:
-        import llvmlite.binding as llvm
-
         made = {}
-        for name, (text, symbol) in builder.build(names).items():
-            # numba numbers its functions anew in each process: two that met in one would bear the same name
+        for name in names:
             own = f"tape_engine_{name}"
-            module = llvm.parse_assembly(text)
-            for function in module.functions:
-                if not function.is_declaration:
-                    if function.name == symbol:
-                        function.name = own
-                    else:
-                        function.linkage = "internal"
-            for variable in module.global_variables:
-                if not variable.is_declaration:
-                    variable.linkage = "internal"
-            code = self._machine.emit_object(module)
-            made[name] = own, code
-            self._write(name, own, code)
+            made[name] = own, self._machine.emit_object(builder.build(name, own, self._machine))
+            self._write(name, *made[name])
         return made
 
     def _write(self, name: str, symbol: str, code: bytes) -> None:

@@ -87,12 +87,12 @@ def planned(
         canonical(node.outputs[0]): FILLS[node.op.forward](node) for node in folded if node.op.forward in FILLS
     }
     constants = {v: number for v, number in constants.items() if isinstance(number, (bool, int, float))}
-    tried: dict[Any, bool] = {}
+    tried: dict[Any, tuple[bool, bool]] = {}
 
     def fit(node: Node) -> bool:
         if node in folded:
             return canonical(node.outputs[0]) in constants
-        return node not in refused and _fits(node, canonical, loose, tried)
+        return node not in refused and _fits(node, canonical, loose, tried)[0]
 
     count = _row_count(nodes)
     rows = None
@@ -101,7 +101,8 @@ def planned(
         if not _worth(rows, nodes, canonical):
             rows = None
     by_rows = rows.nodes if rows else set()
-    mine = {n for n in nodes if n not in folded and (n in by_rows or (fit(n) and _small(n)))}
+    free = (n for n in nodes if n not in folded)
+    mine = {n for n in free if n in by_rows or (n not in refused and all(_fits(n, canonical, loose, tried)))}
     for turn in itertools.count():
         plan = Plan(_ordered(nodes, mine, folded, canonical), rows, canonical, constants)
         poor = [each for part in plan.parts if part.working < LEAST for each in part.nodes]
@@ -120,26 +121,32 @@ def planned(
 # -- which nodes -------------------------------------------------------------------------------------------------
 
 
-def _fits(node: Node, canonical: Callable[[Value], Value], loose: set[Value], tried: dict[Any, bool]) -> bool:
-    """Whether the kernels can do a node, tried on tensors that lie in order."""
-    if node.op.forward not in LOWERED or len(node.outputs) != 1 or node.random or node.result is not None:
-        return False
+def _fits(
+    node: Node, canonical: Callable[[Value], Value], loose: set[Value], tried: dict[Any, tuple[bool, bool]]
+) -> tuple[bool, bool]:
+    """Whether the kernels can do a node, tried on tensors that lie in order, and whether it is small."""
+    if len(node.outputs) != 1 or node.random or node.result is not None or node.op.forward not in LOWERED:
+        return False, False
     values = [*node.inputs, *node.outputs]
-    for value in values:
-        strided = value.ndim == 0 or len(value.strides) == value.ndim
-        if value.dtype not in KIND or value.device.type != "cpu" or not strided or canonical(value) in loose:
-            return False
-    key = (node.op.forward, _told(node.args), _told(node.kwargs), *((v.dtype, v.shape) for v in values))
+    if loose and not loose.isdisjoint(map(canonical, values)):
+        return False, False
+    told = _told(node.kwargs) if node.kwargs else ()
+    key = (node.op, _told(node.args), told, *[(v.dtype, v.shape, v.device, len(v.strides)) for v in values])
     if key not in tried:
+        for value in values:
+            strided = value.ndim == 0 or len(value.strides) == value.ndim
+            if value.dtype not in KIND or value.device.type != "cpu" or not strided:
+                tried[key] = False, False
+                return tried[key]
         at = Lowering(canonical, Constants())
         for value in node.inputs:
             shape = tuple(value.shape)
             at.places[canonical(value)] = Place(Memory(GIVEN), KIND[value.dtype], shape, dense(shape))
         try:
             at.lower(node)
-            tried[key] = True
+            tried[key] = True, _small(node)
         except (Unfit, TypeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError):
-            tried[key] = False  # arguments of a form that its function does not know
+            tried[key] = False, False  # arguments of a form that its function does not know
     return tried[key]
 
 
@@ -283,8 +290,8 @@ def _rim(place: int, part: Part, plan: Plan, read: set[Value], readers: dict[Val
     part.inputs = [v for v in inputs if v not in made and v not in plan.constants]
     crossing: set[Value] = set()
     levels = levels_of(part, plan)
-    makers = {canonical(v): node for node in part.nodes for v in node.outputs}
-    for node in part.nodes:
+    makers = {canonical(v): node for node in part.nodes for v in node.outputs} if plan.rows else {}
+    for node in part.nodes if plan.rows else ():
         for value in node.inputs:
             source = canonical(value)
             maker = makers.get(source)
@@ -293,16 +300,19 @@ def _rim(place: int, part: Part, plan: Plan, read: set[Value], readers: dict[Val
             here, there = levels[node], levels[maker]
             if there >= 0 and here != there and (here % 2 or there % 2):
                 crossing.add(source)  # a block reads its rows from a tensor, whose register moves on
-    part.outputs = [v for v in made if v in read or v in crossing or not readers.get(v, set()) <= {place}]
+    inside = {place}
+    part.outputs = [v for v in made if v in read or v in crossing or not readers.get(v, inside) <= inside]
 
 
 def levels_of(part: Part, plan: Plan) -> dict[Node, int]:
     """For each node the step in which it runs: flat ones are even, loops odd; -1 for views of what is outside."""
     rows, canonical = plan.rows, plan.canonical
+    if rows is None:
+        return dict.fromkeys(part.nodes, 0)
     levels: dict[Node, int] = {}
     makers: dict[Value, Node] = {}
     for node in part.nodes:
-        looped = rows is not None and node in rows.nodes
+        looped = node in rows.nodes
         need = 1 if looped else 0
         free = looped and node.op.forward in FREE
         for value in node.inputs:
@@ -311,7 +321,7 @@ def levels_of(part: Part, plan: Plan) -> dict[Node, int]:
                 continue
             free = False
             level = levels[maker]
-            if rows is not None and canonical(value) in rows.summed:
+            if canonical(value) in rows.summed:
                 need = max(need, level + (2 if looped else 1))
             elif level % 2:
                 need = max(need, level + (not looped))

@@ -8,7 +8,8 @@ at a time, and then together.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,15 +79,14 @@ class Segment:
         for place in self.constants.places.values():
             arena.take(place.memory)
         last: dict[Memory, int] = {}
-        order = [(i, step) for i, step in enumerate(self.steps)]
-        moments: list[tuple[set[Memory], ...]] = []
-        for _, step in order:
+        moments: list[Collection[Memory]] = []
+        for step in self.steps:
             if isinstance(step, Code):
-                moments += [({*i.reads, *i.writes},) for i in step.instructions]
+                moments += [(*i.reads, *i.writes) for i in step.instructions]
             else:
-                moments.append(({m for code in step.codes for m in code.memories()},))
+                moments.append({m for code in step.codes for m in code.memories()})
         fixed = {place.memory for place in self.constants.places.values()}
-        for moment, (memories,) in enumerate(moments):
+        for moment, memories in enumerate(moments):
             for memory in memories:
                 if memory.register == SHARED and memory not in fixed:
                     last[memory] = moment
@@ -94,7 +94,7 @@ class Segment:
         ends: dict[int, list[Memory]] = {}
         for memory, moment in last.items():
             ends.setdefault(moment, []).append(memory)
-        for moment, (memories,) in enumerate(moments):
+        for moment, memories in enumerate(moments):
             for memory in memories:
                 if memory in last and memory not in taken:
                     taken.add(memory)
@@ -106,7 +106,7 @@ class Segment:
             if isinstance(step, Loop):
                 self.local = max(self.local, _lay_out_local(step))
 
-    @property
+    @functools.cached_property
     def kernels(self) -> set[str]:
         codes = [c for step in self.steps for c in ([step] if isinstance(step, Code) else step.codes)]
         looped = {"part", "share"} if any(isinstance(step, Loop) for step in self.steps) else set()

@@ -1,103 +1,225 @@
-"""The inmost part of a product of matrices: a tile of the result that stays in vector registers.
+"""The inmost parts of products of matrices, whose sums stay in vector registers.
 
-Numba's loops would write each line of the result back for every few steps of the sum, and finish lines that fill no
+A loop would write each line of the result back for every few steps of the sum, and finish lines that fill no
 register one element at a time. So these are written in LLVM's own terms: lines are loaded and stored under masks, and
-the tile is written once.
+the sums are written once.
+
+Those that pass over a block of rows `ahead` ask for the block after it as they go, each for half of its lines: a block
+is read from memory once and used more than once while it is in cache, and memory would rest meanwhile. They ask for it
+into the cache that a core has for itself, as the nearest one is too small for two blocks.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["tile"]
+__all__ = ["dots", "lines", "tile"]
+
+
+class _Vectors:
+    """What the inmost parts are made of, for one width of elements, in the code of one function."""
+
+    def __init__(self, builder: Any, width: int) -> None:
+        from llvmlite import ir
+
+        self.builder = builder
+        self.low = ir.FloatType() if width == 32 else ir.DoubleType()
+        self.lanes, self.item = 512 // width, width // 8
+        self.kind = ir.VectorType(self.low, self.lanes)
+        self.zeros = ir.Constant(self.kind, None)
+        self._ir, self._width = ir, width
+        self._number = ir.IntType(32)
+        self._numbers = ir.VectorType(self._number, self.lanes)
+        self._mask = ir.VectorType(ir.IntType(1), self.lanes)
+        self._place = self.kind.as_pointer()
+
+    def word(self, number: int) -> Any:
+        return self._ir.IntType(64)(number)
+
+    def spread(self, x: Any, kind: Any = None) -> Any:
+        """A register full of one number."""
+        kind = kind or self.kind
+        nothing = self._ir.Constant(kind, self._ir.Undefined)
+        first = self.builder.insert_element(nothing, x, self._number(0))
+        return self.builder.shuffle_vector(first, nothing, self._ir.Constant(self._numbers, [0] * self.lanes))
+
+    def within(self, room: Any, start: int = 0) -> Any:
+        """The mask of those elements from `start` on that come before `room`."""
+        places = self._ir.Constant(self._numbers, [start + i for i in range(self.lanes)])
+        room = self.spread(self.builder.trunc(room, self._number), self._numbers)
+        return self.builder.icmp_signed("<", places, room)
+
+    def where(self, mask: Any, word: Any) -> Any:
+        """The mask, or an empty one if the word is nought."""
+        wanted = self.builder.icmp_signed("!=", word, self.word(0))
+        return self.builder.and_(mask, self.spread(wanted, self._mask))
+
+    def load(self, address: Any, mask: Any) -> Any:
+        kind = self._ir.FunctionType(self.kind, [self._place, self._number, self._mask, self.kind])
+        given = [self.builder.inttoptr(address, self._place), self._number(self.item), mask, self.zeros]
+        return self.builder.call(self._function("load", kind), given)
+
+    def store(self, x: Any, address: Any, mask: Any) -> None:
+        kind = self._ir.FunctionType(self._ir.VoidType(), [self.kind, self._place, self._number, self._mask])
+        given = [x, self.builder.inttoptr(address, self._place), self._number(self.item), mask]
+        self.builder.call(self._function("store", kind), given)
+
+    def element(self, address: Any) -> Any:
+        return self.builder.load(self.builder.inttoptr(address, self.low.as_pointer()), align=self.item)
+
+    def put(self, x: Any, address: Any) -> None:
+        self.builder.store(x, self.builder.inttoptr(address, self.low.as_pointer()), align=self.item)
+
+    def added(self, total: Any, x: Any, y: Any) -> Any:
+        """``total + x * y``."""
+        return self.builder.fadd(total, self.builder.fmul(x, y, flags=("contract",)), flags=("contract",))
+
+    def total(self, x: Any) -> Any:
+        """The sum of the elements of a register."""
+        kind = self._ir.FunctionType(self.low, [self.low, self.kind])
+        function = self._declared(f"llvm.vector.reduce.fadd.v{self.lanes}f{self._width}", kind)
+        return self.builder.call(function, [self._ir.Constant(self.low, -0.0), x], fastmath=("reassoc",))
+
+    def fetch(self, address: Any) -> None:
+        """Asks for a line of memory that will be read soon."""
+        byte = self._ir.IntType(8).as_pointer()
+        kind = self._ir.FunctionType(self._ir.VoidType(), [byte, self._number, self._number, self._number])
+        given = [self.builder.inttoptr(address, byte), self._number(0), self._number(2), self._number(1)]
+        self.builder.call(self.builder.module.declare_intrinsic("llvm.prefetch", [byte], fnty=kind), given)
+
+    def _function(self, name: str, kind: Any) -> Any:
+        return self._declared(f"llvm.masked.{name}.v{self.lanes}f{self._width}.p0", kind)
+
+    def _declared(self, name: str, kind: Any) -> Any:
+        return self.builder.module.globals.get(name) or self._ir.Function(self.builder.module, kind, name)
+
+    def variable(self, kind: Any = None) -> Any:
+        """A place for a register, or for what is of another kind, in the function's first block."""
+        with self.builder.goto_entry_block():
+            return self.builder.alloca(kind or self.kind)
 
 
 def tile(width: int, rows: int, vectors: int) -> Any:
-    """What computes `rows` lines of C = A B, or C += A B, of up to `vectors` registers each, as numba can call it.
+    """What computes `rows` lines of C = A B, or C += A B, of up to `vectors` registers each, as a kernel can call it.
 
     Args:
         width: the bits of an element, 32 or 64.
         rows: how many lines of A.
         vectors: how many registers of 64 bytes a line takes; what the arguments say is left of it may be less.
     """
-    from llvmlite import ir
-    from numba import types
-    from numba.core import cgutils
-    from numba.extending import intrinsic
+    from .translator import repeated
 
-    low = ir.FloatType() if width == 32 else ir.DoubleType()
-    lanes, item = 512 // width, width // 8
-    vector, mask_type = ir.VectorType(low, lanes), ir.VectorType(ir.IntType(1), lanes)
-    number, word = ir.IntType(32), ir.IntType(64)
     unrolled = 4 if rows == 1 else 1  # sums of their own, so that none waits for the one before
 
-    def spread(builder: Any, x: Any, kind: Any) -> Any:
-        first = builder.insert_element(ir.Constant(kind, ir.Undefined), x, number(0))
-        zeros = ir.Constant(ir.VectorType(number, lanes), [0] * lanes)
-        return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
-
-    def declared(builder: Any, name: str, kind: Any) -> Any:
-        return cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.{name}.v{lanes}f{width}.p0")
-
     def computed(
-        context: Any, C: Any, rc: Any, A: Any, ra: Any, ca: Any, B: Any, rb: Any, K: Any, left: Any, add: Any
-    ) -> Any:
-        def make(code: Any, builder: Any, signature: Any, args: Any) -> Any:
-            C, rc, A, ra, ca, B, rb, K, left, add = args
-            place = vector.as_pointer()
-            load = declared(builder, "load", ir.FunctionType(vector, [place, number, mask_type, vector]))
-            store = declared(builder, "store", ir.FunctionType(ir.VoidType(), [vector, place, number, mask_type]))
-            zeros = ir.Constant(vector, None)
-            lines = ir.VectorType(number, lanes)
-            room = spread(builder, builder.trunc(left, number), lines)
-            masks = [
-                builder.icmp_signed("<", ir.Constant(lines, [j * lanes + i for i in range(lanes)]), room)
-                for j in range(vectors)
-            ]
-            adds = spread(builder, builder.icmp_signed("!=", add, word(0)), mask_type)
+        builder: Any, C: Any, rc: Any, A: Any, ra: Any, ca: Any, B: Any, rb: Any, K: Any, left: Any, add: Any
+    ) -> None:
+        of = _Vectors(builder, width)
+        word = of.word
+        masks = [of.within(left, j * of.lanes) for j in range(vectors)]
 
-            def at(address: Any, step: Any, count: Any, vector_number: int = 0) -> Any:
-                moved = builder.add(address, builder.mul(step, count))
-                return builder.inttoptr(builder.add(moved, word(vector_number * lanes * item)), place)
+        def at(address: Any, step: Any, count: Any, vector_number: int = 0) -> Any:
+            moved = builder.add(address, builder.mul(step, count))
+            return builder.add(moved, word(vector_number * of.lanes * of.item))
 
-            sums = {}
-            for r in range(rows):
-                for j in range(vectors):
-                    for u in range(unrolled):
-                        sums[r, j, u] = cgutils.alloca_once(builder, vector)
-                        start = zeros
-                        if u == 0:
-                            mask = builder.and_(masks[j], adds)
-                            start = builder.call(load, [at(C, rc, word(r), j), number(item), mask, zeros])
-                        builder.store(start, sums[r, j, u])
-
-            def step(k: Any, u: int) -> None:
-                line = [builder.call(load, [at(B, rb, k, j), number(item), masks[j], zeros]) for j in range(vectors)]
-                for r in range(rows):
-                    address = builder.add(builder.add(A, builder.mul(ra, word(r))), builder.mul(ca, k))
-                    x = builder.load(builder.inttoptr(address, low.as_pointer()), align=item)
-                    x = spread(builder, x, vector)
-                    for j in range(vectors):
-                        product = builder.fmul(x, line[j], flags=("contract",))
-                        total = builder.fadd(builder.load(sums[r, j, u]), product, flags=("contract",))
-                        builder.store(total, sums[r, j, u])
-
-            whole = builder.sdiv(K, word(unrolled))
-            with cgutils.for_range(builder, whole) as loop:
+        sums = {}
+        for r in range(rows):
+            for j in range(vectors):
                 for u in range(unrolled):
-                    step(builder.add(builder.mul(loop.index, word(unrolled)), word(u)), u)
-            if unrolled > 1:
-                done = builder.mul(whole, word(unrolled))
-                with cgutils.for_range(builder, builder.sub(K, done)) as loop:
-                    step(builder.add(loop.index, done), 0)
+                    sums[r, j, u] = of.variable()
+                    start = of.load(at(C, rc, word(r), j), of.where(masks[j], add)) if u == 0 else of.zeros
+                    builder.store(start, sums[r, j, u])
+
+        def step(k: Any, u: int) -> None:
+            line = [of.load(at(B, rb, k, j), masks[j]) for j in range(vectors)]
             for r in range(rows):
+                x = of.spread(of.element(builder.add(at(A, ra, word(r)), builder.mul(ca, k))))
                 for j in range(vectors):
-                    total = builder.load(sums[r, j, 0])
-                    for u in range(1, unrolled):
-                        total = builder.fadd(total, builder.load(sums[r, j, u]))
-                    builder.call(store, [total, at(C, rc, word(r), j), number(item), masks[j]])
-            return code.get_dummy_value()
+                    builder.store(of.added(builder.load(sums[r, j, u]), x, line[j]), sums[r, j, u])
 
-        return types.void(*[types.int64] * 10), make
+        whole = builder.sdiv(K, word(unrolled))
+        with repeated(builder, whole) as k:
+            for u in range(unrolled):
+                step(builder.add(builder.mul(k, word(unrolled)), word(u)), u)
+        if unrolled > 1:
+            done = builder.mul(whole, word(unrolled))
+            with repeated(builder, builder.sub(K, done)) as k:
+                step(builder.add(k, done), 0)
+        for r in range(rows):
+            for j in range(vectors):
+                total = builder.load(sums[r, j, 0])
+                for u in range(1, unrolled):
+                    total = builder.fadd(total, builder.load(sums[r, j, u]))
+                of.store(total, at(C, rc, word(r), j), masks[j])
 
-    return intrinsic(computed)
+    return computed
+
+
+def dots(width: int, rows: int, *, ahead: bool = False) -> Any:
+    """What computes c = A b, or c += A b, for `rows` lines of A, as a kernel can call it.
+
+    Elements of the lines and of b have no gaps between. With `ahead` the first half of the lines that are as many
+    bytes further on as the last argument says is asked for.
+    """
+    from .translator import repeated
+
+    unrolled = 4 if rows == 1 else 1
+
+    def computed(builder: Any, C: Any, rc: Any, A: Any, ra: Any, B: Any, K: Any, add: Any, further: Any) -> None:
+        of = _Vectors(builder, width)
+        word = of.word
+        sums = {(r, u): of.variable() for r in range(rows) for u in range(unrolled)}
+        for each in sums.values():
+            builder.store(of.zeros, each)
+        starts = [builder.add(A, builder.mul(ra, word(r))) for r in range(rows)]
+        size = of.lanes * unrolled
+        with repeated(builder, builder.sdiv(builder.add(K, word(size - 1)), word(size))) as turn:
+            for u in range(unrolled):
+                k = builder.add(builder.mul(turn, word(size)), word(u * of.lanes))
+                place, mask = builder.mul(k, word(of.item)), of.within(builder.sub(K, k))
+                line = of.load(builder.add(B, place), mask)
+                for r in range(rows):
+                    here = builder.add(starts[r], place)
+                    if ahead and r < rows // 2:
+                        of.fetch(builder.add(here, further))
+                    builder.store(of.added(builder.load(sums[r, u]), of.load(here, mask), line), sums[r, u])
+        adds = builder.icmp_signed("!=", add, word(0))
+        for r in range(rows):
+            total = builder.load(sums[r, 0])
+            for u in range(1, unrolled):
+                total = builder.fadd(total, builder.load(sums[r, u]))
+            place = builder.add(C, builder.mul(rc, word(r)))
+            found = of.variable(of.low)
+            builder.store(of.total(total), found)
+            with builder.if_then(adds):
+                builder.store(builder.fadd(of.element(place), builder.load(found)), found)
+            of.put(builder.load(found), place)
+
+    return computed
+
+
+def lines(width: int, rows: int, *, ahead: bool = False) -> Any:
+    """What computes c = a B, or c += a B, for a and B of `rows` elements and lines, as a kernel can call it.
+
+    Elements of the lines and of c have no gaps between. With `ahead` the second half of the lines that are as many
+    bytes further on as the last argument says is asked for.
+    """
+    from .translator import repeated
+
+    def computed(builder: Any, C: Any, A: Any, ca: Any, B: Any, rb: Any, N: Any, add: Any, further: Any) -> None:
+        of = _Vectors(builder, width)
+        word = of.word
+        factors = [of.spread(of.element(builder.add(A, builder.mul(ca, word(r))))) for r in range(rows)]
+        starts = [builder.add(B, builder.mul(rb, word(r))) for r in range(rows)]
+        with repeated(builder, builder.sdiv(builder.add(N, word(of.lanes - 1)), word(of.lanes))) as turn:
+            n = builder.mul(turn, word(of.lanes))
+            place, mask = builder.mul(n, word(of.item)), of.within(builder.sub(N, n))
+            total = of.load(builder.add(C, place), of.where(mask, add))
+            for r in range(rows):
+                here = builder.add(starts[r], place)
+                if ahead and r >= rows // 2:
+                    of.fetch(builder.add(here, further))
+                total = of.added(total, factors[r], of.load(here, mask))
+            of.store(total, builder.add(C, place), mask)
+
+    return computed
