@@ -7,6 +7,7 @@ operation without a rule borrows one from ``torch.func.vjp``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -61,12 +62,17 @@ def _tensor_arguments(node: Node) -> Iterable[Any]:
             each for each in _flat((node.args, list(node.kwargs.values()))) if each is None or isinstance(each, Value)
         )
     found: list[Any] = []
-    forward: Any = node.op.forward
-    for i, argument in enumerate(forward._schema.arguments):
-        if "Tensor" in str(argument.type):
-            given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-            found += _flat(given)
+    for i, name in _tensor_places(node.op.forward):
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(name)
+        found += _flat(given)
     return found
+
+
+@functools.cache
+def _tensor_places(overload: Any) -> list[tuple[int, str]]:
+    """The arguments of an overload that may be tensors, by place and name; the schema takes long to tell."""
+    arguments = enumerate(overload._schema.arguments)
+    return [(i, argument.name) for i, argument in arguments if "Tensor" in str(argument.type)]
 
 
 def fitted(contribution: Tensor, value: Value, node: Node) -> Tensor:
