@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tape_engine import article as by_hand
-from tests.benchmarks import article, models, replay, timing
+from tests.benchmarks import article, models, others, replay, report, timing
 from tests.benchmarks.__main__ import main
 from tests.helpers import g_of
 
@@ -19,21 +19,21 @@ def test_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, told = tmp_path / "figures.json", tmp_path / "speed.md"
     assert main(["--quick", "--rows", "40", "--rounds", "1", "--json", str(path), "--markdown", str(told)]) == 0
     printed = capsys.readouterr().out
-    report = json.loads(path.read_text(encoding="utf-8"))
-    assert report["machine"]["torch"] == torch.__version__
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    assert figures["machine"]["torch"] == torch.__version__
     assert f"torch {torch.__version__}" in printed
     text = told.read_text(encoding="utf-8")
     assert f"torch {torch.__version__}" in text
-    assert text.count("\n## ") == len(report["tables"]) + 1
-    assert all(table["title"][1:] in text for table in report["tables"])
-    assert len(report["tables"]) == 12 + len(models.MODELS)
-    assert [each["name"] for each in report["memory"]] == [model.name for model in models.MODELS]
-    for each in report["memory"]:
+    assert text.count("\n## ") == len(figures["tables"]) + 1
+    assert all(table["title"][1:] in text for table in figures["tables"])
+    assert len(figures["tables"]) == 12 + len(models.MODELS)
+    assert [each["name"] for each in figures["memory"]] == [model.name for model in models.MODELS]
+    for each in figures["memory"]:
         assert each["name"] in printed
         assert next(iter(each["peaks"])) == "torch.autograd, eager"
         assert len(each["peaks"]) == 2 + len(replay.BACKENDS)
         assert min(each["peaks"].values()) > 0
-    *against_torch, first_results, growth, loops = report["tables"]
+    *against_torch, first_results, growth, loops = figures["tables"]
     assert [each["name"].split()[-1] for each in growth["timings"]] == ["python", "python", "native", "native"]
     assert all("compiled" in each["name"] or "process" in each["name"] for each in first_results["timings"])
     for table in against_torch:
@@ -118,3 +118,16 @@ def test_all_ways_of_a_model_give_the_same_gradients() -> None:
                 continue
             for parameter, grad in zip(parameters, expected, strict=True):
                 torch.testing.assert_close(g_of(parameter), grad)
+
+
+def test_the_page_tells_how_others_were_timed() -> None:
+    def table(*names: str) -> timing.Table:
+        return timing.Table("a step", "step", tuple(timing.Timing(name, 1e-3, 1e-3, 1e-3, 1) for name in names))
+
+    about = {"torch": "2", "jax": "0", "C++ compiler": None}
+    alone = report.page(about, [table("torch.autograd, eager")], [])
+    assert "torch 2, jax 0, C++ compiler None" in alone
+    assert "jax.jit" not in alone
+    for name in (others.JAX, f"the article by {others.TORCH_COMPILE}, nothing compiled yet"):
+        text = report.page(about, [table("torch.autograd, eager", name)], [])
+        assert text.index("jax.jit(jax.value_and_grad(...))") < text.index("## A step")

@@ -22,6 +22,7 @@ import tape_engine as te
 from tape_engine import data
 
 from . import article, models, replay, steps
+from . import others as beside
 from .report import HELD, figure, held_table, page, scale_of
 from .timing import Table, Timing
 
@@ -40,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
+def machine(*, others: bool = False) -> dict[str, Any]:
+    """What the figures depend on, those of `others` too."""
+    found = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
@@ -51,9 +52,9 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "llvmlite": _version("llvmlite"),
-        "jax": _version("jax"),
         "tape_engine": te.__version__,
     }
+    return {**found, "jax": _version("jax"), "C++ compiler": beside.compiler()} if others else found
 
 
 def _version(package: str) -> str | None:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = options.rounds or (5 if options.quick else 15)
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 110)
-    about = machine()
+    about = machine(others=options.others)
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     if options.data:
         digits = data.load(options.data)

@@ -42,7 +42,7 @@ def all_gradients(
     """Every gradient, those of `X`, `w`, `b`, `Z` and `U`, as the article's code has them."""
     w, b = _weights(X.shape[1])
     leaf_X, leaf_w, leaf_b = leaves = [each.clone().requires_grad_() for each in (X, w, b)]
-    labels = Y.clone()  # on tensors of a living tape eager torch would be recorded
+    labels = Y.clone()  # tensors that the living tape below does not listen to
 
     def autograd() -> article.Gradients:
         for leaf in leaves:
@@ -91,9 +91,9 @@ def all_gradients(
     if others:
         zeros = torch.zeros(len(X), 1)  # gradients at what is added to `Z` and `U` are those of `Z` and `U`
         right: Sequence[Tensor] = by_hand()
-        leaves = [X, w, b, zeros, zeros]
-        cases += by_torch_compile(lambda X, w, b, z, u: _shifted(X, w, b, z, u, Y), leaves, right, close=CLOSE)
-        cases += by_jax(_shifted_by_numpy, leaves, right, constants=(Y,), close=CLOSE)
+        given = [*leaves, zeros, zeros]
+        cases += by_torch_compile(lambda X, w, b, z, u: _shifted(X, w, b, z, u, labels), given, right, close=CLOSE)
+        cases += by_jax(_shifted_by_numpy, given, right, constants=(labels,), close=CLOSE)
     room = torch.empty_like(X)
     cases.append(Case("one copy of X", lambda: room.copy_(X)))
     shape = f"X of {len(X):,} x {X.shape[1]}, {str(X.dtype).removeprefix('torch.')}"

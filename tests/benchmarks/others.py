@@ -6,6 +6,7 @@ JAX computes on threads of its own, which sleep between its calls; every one of 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from tape_engine.program.backends import inductor
 
 from .timing import Case
 
-__all__ = ["JAX", "TORCH_COMPILE", "by_jax", "by_torch_compile", "has_compiler", "has_jax", "numbers"]
+__all__ = ["JAX", "TORCH_COMPILE", "by_jax", "by_torch_compile", "compiler", "has_compiler", "has_jax", "numbers"]
 
 Tensor = torch.Tensor
 
@@ -25,6 +26,16 @@ TORCH_COMPILE, JAX = "torch.compile", "JAX, jit"
 def has_compiler() -> bool:
     """Whether torch.compile has what it needs."""
     return inductor.missing(torch.device("cpu")) is None
+
+
+def compiler() -> str | None:
+    """What C++ compiler torch.compile uses, and its version; ``None`` where there is none."""
+    if not has_compiler():
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    told = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True)
+    return told.stdout.partition("\n")[0] or None
 
 
 def has_jax() -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .models import Memory
+from .others import JAX, TORCH_COMPILE
 from .timing import Table
 
 __all__ = ["HELD", "figure", "held_table", "page", "scale_of"]
@@ -21,10 +22,23 @@ the replays.
 Measured with {machine}.
 """
 
+BESIDE = f"""
+Where {TORCH_COMPILE} and {JAX} have lines, each was given the same computation, written in its own terms, and had to
+give torch's gradients, to rounding, before it was timed. Compiling is not in the time, but where the table is of first
+results.
+
+- **{TORCH_COMPILE}**: `torch.autograd.grad` of a function that `torch.compile(..., dynamic=False)` compiled for tensors
+  of these shapes.
+- **{JAX}**: `jax.jit(jax.value_and_grad(...))` on the CPU, in the dtype of the tensors (64-bit numbers are switched
+  on). The arrays lie with JAX before, none is donated, and every run is waited for. JAX has threads of its own.
+"""
+
 
 def page(about: dict[str, Any], tables: Sequence[Table], peaks: Sequence[Memory]) -> str:
     """The page: what the figures depend on, a table a benchmark, then the table of memory."""
     parts = [HEAD.format(machine=", ".join(f"{name} {value}" for name, value in about.items()))]
+    if any(way in each.name for table in tables for each in table.timings for way in (TORCH_COMPILE, JAX)):
+        parts[0] += BESIDE
     parts += [_timed(table) for table in tables]
     parts.append(_held(peaks))
     return "\n".join(parts)

@@ -72,6 +72,31 @@ def test_the_article(dtype: torch.dtype, columns: int) -> None:
         w.sub_(0.1 * grad_of(w))
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rows", [512, 513, 527, 1_031])
+@pytest.mark.parametrize("turned", [False, True])
+def test_blocks_that_ask_for_the_next(rows: int, turned: bool) -> None:
+    """Forward by dots, back by sums of lines; where X lies by columns it is the other way round."""
+    w, b = draw(301, 1, dtype=F32) / 17, draw(1, dtype=F32)
+
+    def given() -> list[Tensor]:
+        X = draw(301, rows, dtype=F32).t() if turned else draw(rows, 301, dtype=F32)
+        return [X, draw(rows, 1, dtype=F32)]
+
+    def function(X: Tensor, Y: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return ((X @ w + b).relu() - Y).square().mean()
+
+    program = freeze(function, given(), [w, b], wrt=[w, b], backend="native")
+    in_loops(program)
+    X, Y = given()
+    got = program.step(X, Y)
+    leaves = [plain(t).requires_grad_() for t in (w, b)]
+    wanted = function(X, Y, *leaves)
+    close(got, wanted, 1e-5)
+    for tensor, g in zip((w, b), torch.autograd.grad(wanted, leaves), strict=True):
+        close(grad_of(tensor), g, 1e-5)
+
+
 MODELS: dict[str, Callable[..., Tensor]] = {
     "mse of an mlp": lambda X, Y, W, b, V, c: ((X @ W + b).relu() @ V + c - Y).pow(2).mean(),
     "tanh and a softmax": lambda X, Y, W, b, V, c: -(((X @ W + b).tanh() @ V + c).log_softmax(1) * Y).sum(1).mean(),

@@ -176,12 +176,10 @@ def product_past_K(w, regs):
     for s in range(w[2]):
         C0 = regs[w[7]] + w[8] + s * w[9]
         A = pointer_K(regs[w[12]] + w[13] + s * w[14])
-        B0 = regs[w[17]] + w[18] + s * w[19]
-        B = pointer_K(B0)
+        B0 = regs[w[17]] + w[18] + s * w[19]; B = pointer_K(B0)
         for i in range(M):
-            C1 = C0 + i * rc * SIZE
+            C1 = C0 + i * rc * SIZE; x0 = A[i * ra]
             C = pointer_K(C1)
-            x0 = A[i * ra]
             j = 0
             while j < N and (C1 + j * SIZE) & 63 != 0:
                 C[j] = x0 * B[j]

@@ -49,17 +49,23 @@ class _Vectors:
         room = self.spread(self.builder.trunc(room, self._number), self._numbers)
         return self.builder.icmp_signed("<", places, room)
 
-    def where(self, mask: Any, word: Any) -> Any:
-        """The mask, or an empty one if the word is nought."""
-        wanted = self.builder.icmp_signed("!=", word, self.word(0))
-        return self.builder.and_(mask, self.spread(wanted, self._mask))
+    def where(self, mask: Any | None, word: Any) -> Any:
+        """The mask (all elements without one), or an empty one if the word is nought."""
+        wanted = self.spread(self.builder.icmp_signed("!=", word, self.word(0)), self._mask)
+        return wanted if mask is None else self.builder.and_(mask, wanted)
 
-    def load(self, address: Any, mask: Any) -> Any:
+    def load(self, address: Any, mask: Any = None) -> Any:
+        """A register from memory; of a masked one the elements outside are nought, and not read."""
+        if mask is None:
+            return self.builder.load(self.builder.inttoptr(address, self._place), align=self.item)
         kind = self._ir.FunctionType(self.kind, [self._place, self._number, self._mask, self.kind])
         given = [self.builder.inttoptr(address, self._place), self._number(self.item), mask, self.zeros]
         return self.builder.call(self._function("load", kind), given)
 
-    def store(self, x: Any, address: Any, mask: Any) -> None:
+    def store(self, x: Any, address: Any, mask: Any = None) -> None:
+        if mask is None:
+            self.builder.store(x, self.builder.inttoptr(address, self._place), align=self.item)
+            return
         kind = self._ir.FunctionType(self._ir.VoidType(), [self.kind, self._place, self._number, self._mask])
         given = [x, self.builder.inttoptr(address, self._place), self._number(self.item), mask]
         self.builder.call(self._function("store", kind), given)
@@ -172,17 +178,26 @@ def dots(width: int, rows: int, *, ahead: bool = False) -> Any:
         for each in sums.values():
             builder.store(of.zeros, each)
         starts = [builder.add(A, builder.mul(ra, word(r))) for r in range(rows)]
-        size = of.lanes * unrolled
-        with repeated(builder, builder.sdiv(builder.add(K, word(size - 1)), word(size))) as turn:
+
+        def step(k: Any, u: int, mask: Any = None) -> None:
+            place = builder.mul(k, word(of.item))
+            line = of.load(builder.add(B, place), mask)
+            for r in range(rows):
+                here = builder.add(starts[r], place)
+                if ahead and r < rows // 2:
+                    of.fetch(builder.add(here, further))
+                builder.store(of.added(builder.load(sums[r, u]), of.load(here, mask), line), sums[r, u])
+
+        size = word(of.lanes * unrolled)
+        whole = builder.sdiv(K, size)
+        with repeated(builder, whole) as turn:
             for u in range(unrolled):
-                k = builder.add(builder.mul(turn, word(size)), word(u * of.lanes))
-                place, mask = builder.mul(k, word(of.item)), of.within(builder.sub(K, k))
-                line = of.load(builder.add(B, place), mask)
-                for r in range(rows):
-                    here = builder.add(starts[r], place)
-                    if ahead and r < rows // 2:
-                        of.fetch(builder.add(here, further))
-                    builder.store(of.added(builder.load(sums[r, u]), of.load(here, mask), line), sums[r, u])
+                step(builder.add(builder.mul(turn, size), word(u * of.lanes)), u)
+        done = builder.mul(whole, size)
+        rest = builder.add(builder.sub(K, done), word(of.lanes - 1))
+        with repeated(builder, builder.sdiv(rest, word(of.lanes))) as turn:
+            k = builder.add(done, builder.mul(turn, word(of.lanes)))
+            step(k, 0, of.within(builder.sub(K, k)))
         adds = builder.icmp_signed("!=", add, word(0))
         for r in range(rows):
             total = builder.load(sums[r, 0])
@@ -211,9 +226,9 @@ def lines(width: int, rows: int, *, ahead: bool = False) -> Any:
         word = of.word
         factors = [of.spread(of.element(builder.add(A, builder.mul(ca, word(r))))) for r in range(rows)]
         starts = [builder.add(B, builder.mul(rb, word(r))) for r in range(rows)]
-        with repeated(builder, builder.sdiv(builder.add(N, word(of.lanes - 1)), word(of.lanes))) as turn:
-            n = builder.mul(turn, word(of.lanes))
-            place, mask = builder.mul(n, word(of.item)), of.within(builder.sub(N, n))
+
+        def step(n: Any, mask: Any = None) -> None:
+            place = builder.mul(n, word(of.item))
             total = of.load(builder.add(C, place), of.where(mask, add))
             for r in range(rows):
                 here = builder.add(starts[r], place)
@@ -221,5 +236,12 @@ def lines(width: int, rows: int, *, ahead: bool = False) -> Any:
                     of.fetch(builder.add(here, further))
                 total = of.added(total, factors[r], of.load(here, mask))
             of.store(total, builder.add(C, place), mask)
+
+        whole = builder.sdiv(N, word(of.lanes))
+        with repeated(builder, whole) as turn:
+            step(builder.mul(turn, word(of.lanes)))
+        n = builder.mul(whole, word(of.lanes))
+        with builder.if_then(builder.icmp_signed("<", n, N)):
+            step(n, of.within(builder.sub(N, n)))
 
     return computed
