@@ -7,7 +7,7 @@ others gather in segments between them: a segment costs one call from Python, so
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ def planned(
     folded: set[Node],
     loose: set[Value],
     refused: set[Node],
+    again: Collection[Node] = (),
 ) -> Plan:
     """The plan for the nodes of a program.
 
@@ -82,6 +83,7 @@ def planned(
         folded: the nodes that run once, when a copy of the program is made.
         loose: values whose shapes may differ.
         refused: nodes that turned out not to fit the kernels, as their arguments lie in memory.
+        again: nodes that compute something again, and must not do so earlier than they stand.
     """
     constants = {
         canonical(node.outputs[0]): FILLS[node.op.forward](node) for node in folded if node.op.forward in FILLS
@@ -103,7 +105,7 @@ def planned(
     by_rows = rows.nodes if rows else set()
     mine = {n for n in nodes if n not in folded and (n in by_rows or (fit(n) and _small(n)))}
     for turn in itertools.count():
-        plan = Plan(_ordered(nodes, mine, folded, canonical), rows, canonical, constants)
+        plan = Plan(_ordered(nodes, mine, folded, canonical, again), rows, canonical, constants)
         poor = [each for part in plan.parts if part.working < LEAST for each in part.nodes]
         if not poor or turn == TURNS:
             break
@@ -208,7 +210,11 @@ def _worth(rows: Rows, nodes: Sequence[Node], canonical: Callable[[Value], Value
 
 
 def _ordered(
-    nodes: Sequence[Node], mine: set[Node], folded: set[Node], canonical: Callable[[Value], Value]
+    nodes: Sequence[Node],
+    mine: set[Node],
+    folded: set[Node],
+    canonical: Callable[[Value], Value],
+    again: Collection[Node],
 ) -> list[Node | Part]:
     """As few parts as there can be, between nodes of torch's that keep their order."""
     made: dict[Value, tuple[int, bool]] = {}
@@ -221,6 +227,8 @@ def _ordered(
         for value in node.inputs:
             of, was = made.get(canonical(value), (0, True))
             phase = max(phase, of + (native and not was))
+        if node in again:
+            phase = max(phase, reached + native)
         if not native and node not in folded:
             if node.op.is_named and node.op not in VIEWS and node.result is None:  # it may have effects of its own
                 phase = max(phase, last)
