@@ -85,7 +85,13 @@ class Lifetimes:
         for each in operands:
             alike = each.shape == value.shape and each.dtype == value.dtype and each.strides == value.strides
             seen = any(each in self.rooted(other) for other in operands if other is not each)
-            if alike and each in self.lives and not seen and not overlapping(each.shape, each.strides):
+            if (
+                alike
+                and each in self.lives
+                and self.rooted(each) == (each,)
+                and not seen
+                and not overlapping(each.shape, each.strides)
+            ):
                 found.append(each)
         return found
 

@@ -136,8 +136,8 @@ class Memory:
         for name, value in zip(names, values, strict=True):
             self.locals[value] = name
             if call.view or call.unknown:
-                self.life.view(value, operands)
-            else:
+                self.life.view(value, [*operands, *(() if call.view else (value,))])
+            if not call.view:
                 self.life.make(value)
             self.life.touch(value)
         if node.op.is_named and node.op not in VIEWS:

@@ -177,17 +177,21 @@ class _Tape:
         return self.roots.get(value, value)
 
     def bytes(self, value: Value) -> int:
-        """What a value takes that has memory of its own."""
-        return 0 if value in self.inside or self.nodes[self.makers[value]] in self.folded else _bytes(value)
+        """What a value takes that has memory of its own, and is not there anyway."""
+        return 0 if value in self.inside or not self.passing(value) else _bytes(value)
+
+    def passing(self, value: Value) -> bool:
+        """Whether a value is made on each replay."""
+        return value in self.makers and self.nodes[self.makers[value]] not in self.folded
 
     def _held(self) -> torch.Tensor:
         change = [0] * (len(self.nodes) + 1)
         for value, place in self.makers.items():
-            if value in self.roots:
+            if value in self.roots or not self.passing(value):
                 continue
             size, last = self.bytes(value), self.last.get(value, place)
             over = _pointwise(self.nodes[place]) and any(
-                self.last.get(root) == place and root in self.makers and self.bytes(root) == size
+                self.last.get(root) == place and self.bytes(root) == size > 0
                 for root in {self.root(self.canonical(v)) for v in self.nodes[place].inputs}
             )
             change[min(place + over, last)] += size  # else it is written where an operand lies
@@ -387,10 +391,10 @@ class _Choice:
     ) -> bool:
         """Adds the nodes that have to run again for `value` to be there before the node at `place`."""
         tape = self.tape
-        made = tape.makers.get(value)
-        if made is None or tape.nodes[made] in tape.folded or made in steps:
-            return True
         root = tape.root(value)
+        if not tape.passing(root) or tape.makers[value] in steps:
+            return True
+        made = tape.makers[value]
         if value is not wanted and (root in self.plans or self.last.get(root, -1) >= place) and root is not wanted:
             uses[root] = None
             return root not in tape.inside

@@ -28,6 +28,7 @@ FLAT = 1 << 16  # elements up to which one thread's loop is no worse than torch
 PRODUCT = 1 << 16  # multiplications of a product, likewise
 ROWS = 512  # rows from which on blocks are thought of
 ROW_BYTES = 1 << 18  # bytes of values with rows from which on they pay
+SAVED = 1.5  # how many times more bytes its operations would move, one by one, for a part with rows to pay
 ROW_WORK = 24  # multiplications for each number read, above which torch's own products are better
 LEAST = 3  # nodes for which a segment is worth its call
 
@@ -104,9 +105,18 @@ def planned(
             rows = None
     by_rows = rows.nodes if rows else set()
     mine = {n for n in nodes if n not in folded and (n in by_rows or (fit(n) and _small(n)))}
+    users: dict[Value, set[Node]] = {}
+    for node in nodes:
+        for value in node.inputs:
+            users.setdefault(canonical(value), set()).add(node)
     for turn in itertools.count():
         plan = Plan(_ordered(nodes, mine, folded, canonical, again), rows, canonical, constants)
-        poor = [each for part in plan.parts if part.working < LEAST for each in part.nodes]
+        poor = []
+        for part in plan.parts:
+            if part.working < LEAST or not _saves(part, plan, wanted, users):
+                poor += part.nodes
+            else:  # a view for torch alone is a copy in a part
+                poor += [n for n in part.nodes if _large(n) and n.op.forward in FREE and _outside(n, part, plan, users)]
         if not poor or turn == TURNS:
             break
         mine.difference_update(poor)
@@ -204,6 +214,28 @@ def _worth(rows: Rows, nodes: Sequence[Node], canonical: Callable[[Value], Value
     working = [n for n in nodes if n in rows.nodes and n.op.forward not in FREE]
     values = {canonical(v) for n in working for v in (*n.inputs, *n.outputs) if canonical(v) in rows.dims}
     return len(working) >= LEAST and sum(v.nbytes for v in values) >= ROW_BYTES
+
+
+def _saves(part: Part, plan: Plan, wanted: set[Value], users: dict[Value, set[Node]]) -> bool:
+    """Whether large operations of a part move much less as one: torch writes where an operand lies, a part does not."""
+    canonical, large = plan.canonical, list(filter(_large, part.nodes))
+    if plan.rows is None or not large:
+        return True
+    mine, made = set(part.nodes), {canonical(v) for node in part.nodes for v in node.outputs}
+    read = {canonical(v) for node in part.nodes for v in node.inputs} - made
+    given = {v for v in made if v in wanted or not users.get(v, set()) <= mine}
+    alone = sum(v.nbytes for n in large if n.op.forward not in FREE for v in (*n.inputs, *n.outputs))
+    return alone >= SAVED * sum(v.nbytes for v in read | given)
+
+
+def _large(node: Node) -> bool:
+    return any(v.numel() > FLAT for v in (*node.inputs, *node.outputs))
+
+
+def _outside(node: Node, part: Part, plan: Plan, users: dict[Value, set[Node]]) -> bool:
+    """Whether what a node gives is read, and by none of its part."""
+    read = {user for value in node.outputs for user in users.get(plan.canonical(value), ())}
+    return bool(read) and read.isdisjoint(part.nodes)
 
 
 # -- in which order ------------------------------------------------------------------------------------------------
