@@ -143,7 +143,7 @@ class _Writer(Names, Memory):
         self.let_go()
         source = Source(
             head, self.lines, self.space, self.buffers, self.results, self.places, self.views, self.units, once,
-            self.names, self.rooms, self.anew,
+            self.names, self.rooms, self.anew, self.again,
         )  # fmt: skip
         source.drop_unread()
         return source
@@ -181,7 +181,16 @@ class _Writer(Names, Memory):
                 site = node.site
                 text = f"# {code_line(node) or node.op.name}    ({where(node)})"
                 self.lines.append("".join(c if c.isprintable() else " " for c in text))  # never a line of its own
+            self.tell_again(node)
             self.node(node)
+
+    def tell_again(self, *nodes: Node) -> None:
+        """A line that says what is computed again by nodes, if anything is."""
+        again = [
+            self.names[v] for n in nodes if n in self.again.again for v in self.again.computed(n) if v in self.names
+        ]
+        if again:
+            self.lines.append(f"# computed again: {', '.join(dict.fromkeys(again))}")
 
     def _loose(self, wanted: set[Value]) -> set[Value]:
         """Values of the sweep whose shape may differ from the recorded one: what a rule picked out by a mask.

@@ -14,6 +14,7 @@ import torch
 from ...tape import Node, Value
 from ..buffers import buffer, placed, rotating
 from ..lifetimes import Stretch
+from ..passes import Recomputed
 
 __all__ = ["Like", "Name", "Run", "Source", "Unit", "function_code"]
 
@@ -63,6 +64,7 @@ class Source:
         names: what it calls each value.
         rooms: names for the memory of buffers that a replay lets go where nothing lies in it.
         anew: those of `results` whose memory is not kept for later replays.
+        again: what the sweep computes again.
     """
 
     head: str
@@ -77,6 +79,7 @@ class Source:
     names: dict[Value, str] = field(default_factory=dict)
     rooms: dict[str, Stretch] = field(default_factory=dict)
     anew: set[str] = field(default_factory=set)
+    again: Recomputed = field(default_factory=lambda: Recomputed([]))
 
     @property
     def text(self) -> str:

@@ -26,7 +26,7 @@ from ..data import VIEWS, Frozen, sized_by_elements
 from ..opened import renamed
 from .in_place import WRITES
 
-__all__ = ["Recomputed", "recompute"]
+__all__ = ["Recomputed", "large", "recompute"]
 
 aten = torch.ops.aten
 
@@ -74,6 +74,10 @@ class Recomputed:
     values: list[Value] = field(default_factory=list)
     spared: int = 0
 
+    def computed(self, node: Node) -> list[Value]:
+        """Which values a node computes again, as far as they are not kept."""
+        return [value for value in self.values if value in self.again[node].outputs]
+
 
 def recompute(
     nodes: list[Node],
@@ -93,9 +97,11 @@ def recompute(
         looks_into: whether what a node gives lies in memory of what it is given, or may do so.
         inside: values that have no memory of their own.
     """
-    if not EVERYTHING and all(v.nbytes < LEAST for node in frozen.forward for v in node.outputs):
+    if not large(frozen):
         return Recomputed(nodes)
-    tape = _Tape(nodes, frozen, wanted, folded, looks_into, inside)
+    if EVERYTHING:
+        inside = ()
+    tape = _Tape(_late_views(nodes, frozen, folded, looks_into), frozen, wanted, folded, looks_into, inside)
     if not EVERYTHING and int(tape.held.max()) < FULL:
         return Recomputed(nodes)
     choice = _Choice(tape)
@@ -115,6 +121,30 @@ def recompute(
     made = _written(tape, choice)
     made.spared = full - best
     return made
+
+
+def large(frozen: Frozen) -> bool:
+    """Whether the forward pass makes a value that is worth being computed again."""
+    return EVERYTHING or any(v.nbytes >= LEAST for node in frozen.forward for v in node.outputs)
+
+
+def _late_views(
+    nodes: list[Node], frozen: Frozen, folded: Collection[Node], looks_into: Callable[[Node], bool]
+) -> list[Node]:
+    """The nodes, with the views of the sweep right before what reads them: to make a view is not to read the value."""
+    recorded = set(frozen.forward)
+    first: dict[Value, Node] = {}
+    moved: dict[Node, list[Node]] = {}
+    for node in reversed(nodes):
+        free = node not in recorded and node not in folded and not node.op.is_named and looks_into(node)
+        reader = next((first[v] for v in map(frozen.canonical, node.outputs) if v in first), None)
+        if free and reader is not None and len(node.outputs) == 1:
+            moved.setdefault(reader, []).append(node)
+            first.update((frozen.canonical(v), reader) for v in node.inputs)
+        else:
+            first.update((frozen.canonical(v), node) for v in node.inputs)
+    late = {node for each in moved.values() for node in each}
+    return [each for node in nodes if node not in late for each in (*reversed(moved.get(node, ())), node)]
 
 
 # -- what is held, and what it costs -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ from ....tape import Node, Value
 from ...buffers import overlapping
 from ...data import Frozen
 from ...passes import find_in_place
-from ...passes.recompute import LEAST
+from ...passes.recompute import large
 from ..python import _Writer
 from ..source import Name, Source
 from . import objects
@@ -79,7 +79,7 @@ class _Native(_Writer):
         self.bound: list[tuple[int, list[Value]]] = []  # for each its place among `views`, and what it is given
 
     def recompute(self, wanted: set[Value], inside: Collection[Value] = ()) -> None:
-        if self.with_sweep and any(v.nbytes >= LEAST for node in self.nodes for v in node.outputs):
+        if self.with_sweep and large(self.frozen):
             plan = planned(self.nodes, self.frozen.canonical, wanted, self.folded, self.loose, set())
             made = {self.frozen.canonical(v) for part in plan.parts for node in part.nodes for v in node.outputs}
             super().recompute(wanted, made - {v for part in plan.parts for v in part.outputs})
@@ -162,6 +162,7 @@ class _Native(_Writer):
         changing = [name for name, still in zip(names, fixed, strict=True) if not still]
         start = len(self.lines)
         self.lines.append(f"# {_in_words(part.nodes)}")
+        self.tell_again(*part.nodes)
         self.lines.append(f"{title}({', '.join(changing)})")
         loops = any(isinstance(step, Loop) for step in segment.steps)
         self.unit("rows" if loops else "segment", start, part.nodes, part.inputs, part.outputs)
