@@ -26,6 +26,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -58,11 +59,11 @@ OF_VALUES = (
 )
 
 _dlpack: Any = torch.utils.dlpack
-_DATA: Any = Tensor.data  # a descriptor: x.data reads it as a method of one argument
 _lock = threading.Lock()
 _open = 0
 _stance: Any = None  # in which torch's compiler leaves functions as they were written, while a block is open
 _original: dict[tuple[Any, str], Any] = {}
+_wrapper: dict[tuple[Any, str], tuple[Any, Any]] = {}  # made once of each original
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
 _guard: Callable[[Tensor, str], None] = print
 _cut: Callable[[Tensor], None] = print
@@ -119,30 +120,8 @@ def open_exits() -> None:
         if _open == 1:
             if "torch._dynamo" in sys.modules:
                 _stance = torch.compiler.set_stance("force_eager")
-            for name in LEAVING:
-                _wrap(Tensor, name, _leaving(name, getattr(Tensor, name)))
-            _wrap(Tensor, "tolist", _tolist(Tensor.tolist))
-            _wrap(Tensor, "detach", _detaching(Tensor.detach))
-            _wrap(Tensor, "data", property(_getting(_DATA.__get__), _setting(_DATA.__set__)))
-            _wrap(Tensor, "_make_subclass", staticmethod(_subclassing(Tensor._make_subclass)))
-            _wrap(torch, "tensor", _copying("torch.tensor", torch.tensor, 0))
-            _wrap(Tensor, "new_tensor", _copying(".new_tensor", Tensor.new_tensor, 1))
-            for name in ("as_tensor", "asarray"):
-                _wrap(torch, name, _gathering(f"torch.{name}", getattr(torch, name)))
-            _wrap(Tensor, "__deepcopy__", _deepcopying(Tensor.__deepcopy__))
-            _wrap(Tensor, "__copy__", _shallowly)
-            _wrap(Tensor, "__reduce_ex__", _reducing(Tensor.__reduce_ex__))
-            _wrap(_dlpack, "to_dlpack", _capsuling(_dlpack.to_dlpack))
-            _wrap(Tensor, "set_", _moving("x.set_(...)", Tensor.set_))
-            for name in MOVING:
-                title = f"x.untyped_storage().{name}(...)"
-                _wrap(torch.UntypedStorage, name, _moving(title, getattr(torch.UntypedStorage, name)))
-            for owner, name in OF_VALUES:
-                _wrap(owner, name, _of_values(getattr(owner, name)))
-            _wrap(Tensor, "detach_", _detach_(Tensor.detach_))
-            for name in HOOKS:
-                _wrap(Tensor, name, _hooking(name, getattr(Tensor, name)))
-            _wrap(torch.nn.functional, "one_hot", _one_hot(torch.nn.functional.one_hot))
+            for owner, name, make in _wrapped():
+                _wrap(owner, name, make)
 
 
 def close_exits() -> None:
@@ -162,9 +141,41 @@ def close_exits() -> None:
             _original.clear()
 
 
-def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name, None)
+    known = _wrapper.get((owner, name))
+    if known is None or known[0] is not original:
+        known = _wrapper[owner, name] = original, make(original)
     _original[owner, name] = owner.__dict__.get(name)
-    setattr(owner, name, wrapper)
+    setattr(owner, name, known[1])
+
+
+@functools.cache
+def _wrapped() -> list[tuple[Any, str, Callable[[Any], Any]]]:
+    """What is wrapped: its owner, its name, and what makes its wrapper of the original."""
+    return [
+        *((Tensor, name, functools.partial(_leaving, name)) for name in LEAVING),
+        (Tensor, "tolist", _tolist),
+        (Tensor, "detach", _detaching),
+        (Tensor, "data", lambda original: property(_getting(original.__get__), _setting(original.__set__))),
+        (Tensor, "_make_subclass", lambda original: staticmethod(_subclassing(original))),
+        (torch, "tensor", functools.partial(_copying, "torch.tensor", 0)),
+        (Tensor, "new_tensor", functools.partial(_copying, ".new_tensor", 1)),
+        *((torch, name, functools.partial(_gathering, f"torch.{name}")) for name in ("as_tensor", "asarray")),
+        (Tensor, "__deepcopy__", _deepcopying),
+        (Tensor, "__copy__", lambda original: _shallowly),
+        (Tensor, "__reduce_ex__", _reducing),
+        (_dlpack, "to_dlpack", _capsuling),
+        (Tensor, "set_", functools.partial(_moving, "x.set_(...)")),
+        *(
+            (torch.UntypedStorage, name, functools.partial(_moving, f"x.untyped_storage().{name}(...)"))
+            for name in MOVING
+        ),
+        *((owner, name, _of_values) for owner, name in OF_VALUES),
+        (Tensor, "detach_", _detach_),
+        *((Tensor, name, functools.partial(_hooking, name)) for name in HOOKS),
+        (torch.nn.functional, "one_hot", _one_hot),
+    ]
 
 
 def _hooking(name: str, original: Any) -> Any:
@@ -236,7 +247,7 @@ def _subclassing(original: Any) -> Any:
     return make_subclass
 
 
-def _copying(title: str, original: Any, place: int) -> Any:
+def _copying(title: str, place: int, original: Any) -> Any:
     """A function that copies its argument at `place`, where that is a tensor, as a constant."""
 
     def copying(*args: Any, **kwargs: Any) -> Any:

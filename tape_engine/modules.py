@@ -24,6 +24,7 @@ class _Here(threading.local):
         self.path: list[str] = []  # of scopes, the user's own and those of modules
         self.depth = 0  # of module calls
         self.names: dict[int, str] = {}  # of the modules inside the outermost one called
+        self.outermost: list[torch.nn.Module] = []  # those called whose parameters are not among the named ones yet
         self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
 
 
@@ -38,8 +39,7 @@ def _enter(module: torch.nn.Module, args: Any) -> None:
         return
     if not _here.depth:
         _here.names = {id(inside): name for name, inside in module.named_modules()}
-        _here.parameters.update({id(p): (name, p) for name, p in module.named_parameters()})
-        _here.parameters.update({id(b): (name, b) for name, b in module.named_buffers()})
+        _here.outermost.append(module)
     if module._backward_hooks or module._backward_pre_hooks:
         warnings.warn(
             f"{type(module).__name__} has a backward hook for torch's own backward: te.backward calls no hook.",
@@ -75,6 +75,7 @@ def stop_listening(length: int) -> None:
     del _here.path[length:]
     if not _here.listening:
         _here.depth = 0
+        _here.outermost.clear()
         _here.parameters.clear()
     with _lock:
         _listeners -= 1
@@ -101,5 +102,9 @@ def path() -> tuple[str, ...]:
 
 def parameter_name(tensor: torch.Tensor) -> str | None:
     """The name under which the outermost module called holds `tensor`."""
+    for module in _here.outermost:  # named when a name is first asked for: most steps ask for none
+        _here.parameters.update({id(p): (name, p) for name, p in module.named_parameters()})
+        _here.parameters.update({id(b): (name, b) for name, b in module.named_buffers()})
+    _here.outermost.clear()
     found = _here.parameters.get(id(tensor))
     return found[0] if found is not None and found[1] is tensor else None

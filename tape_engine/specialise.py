@@ -2,8 +2,9 @@
 
 A rule returns one gradient for each tensor argument, ``return g @ w.mH, X.mH @ g, g.sum(0)``, but a sweep may
 need only some of them. As rules are pure, the others can be left out: their expressions in the
-return, and then the assignments that nobody reads any more. That is done once for each rule and each
-choice of arguments, on the rule's source; a rule without readable source is run whole.
+return, and then the assignments that nobody reads any more. A rule that returns what one kernel gives
+tells that kernel by a list named ``wanted``, an entry a gradient: those not needed become False. That is done
+once for each rule and each choice of arguments, on the rule's source; a rule without readable source is run whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any
 __all__ = ["specialise"]
 
 Rule = Callable[..., Any]
+
+#: The name by which a rule tells a kernel which gradients to give.
+WANTED = "wanted"
 
 _made: dict[tuple[Rule, tuple[bool, ...]], Rule] = {}
 
@@ -44,6 +48,8 @@ def _without(rule: Rule, needs: tuple[bool, ...]) -> Rule | None:
     last = definition.body[-1]
     if len(returns) != 1 or returns[0] is not last or not isinstance(last, ast.Return):
         return None
+    if isinstance(last.value, ast.Call):
+        return _compiled(rule, definition) if _masked(definition.body, last.value, needs) else None
     if not isinstance(last.value, ast.Tuple) or len(last.value.elts) != len(needs):
         return None
     if any(isinstance(each, ast.Starred) for each in last.value.elts):
@@ -55,6 +61,24 @@ def _without(rule: Rule, needs: tuple[bool, ...]) -> Rule | None:
     last.value.elts = [each if need else ast.copy_location(ast.Constant(None), each) for each, need in pairs]
     definition.body = _alive(definition.body)
     return _compiled(rule, definition)
+
+
+def _masked(body: list[ast.stmt], kernel: ast.Call, needs: tuple[bool, ...]) -> bool:
+    """Narrows the list ``wanted = [True, True, b is not None]`` that the kernel is given; says whether there is one.
+
+    An argument that may be None stands last: it has no place in `needs` then.
+    """
+    if not any(isinstance(given, ast.Name) and given.id == WANTED for given in kernel.args):
+        return False
+    for statement in body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.List):
+            (target, *others), mask = statement.targets, statement.value.elts
+            if not others and isinstance(target, ast.Name) and target.id == WANTED and len(mask) >= len(needs):
+                for i, need in enumerate(needs):
+                    if not need:
+                        mask[i] = ast.copy_location(ast.Constant(False), mask[i])
+                return True
+    return False
 
 
 def _definition(rule: FunctionType) -> ast.FunctionDef | None:

@@ -265,7 +265,8 @@ class Sweep:
     def _separate(self) -> None:
         """Gives each gradient memory of its own: a rule may have returned ``g``, a view, or an argument."""
         seen: set[int] = set()
-        for value, g in self.gradients.items():
+        for value in list(self.gradients):  # by key: an iterator over the pairs would hold each gradient it gave
+            g = self.gradients[value]
             if g.layout is not torch.strided:  # of a sparse tensor: it has no one storage to compare
                 self.gradients[value] = g.clone()
                 continue

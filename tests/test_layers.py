@@ -27,6 +27,7 @@ ROOMS = (
     "registry",
     "plans",
     "specialise",
+    "heap",
     "modules",
     "tape",
     "names",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import aliases, exits, modules, registry
+from .. import aliases, exits, heap, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
@@ -122,6 +122,7 @@ class record:
         self._open: list[tuple[Tape, Mode, bool, int]] = []
 
     def __enter__(self) -> Tape:
+        heap.settle_heap()
         aliases.forget_exposed()
         tape = Tape(strong=True, strict=self.strict)
         tape.streams = Streams()
