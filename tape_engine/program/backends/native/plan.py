@@ -28,7 +28,7 @@ FLAT = 1 << 16  # elements up to which one thread's loop is no worse than torch
 PRODUCT = 1 << 16  # multiplications of a product, likewise
 ROWS = 512  # rows from which on blocks are thought of
 ROW_BYTES = 1 << 18  # bytes of values with rows from which on they pay
-SAVED = 1.5  # how many times more bytes its operations would move, one by one, for a part with rows to pay
+SAVED = 1.45  # how many times more bytes its operations would move, one by one, for a part with rows to pay
 ROW_WORK = 24  # multiplications for each number read, above which torch's own products are better
 LEAST = 3  # nodes for which a segment is worth its call
 
@@ -224,7 +224,7 @@ def _saves(part: Part, plan: Plan, wanted: set[Value], users: dict[Value, set[No
     mine, made = set(part.nodes), {canonical(v) for node in part.nodes for v in node.outputs}
     read = {canonical(v) for node in part.nodes for v in node.inputs} - made
     given = {v for v in made if v in wanted or not users.get(v, set()) <= mine}
-    alone = sum(v.nbytes for n in large if n.op.forward not in FREE for v in (*n.inputs, *n.outputs))
+    alone = sum(v.nbytes for n in part.nodes if n.op.forward not in FREE for v in (*n.inputs, *n.outputs))
     return alone >= SAVED * sum(v.nbytes for v in read | given)
 
 
