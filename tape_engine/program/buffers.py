@@ -66,15 +66,22 @@ def laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def rotating(value: Value, *, copy: bool = True) -> Callable[[], Tensor]:
+def rotating(value: Value, *, copy: bool = True, keep: bool = True) -> Callable[[], Tensor]:
     """A source of result tensors of a value's description, in memory that nobody else refers to.
 
     Each is a new tensor, whatever the caller did to the one that was in this memory before. With
-    ``copy=False`` the memory is always the same.
+    ``copy=False`` the memory is always the same; unless it is to `keep` memory, each result has some of its own.
     """
     if not copy:
         only = buffer(value)
         return only.detach
+    if not keep:
+
+        def make() -> Tensor:
+            with torch.inference_mode(False):  # it may outlive the mode of this replay
+                return buffer(value)
+
+        return make
     ring: list[tuple[Tensor, torch.UntypedStorage, int]] = []
     uses = torch._C._storage_Use_Count
     references = sys.getrefcount

@@ -74,18 +74,22 @@ def call_of(node: Node) -> Call:
     if not isinstance(forward, OpOverload):
         view = node.op.name == "read_view"
         return Call(forward, node.op.name, view=view, unknown=not view)
-    if forward in GRAD_MODE:
-        return Call(_with_grad_mode(forward), node.op.name, unknown=True)
     if forward in LAID_OUT and node.mutates:
         return Call(_filling(LAID_OUT[forward]), f"{node.op.name}_")
     key = (forward, _kind(node.args), _kind(node.kwargs), len(node.outputs), node.gaps)
     found = _known.get(key)
     if found is None:
-        found = _find(node, forward)
+        found = _under_grad_mode(node, forward) if forward in GRAD_MODE else _find(node, forward)
         if len(_known) >= KINDS:
             _known.clear()
         _known[key] = found
     return found
+
+
+def _under_grad_mode(node: Node, forward: OpOverload) -> Call:
+    run = _with_grad_mode(forward)
+    looks = _looks_in(node, run)
+    return Call(run, node.op.name, view=looks is True, unknown=looks is None)
 
 
 def _with_grad_mode(forward: OpOverload) -> Callable[..., Any]:
@@ -196,7 +200,7 @@ def _gives_the_same(way: Call, node: Node, forward: OpOverload) -> bool:
         return False
 
 
-def _looks_in(node: Node, forward: OpOverload) -> bool | None:
+def _looks_in(node: Node, forward: Callable[..., Any]) -> bool | None:
     """Whether a result of the overload looks into the memory of an argument; ``None`` if it cannot be tried."""
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -18,10 +18,12 @@ from ..aliases import extent
 from ..tape import Value
 from .buffers import overlapping, strides_of
 
-__all__ = ["Lifetimes", "Stretch", "stretches"]
+__all__ = ["Lifetimes", "Part", "Stretch", "released", "stretches"]
 
 ALIKE = 4  # how many times larger than a buffer the memory may be that it gets
 LARGE = 4096  # bytes from which on memory is worth a `del`
+FULL = 1 << 22  # bytes that a replay holds at its fullest moment, below which all its memory is kept
+ROOM = 1 << 18, 1 << 25  # bytes of memory that may be let go: above, the system gives what it has to clear each time
 
 
 @dataclass
@@ -83,7 +85,13 @@ class Lifetimes:
         for each in operands:
             alike = each.shape == value.shape and each.dtype == value.dtype and each.strides == value.strides
             seen = any(each in self.rooted(other) for other in operands if other is not each)
-            if alike and each in self.lives and not seen and not overlapping(each.shape, each.strides):
+            if (
+                alike
+                and each in self.lives
+                and self.rooted(each) == (each,)
+                and not seen
+                and not overlapping(each.shape, each.strides)
+            ):
                 found.append(each)
         return found
 
@@ -158,3 +166,72 @@ class _Free:
             del self._of_size[self._sizes.pop(place)]
         stretch.size = max(stretch.size, size)
         return stretch
+
+
+# -- what is let go between replays ------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Part:
+    """Memory that may be let go while nothing of a replay lies in it.
+
+    Attributes:
+        size: its bytes.
+        periods: from which step to which it is needed, and how many bytes of it then.
+        of: what it is the memory of.
+    """
+
+    size: int
+    periods: list[tuple[int, int, int]]
+    of: object
+
+
+def periods(places: dict[Value, Stretch], lifetimes: Lifetimes) -> dict[Stretch, Part]:
+    """When memory is needed, for each that is not needed to the end."""
+    found: dict[Stretch, Part] = {}
+    lives = lifetimes.lives
+    for value, stretch in sorted(places.items(), key=lambda item: lives[item[0]].born):
+        part = found.setdefault(stretch, Part(stretch.size, [], stretch))
+        start, stop, size = lives[value].born, lives[value].dies, extent(value.shape, strides_of(value))
+        size = max(size, 1) * value.itemsize
+        if value in lifetimes.lasting:
+            stop = lifetimes.step
+        if part.periods and start <= part.periods[-1][1] + 1:  # there is no step between
+            begun, until, before = part.periods.pop()
+            start, stop, size = begun, max(stop, until), max(size, before)
+        part.periods.append((start, stop, size))
+    return found
+
+
+def released(kept: Sequence[Part], passing: Iterable[tuple[int, int, int]], steps: int) -> list[Part]:
+    """The memory that a replay should not keep, for the fullest moment not to be fuller than it need be.
+
+    Memory that is let go has to be found again on the next replay: so what lies elsewhere at the fullest moment goes,
+    the largest first, and no more than lowers that moment.
+
+    Args:
+        kept: memory that could be kept from replay to replay.
+        passing: from which step to which other memory is needed, and how much.
+        steps: how many there are.
+    """
+    held = torch.zeros(steps + 2, dtype=torch.int64, device="cpu")
+    for start, stop, size in passing:
+        held[start : stop + 1] += size
+    held += sum(part.size for part in kept)
+    if int(held.max()) < FULL:
+        return []
+    left = sorted((p for p in kept if ROOM[0] <= p.size <= ROOM[1]), key=lambda part: part.size, reverse=True)
+    found: list[Part] = []
+    best, count = int(held.max()), 0
+    while True:
+        moment = int(held.argmax())
+        part = next((p for p in left if not any(a <= moment <= b and n == p.size for a, b, n in p.periods)), None)
+        if part is None:
+            return found[:count]
+        left.remove(part)
+        found.append(part)
+        held -= part.size
+        for start, stop, size in part.periods:
+            held[start : stop + 1] += size
+        if int(held.max()) < best:
+            best, count = int(held.max()), len(found)

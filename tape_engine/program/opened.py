@@ -22,7 +22,7 @@ from ..tape import Node, Tape, Value, bind, bound, pop_tape, push_tape
 from .data import LIFT, VIEWS, Frozen, sized_by_elements
 from .guards import generators_kept
 
-__all__ = ["opened"]
+__all__ = ["opened", "renamed"]
 
 Tensor = torch.Tensor
 Large = dict[tuple[torch.dtype, torch.device, int], Tensor]
@@ -65,7 +65,7 @@ def opened(node: Node, frozen: Frozen) -> list[Node]:
         else:
             names[value] = output
     for step in body.steps:
-        step.args, step.kwargs = _renamed(step.args, names), _renamed(step.kwargs, names)
+        step.args, step.kwargs = renamed(step.args, names), renamed(step.kwargs, names)
         step.inputs = tuple([names.get(v, v) for v in step.inputs])
         step.outputs = tuple([names.get(v, v) for v in step.outputs])
         step._code, step._lasti, step.scope, step.saved = node._code, node._lasti, node.scope, ()
@@ -151,13 +151,14 @@ def _equal(a: Any, b: Any, pairs: dict[Value, Value]) -> bool:
     return bool(a == b or (a != a and b != b))
 
 
-def _renamed(argument: Any, names: dict[Value, Value]) -> Any:
+def renamed(argument: Any, names: dict[Value, Value]) -> Any:
+    """An argument of a node with other values in the place of those that `names` knows."""
     if isinstance(argument, Value):
         return names.get(argument, argument)
     if isinstance(argument, dict):
-        return {name: _renamed(each, names) for name, each in argument.items()}
+        return {name: renamed(each, names) for name, each in argument.items()}
     if type(argument) in (list, tuple):
-        return type(argument)([_renamed(each, names) for each in argument])
+        return type(argument)([renamed(each, names) for each in argument])
     return argument
 
 

@@ -216,6 +216,9 @@ class Program:
             f"backend {function.backend}; {len(source.buffers)} kept buffers in {source.kept:,} bytes"
         )
         plan = [f"  {function.plan}"] if function.plan else []
+        if source.again.values:
+            many = len(source.again.values)
+            plan.append(f"  {many} values are computed again in the sweep: {source.again.spared:,} bytes less are held")
         return "\n".join([head, *plan, *lines])
 
     def _title(self, target: int | Tensor) -> str:

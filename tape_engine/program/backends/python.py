@@ -7,7 +7,7 @@ function is what ``program.code`` shows.
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -21,8 +21,18 @@ from ..buffers import laid, own
 from ..calls import COPIES, LAID_OUT, Call, call_of
 from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
 from ..guards import check_guard, check_shape
-from ..lifetimes import Lifetimes, stretches
-from ..passes import drop_dead, find_in_place, fold_constants, laid_out, results_early, turn_products, unmask
+from ..lifetimes import Lifetimes, Stretch
+from ..passes import (
+    Recomputed,
+    drop_dead,
+    find_in_place,
+    fold_constants,
+    laid_out,
+    recompute,
+    results_early,
+    turn_products,
+    unmask,
+)  # fmt: skip
 from ..passes.in_place import SPREAD, WRITES
 from .memory import Memory
 from .naming import Names
@@ -71,6 +81,11 @@ class _Writer(Names, Memory):
         self.ends: dict[int, int] = {}  # the number of lines at the end of each step
         self.units: list[Unit] = []
         self.runs_once: set[Node] = set()
+        self.again = Recomputed(self.nodes)
+        self.places: dict[Value, Stretch] = {}
+        self.asked_at: dict[str, int] = {}
+        self.rooms: dict[str, Stretch] = {}
+        self.anew: set[str] = set()
 
     # -- names -------------------------------------------------------------------------------------------
 
@@ -102,6 +117,7 @@ class _Writer(Names, Memory):
         wanted = [frozen.canonical(v) for v in frozen.outputs]
         gradients = [frozen.canonical(g) for _, g in frozen.gradients] if self.with_sweep else []
         self.loose = self._loose({*wanted, *gradients})
+        self.recompute({*wanted, *gradients, *(frozen.canonical(after) for _, after in frozen.writes)})
         self.kept = {*wanted, *gradients, *(frozen.canonical(after) for _, after in frozen.writes)}
         self.mine = self._results({*wanted, *gradients})
         self.in_place = find_in_place(
@@ -123,13 +139,20 @@ class _Writer(Names, Memory):
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
         head = f"def {'step' if self.with_sweep else 'forward'}({parameters}):"
         once = len(self.runs_once)
+        self.plan_memory()
         self.let_go()
-        places = stretches(self.buffers.values(), self.life)
         source = Source(
-            head, self.lines, self.space, self.buffers, self.results, places, self.views, self.units, once, self.names
-        )
+            head, self.lines, self.space, self.buffers, self.results, self.places, self.views, self.units, once,
+            self.names, self.rooms, self.anew, self.again,
+        )  # fmt: skip
         source.drop_unread()
         return source
+
+    def recompute(self, wanted: set[Value], inside: Collection[Value] = ()) -> None:
+        """Computes again in the sweep what need not be kept until then."""
+        if self.with_sweep:
+            self.again = recompute(self.nodes, self.frozen, wanted, self.folded, self.looks_into, inside)
+            self.nodes = self.again.nodes
 
     def unit(
         self,
@@ -158,7 +181,16 @@ class _Writer(Names, Memory):
                 site = node.site
                 text = f"# {code_line(node) or node.op.name}    ({where(node)})"
                 self.lines.append("".join(c if c.isprintable() else " " for c in text))  # never a line of its own
+            self.tell_again(node)
             self.node(node)
+
+    def tell_again(self, *nodes: Node) -> None:
+        """A line that says what is computed again by nodes, if anything is."""
+        again = [
+            self.names[v] for n in nodes if n in self.again.again for v in self.again.computed(n) if v in self.names
+        ]
+        if again:
+            self.lines.append(f"# computed again: {', '.join(dict.fromkeys(again))}")
 
     def _loose(self, wanted: set[Value]) -> set[Value]:
         """Values of the sweep whose shape may differ from the recorded one: what a rule picked out by a mask.
@@ -222,7 +254,7 @@ class _Writer(Names, Memory):
             self.given.add(value)
             return self.name(value)
         name, take = self.unused("result"), self.unused("new_result")
-        self.results[take] = value
+        self.results[take], self.asked_at[take] = value, self.life.step
         self.lines.append(f"{name} = {take}().copy_({self.name(value)})")
         self.unit("result", len(self.lines) - 1, (), [value], [value])
         return name
@@ -281,7 +313,7 @@ class _Writer(Names, Memory):
         name = self.name(value, fallback)
         if value in self.mine:
             take = self.unused(f"new_{name}")
-            self.results[take] = value
+            self.results[take], self.asked_at[take] = value, self.life.step
             self.lines.append(f"{name} = {take}()")
         else:
             self.buffers[name] = value

@@ -14,6 +14,7 @@ import torch
 from ...tape import Node, Value
 from ..buffers import buffer, placed, rotating
 from ..lifetimes import Stretch
+from ..passes import Recomputed
 
 __all__ = ["Like", "Name", "Run", "Source", "Unit", "function_code"]
 
@@ -61,6 +62,9 @@ class Source:
         units: which lines belong together.
         once: how many nodes run once for each copy.
         names: what it calls each value.
+        rooms: names for the memory of buffers that a replay lets go where nothing lies in it.
+        anew: those of `results` whose memory is not kept for later replays.
+        again: what the sweep computes again.
     """
 
     head: str
@@ -73,6 +77,9 @@ class Source:
     units: list[Unit] = field(default_factory=list)
     once: int = 0
     names: dict[Value, str] = field(default_factory=dict)
+    rooms: dict[str, Stretch] = field(default_factory=dict)
+    anew: set[str] = field(default_factory=set)
+    again: Recomputed = field(default_factory=lambda: Recomputed([]))
 
     @property
     def text(self) -> str:
@@ -90,8 +97,8 @@ class Source:
 
     @property
     def kept(self) -> int:
-        """The bytes of the buffers of a copy; those that are not needed at one time share memory."""
-        return sum(each.size for each in set(self.places.values()))
+        """The bytes of the buffers that a copy keeps; those that are not needed at one time share memory."""
+        return sum(each.size for each in {*self.places.values()} - {*self.rooms.values()})
 
     def drop_unread(self) -> None:
         """Leaves out of what is run for a copy that of which neither a line nor a later one reads the result."""
@@ -114,11 +121,14 @@ class Source:
             for name, value in self.buffers.items():
                 space[name] = placed(value, memory[self.places[value]])
             for name, value in self.results.items():
-                space[name] = rotating(value, copy=copy)
+                space[name] = rotating(value, copy=copy, keep=name not in self.anew)
             for name, call, args, kwargs in self.views:
                 space[name] = call(
                     *[_filled(each, space) for each in args], **{k: _filled(v, space) for k, v in kwargs.items()}
                 )
+            for name, each in self.rooms.items():
+                space[name] = memory[each]
+                memory[each].resize_(0)
         return FunctionType(self.code, space, self.code.co_name)
 
 

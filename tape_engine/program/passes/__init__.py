@@ -10,9 +10,10 @@ from .fold import fold_constants
 from .in_place import find_in_place
 from .layout import laid_out
 from .masks import unmask
+from .recompute import Recomputed, recompute
 from .turned import turn_products
 
 __all__ = [
-    "demanded", "drop_dead", "find_in_place", "fold_constants", "laid_out", "merge_common", "results_early",
-    "turn_products", "unmask",
+    "Recomputed", "demanded", "drop_dead", "find_in_place", "fold_constants", "laid_out", "merge_common", "recompute",
+    "results_early", "turn_products", "unmask",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ others gather in segments between them: a segment costs one call from Python, so
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ FLAT = 1 << 16  # elements up to which one thread's loop is no worse than torch
 PRODUCT = 1 << 16  # multiplications of a product, likewise
 ROWS = 512  # rows from which on blocks are thought of
 ROW_BYTES = 1 << 18  # bytes of values with rows from which on they pay
+SAVED = 1.45  # how many times more bytes its operations would move, one by one, for a part with rows to pay
 ROW_WORK = 24  # multiplications for each number read, above which torch's own products are better
 LEAST = 3  # nodes for which a segment is worth its call
 
@@ -72,6 +73,7 @@ def planned(
     folded: set[Node],
     loose: set[Value],
     refused: set[Node],
+    again: Collection[Node] = (),
 ) -> Plan:
     """The plan for the nodes of a program.
 
@@ -82,6 +84,7 @@ def planned(
         folded: the nodes that run once, when a copy of the program is made.
         loose: values whose shapes may differ.
         refused: nodes that turned out not to fit the kernels, as their arguments lie in memory.
+        again: nodes that compute something again, and must not do so earlier than they stand.
     """
     constants = {
         canonical(node.outputs[0]): FILLS[node.op.forward](node) for node in folded if node.op.forward in FILLS
@@ -103,9 +106,18 @@ def planned(
     by_rows = rows.nodes if rows else set()
     free = (n for n in nodes if n not in folded)
     mine = {n for n in free if n in by_rows or (n not in refused and all(_fits(n, canonical, loose, tried)))}
+    users: dict[Value, set[Node]] = {}
+    for node in nodes:
+        for value in node.inputs:
+            users.setdefault(canonical(value), set()).add(node)
     for turn in itertools.count():
-        plan = Plan(_ordered(nodes, mine, folded, canonical), rows, canonical, constants)
-        poor = [each for part in plan.parts if part.working < LEAST for each in part.nodes]
+        plan = Plan(_ordered(nodes, mine, folded, canonical, again), rows, canonical, constants)
+        poor = []
+        for part in plan.parts:
+            if part.working < LEAST or not _saves(part, plan, wanted, users):
+                poor += part.nodes
+            else:  # a view for torch alone is a copy in a part
+                poor += [n for n in part.nodes if _large(n) and n.op.forward in FREE and _outside(n, part, plan, users)]
         if not poor or turn == TURNS:
             break
         mine.difference_update(poor)
@@ -211,11 +223,37 @@ def _worth(rows: Rows, nodes: Sequence[Node], canonical: Callable[[Value], Value
     return len(working) >= LEAST and sum(v.nbytes for v in values) >= ROW_BYTES
 
 
+def _saves(part: Part, plan: Plan, wanted: set[Value], users: dict[Value, set[Node]]) -> bool:
+    """Whether large operations of a part move much less as one: torch writes where an operand lies, a part does not."""
+    canonical, large = plan.canonical, list(filter(_large, part.nodes))
+    if plan.rows is None or not large:
+        return True
+    mine, made = set(part.nodes), {canonical(v) for node in part.nodes for v in node.outputs}
+    read = {canonical(v) for node in part.nodes for v in node.inputs} - made
+    given = {v for v in made if v in wanted or not users.get(v, set()) <= mine}
+    alone = sum(v.nbytes for n in part.nodes if n.op.forward not in FREE for v in (*n.inputs, *n.outputs))
+    return alone >= SAVED * sum(v.nbytes for v in read | given)
+
+
+def _large(node: Node) -> bool:
+    return any(v.numel() > FLAT for v in (*node.inputs, *node.outputs))
+
+
+def _outside(node: Node, part: Part, plan: Plan, users: dict[Value, set[Node]]) -> bool:
+    """Whether what a node gives is read, and by none of its part."""
+    read = {user for value in node.outputs for user in users.get(plan.canonical(value), ())}
+    return bool(read) and read.isdisjoint(part.nodes)
+
+
 # -- in which order ------------------------------------------------------------------------------------------------
 
 
 def _ordered(
-    nodes: Sequence[Node], mine: set[Node], folded: set[Node], canonical: Callable[[Value], Value]
+    nodes: Sequence[Node],
+    mine: set[Node],
+    folded: set[Node],
+    canonical: Callable[[Value], Value],
+    again: Collection[Node],
 ) -> list[Node | Part]:
     """As few parts as there can be, between nodes of torch's that keep their order."""
     made: dict[Value, tuple[int, bool]] = {}
@@ -228,6 +266,8 @@ def _ordered(
         for value in node.inputs:
             of, was = made.get(canonical(value), (0, True))
             phase = max(phase, of + (native and not was))
+        if node in again:
+            phase = max(phase, reached + native)
         if not native and node not in folded:
             if node.op.is_named and node.op not in VIEWS and node.result is None:  # it may have effects of its own
                 phase = max(phase, last)

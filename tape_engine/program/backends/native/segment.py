@@ -112,9 +112,12 @@ class Segment:
         looped = {"part", "share"} if any(isinstance(step, Loop) for step in self.steps) else set()
         return {"run"}.union(looped, *(code.kernels for code in codes))
 
-    def bind(self, addresses: dict[str, int], tensors: Sequence[Tensor | None]) -> Bound:
-        """The segment with memory of its own; `tensors` are those that are the same on every replay."""
-        return Bound(self, addresses, tensors)
+    def bind(self, addresses: dict[str, int], tensors: Sequence[Tensor | None], moving: Sequence[int] = ()) -> Bound:
+        """The segment with memory of its own; `tensors` are those that are the same on every replay.
+
+        The memory of those at the places `moving` may lie elsewhere each time.
+        """
+        return Bound(self, addresses, tensors, moving)
 
 
 def _lay_out_local(loop: Loop) -> int:
@@ -164,7 +167,13 @@ class _Words:
 class Bound:
     """A segment with memory of its own, to be called by one replay at a time."""
 
-    def __init__(self, segment: Segment, addresses: dict[str, int], tensors: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        addresses: dict[str, int],
+        tensors: Sequence[Tensor | None],
+        moving: Sequence[int],
+    ) -> None:
         self._run: Callable[..., None] = RUN(addresses["run"])
         self._threads = threads()
         self._shared = _room(segment.shared)
@@ -184,7 +193,7 @@ class Bound:
             elif tensor is None:
                 self._changing.append(GIVEN + i)
                 self._wanted.append(strides)
-            elif tensor.stride() == strides and not tensor.is_neg():
+            elif tensor.stride() == strides and not tensor.is_neg() and i not in moving:
                 registers[GIVEN + i] = tensor.data_ptr()
             else:
                 self._copied.append((GIVEN + i, tensor, strides))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ....tape import Node, Value
 from ...buffers import overlapping
 from ...data import Frozen
 from ...passes import find_in_place
+from ...passes.recompute import NORMS, large
 from ..python import _Writer
 from ..source import Name, Source
 from . import objects
@@ -74,6 +76,13 @@ class _Native(_Writer):
         self.told = Told()
         self.plan = Plan([*self.nodes], None, frozen.canonical, {})  # as long as there is no other: each by itself
         self.taken: set[Node] = set()  # what the segments do
+        self.bound: list[tuple[int, list[Value]]] = []  # for each its place among `views`, and what it is given
+
+    def recompute(self, wanted: set[Value], inside: Collection[Value] = ()) -> None:
+        if self.with_sweep and large(self.frozen):
+            plan = planned(self.nodes, self.frozen.canonical, wanted, self.folded, self.loose, set())
+            made = {self.frozen.canonical(v) for part in plan.parts for node in part.nodes for v in node.outputs}
+            super().recompute(wanted, made - {v for part in plan.parts for v in part.outputs})
 
     def _results(self, wanted: set[Value]) -> set[Value]:
         frozen = self.frozen
@@ -81,8 +90,10 @@ class _Native(_Writer):
         found = find_in_place(self.order(), frozen.canonical, self.looks_into, read, self.makes)
         parts = [node for node in found.over if node.outputs[0].numel() > IN_PLACE]
         refused = {*parts, *(found.spread[node] for node in parts if node in found.spread)}
+        again = self.again.again
+        refused |= {node for node, of in again.items() if of.op.forward in NORMS}  # torch's own rounding
         while True:
-            self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose, refused)
+            self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose, refused, again)
             try:
                 self.segments = [self._compiled(part) for part in self.plan.parts]
                 break
@@ -128,6 +139,15 @@ class _Native(_Writer):
         self.told.compiled = objects.loaded().compiled - before
         self.told.seconds = objects.loaded().seconds - start
 
+    def plan_memory(self) -> None:
+        super().plan_memory()
+        rooms = set(self.rooms.values())
+        for place, values in self.bound:
+            roots = [self.life.rooted(value) for value in values]
+            moving = [i for i, each in enumerate(roots) if any(self.places.get(root) in rooms for root in each)]
+            title, bind, args, _ = self.views[place]
+            self.views[place] = title, bind, args, {"moving": moving}
+
     def segment(self, part: Part, segment: Segment) -> None:
         """The line that runs a segment."""
         names = [self.name(v) for v in part.inputs]
@@ -138,10 +158,12 @@ class _Native(_Writer):
         addresses = objects.load(segment.kernels)
         title = self.unused("native")
         arguments = [Name(name) if still else None for name, still in zip(names, fixed, strict=True)]
+        self.bound.append((len(self.views), [*part.inputs, *part.outputs]))
         self.views.append((title, segment.bind, (addresses, arguments), {}))
         changing = [name for name, still in zip(names, fixed, strict=True) if not still]
         start = len(self.lines)
         self.lines.append(f"# {_in_words(part.nodes)}")
+        self.tell_again(*part.nodes)
         self.lines.append(f"{title}({', '.join(changing)})")
         loops = any(isinstance(step, Loop) for step in segment.steps)
         self.unit("rows" if loops else "segment", start, part.nodes, part.inputs, part.outputs)
