@@ -178,6 +178,26 @@ def test_functions_are_right_to_the_last_digits(name: str, dtype: torch.dtype) -
         assert torch.equal(got.isnan(), wanted.isnan())
 
 
+@pytest.mark.parametrize("name", ["relu", "expm1", "tanh", "sqrt", "sin", "neg"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_the_sign_of_nought_is_torchs(name: str, dtype: torch.dtype) -> None:
+    """What is divided by it later is infinite one way or the other."""
+    function = UNARY[name]
+    noughts = torch.tensor([-0.0, 0.0], dtype=dtype).repeat(10)
+    (got,) = program_of(function, torch.ones(20, dtype=dtype))(noughts)
+    assert torch.equal(got.signbit(), function(noughts).signbit())
+
+
+@pytest.mark.parametrize("name", ["addcmul", "addcdiv"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_product_is_scaled_before_it_can_be_too_large(name: str, dtype: torch.dtype) -> None:
+    large = torch.finfo(dtype).max / 4
+    other = 8.0 if name == "addcmul" else 1 / 8
+    function = getattr(torch, name)
+    given = [torch.tensor([each] * 20, dtype=dtype) for each in (1.0, large, other)]
+    compare(lambda a, b, c: function(a, b, c, value=0.25), [draw(20, dtype=dtype) for _ in given], given)
+
+
 BINARY: dict[str, Function] = {
     "add": torch.add,
     "sub": torch.sub,

@@ -50,7 +50,7 @@ UNARY = {
     "rsqrt": "one / sqrt(a)", "reciprocal": "one / a", "sin": "sin(a)", "cos": "cos(a)",
     "abs": "abs(a)", "erf": "erf(a)",
     "sign": "one if a > zero else (-one if a < zero else zero)",
-    "relu": "zero if a <= zero else a", "silu": "a * sigmoid(a)", "atan": "atan(a)", "tan": "tan(a)",
+    "relu": "zero if a < zero else a", "silu": "a * sigmoid(a)", "atan": "atan(a)", "tan": "tan(a)",
     "relu_whole": "a if a > 0 else 0",
 }  # fmt: skip
 

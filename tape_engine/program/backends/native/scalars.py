@@ -46,7 +46,7 @@ def expm1(x):
     y = min(max(x, -lift), flat * two)
     small = expm1_scaled(max(y, -flat * two))
     large = exp(x) - one
-    return (small if x < flat * two else large) if x == x else x
+    return copysign(small if x < flat * two else large, x) if x == x else x  # of -0.0 too
 
 def tanh(x):
     a = min(abs(x), flat)

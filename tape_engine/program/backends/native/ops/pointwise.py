@@ -220,10 +220,12 @@ def addcmul(at: Lowering, node: Node) -> None:
     kind = kind_of(node.outputs[0])
     a, b, c = (at.operand(each, kind) for each in node.args[:3])
     value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else 1)
+    if value != 1:  # before the other two meet, as torch has it: what they give may be too large
+        scaled = at.scratch(kind, b.shape)
+        at.map("mul", scaled, b, at.operand(value, kind))
+        b = scaled
     made = at.scratch(kind, at.shape(node.outputs[0]))
     at.map("mul" if node.op.forward is aten.addcmul.default else "div", made, b, c)
-    if value != 1:
-        at.map("mul", made, made, at.operand(value, kind))
     at.map("add", at.result(node.outputs[0]), a, made)
 
 
