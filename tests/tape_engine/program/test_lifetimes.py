@@ -186,6 +186,25 @@ def test_what_an_operation_takes_for_itself_is_let_go() -> None:
         close(g_of(parameter), g, 1e-9)
 
 
+@pytest.mark.parametrize("backend", ["python", "auto"])
+def test_what_is_read_at_the_very_end_is_not_let_go(backend: str) -> None:
+    """A result that looks into a buffer is copied where the function returns; what else is large goes before."""
+    w, v = torch.randn(256, 1024), torch.randn(1024, 1024)
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = ((x @ w).sin() @ v).tanh()
+        return h.cos().exp().mean(), h.t()
+
+    x = torch.randn(512, 256)
+    with te.record() as tape:
+        outputs = function(x)
+    program = tape.program(inputs=(x,), outputs=outputs, backend=backend)
+    for _ in range(2):
+        x = torch.randn(512, 256)
+        for got, wanted in zip(program(x), function(x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_results_in_memory_of_an_operations_own_are_handed_over() -> None:
     x, w = draw(2, 3, 8, 8), draw(4, 3, 3, 3)
     program = freeze(lambda x, w: torch.conv2d(x, w).sum(), [x], [w], backend="python", wrt=[w])
