@@ -1,10 +1,10 @@
 """Torch's compiler beside a recording: what a tape hears runs as it was written.
 
-Of what ``torch.compile`` makes of a function, no mode hears the operations, and no tensor is asked for its class. While a
-block is open, the compiler is told to leave everything as it was written. Outside a block that would be too much, since
-a tape may live long, and what it does not know is to be as fast as ever. There it is told nothing: a function that was
-compiled for plain tensors is compiled anew for one to which a tape listens, as for any other class. So it is asked only
-while it compiles. If what it reads listens, then that call runs as it was written, with all that it calls; nothing is
+Of what ``torch.compile`` makes of a function, no mode hears the operations, and no tensor is asked for its class. While
+a block is open, the compiler is told to leave everything as it was written. Outside a block that would be too much: a
+tape may live long, and what it does not know is to be as fast as ever. But there a tensor to which a tape listens is of
+another class, and what was compiled for plain tensors would be compiled anew for it. So the compiler is asked only when
+it is about to compile. If what it reads listens, that call runs as it was written, with all that it calls; nothing is
 kept of it, and the next call on plain tensors finds its compiled code where it was.
 """
 
@@ -85,7 +85,6 @@ def _loading(original: Any) -> Any:
 
     @functools.wraps(original)
     def compile(*args: Any, **kwargs: Any) -> Any:
-        import torch._dynamo
 
         follow()
         if _held:  # the block was opened before there was anything to tell
@@ -115,12 +114,20 @@ def _as_written(original: Any) -> Any:
                 raise _Listening
             return original(self, frame, *args)
         except _Listening:
+            _count_no_more()
             # This frame and all beneath it, and no later one of the same code.
             return ConvertFrameReturn(
                 frame_exec_strategy=FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP), apply_to_code=False
             )
 
     return convert
+
+
+def _count_no_more() -> None:
+    """With ``fullgraph=True`` torch (from 2.13 on) counts, and raises an error where nothing was compiled."""
+    count: Any = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if count is not None:
+        count(-1)
 
 
 def _reads_at_once(frame: Any) -> bool:
