@@ -11,6 +11,7 @@ kept of it, and the next call on plain tensors finds its compiled code where it 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from typing import Any
 
@@ -105,7 +106,7 @@ def _reading(original: Any) -> Any:
 
 def _as_written(original: Any) -> Any:
     """The compiler's way into a frame, which is gone only where it has nothing yet for what the frame is given."""
-    from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+    types: Any = importlib.import_module("torch._dynamo.types")
 
     @functools.wraps(original)
     def convert(self: Any, frame: Any, *args: Any) -> Any:
@@ -116,9 +117,8 @@ def _as_written(original: Any) -> Any:
         except _Listening:
             _count_no_more()
             # This frame and all beneath it, and no later one of the same code.
-            return ConvertFrameReturn(
-                frame_exec_strategy=FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP), apply_to_code=False
-            )
+            skip = types.FrameExecStrategy(types.FrameAction.SKIP, types.FrameAction.SKIP)
+            return types.ConvertFrameReturn(frame_exec_strategy=skip, apply_to_code=False)
 
     return convert
 
