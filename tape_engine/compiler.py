@@ -86,7 +86,7 @@ def _loading(original: Any) -> Any:
 
     @functools.wraps(original)
     def compile(*args: Any, **kwargs: Any) -> Any:
-
+        importlib.import_module("torch._dynamo")
         follow()
         if _held:  # the block was opened before there was anything to tell
             _hold_stance()

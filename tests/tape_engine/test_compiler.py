@@ -155,7 +155,7 @@ def test_a_compiled_module_whose_parameters_listen_is_recorded_and_before_and_af
         module.compile(backend=compiler)
         compiled = module
     else:
-        compiled = torch.compile(lambda x: module(x), backend=compiler)
+        compiled = torch.compile(module.__call__, backend=compiler)
     compiled(x)
     assert compiler.runs == 1
     with te.record():
