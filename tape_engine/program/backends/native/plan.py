@@ -140,8 +140,8 @@ def planned(
 def _same_work(nodes: Sequence[Node], again: Mapping[Node, Node]) -> list[set[Node]]:
     """The nodes that compute one thing: the kernels do all of them, or none.
 
-    Torch rounds otherwise than they do. A value that is computed again has to have the bits that it had: the gradient of
-    ``amax`` asks which elements are equal to the largest, and divides by how many there are.
+    Torch rounds otherwise than they do. A value that is computed again has to have the bits that it had: the gradient
+    of ``amax`` asks which elements are equal to the largest, and divides by how many there are.
     """
     found: dict[Node, set[Node]] = {}
     there = set(nodes)
