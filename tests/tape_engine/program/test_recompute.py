@@ -200,6 +200,25 @@ def test_a_value_that_is_also_a_result_is_kept(backend: str) -> None:
 
 @pytest.mark.usefixtures("forced")
 @both
+def test_memory_that_an_effect_reads_in_the_end_is_let_go_after_it(backend: str) -> None:
+    x, w, mean = draw(64, 64), draw(64, 64) / 8, torch.zeros(64, 64, dtype=F64)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        h = x @ w
+        mean.mul_(0.5).add_(h.detach() * 0.5)
+        return ((h @ w).tanh() @ w).sin().sum()
+
+    program = freeze(function, [x], [w], wrt=(x, w), backend=backend)
+    assert program._step.source.rooms
+    mean.zero_()
+    for _ in range(2):
+        wanted = mean * 0.5 + (x @ w) * 0.5
+        program.step(x)
+        close(plain(mean), wanted)
+
+
+@pytest.mark.usefixtures("forced")
+@both
 def test_dropout_keeps_its_mask_and_draws_once(backend: str) -> None:
     x, w = draw(6, 6), draw(6, 6)
 
