@@ -153,14 +153,14 @@ def test_what_code_may_have_kept_is_never_let_go(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tape_engine.program.lifetimes.ROOM", (1, 1 << 25))
     for held in (False, True):
         a = value(8)
-        life = Lifetimes()
+        life = Lifetimes(step=2)
         life.make(a)
         life.touch(a)
         if held:
             life.keep([a])
         life.step = 3
         parts = list(periods(stretches([a], life), life).values())
-        assert released(parts, [(2, 2, 1000)], life.step) == ([] if held else parts)
+        assert released(parts, [(1, 1, 1000)], life.step) == ([] if held else parts)
 
 
 def test_memory_far_too_large_is_not_taken() -> None:
