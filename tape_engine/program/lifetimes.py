@@ -187,7 +187,7 @@ class Part:
 
 
 def periods(places: dict[Value, Stretch], lifetimes: Lifetimes) -> dict[Stretch, Part]:
-    """When memory is needed, for each that is not needed to the end."""
+    """When memory is needed; what something out of sight may hold on to, from the first step to the last."""
     found: dict[Stretch, Part] = {}
     lives = lifetimes.lives
     for value, stretch in sorted(places.items(), key=lambda item: lives[item[0]].born):
@@ -195,7 +195,7 @@ def periods(places: dict[Value, Stretch], lifetimes: Lifetimes) -> dict[Stretch,
         start, stop, size = lives[value].born, lives[value].dies, extent(value.shape, strides_of(value))
         size = max(size, 1) * value.itemsize
         if value in lifetimes.lasting:
-            stop = lifetimes.step
+            start, stop, size = 0, lifetimes.step, stretch.size
         if part.periods and start <= part.periods[-1][1] + 1:  # there is no step between
             begun, until, before = part.periods.pop()
             start, stop, size = begun, max(stop, until), max(size, before)

@@ -135,6 +135,7 @@ class _Writer(Names, Memory):
         for leaf, after in frozen.writes:
             self.lines.append(f"{rim[frozen.canonical(leaf)]}.copy_({self.name(after)})")
             self.unit("effect", len(self.lines) - 1, (), [after], [leaf])
+        self.ends[self.life.step] = len(self.lines)  # results and effects: what they read is needed up to here
         self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")
         parameters = ", ".join([*inputs, *([seed] if seed else [])])
         head = f"def {'step' if self.with_sweep else 'forward'}({parameters}):"

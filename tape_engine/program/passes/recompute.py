@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from math import prod
 from typing import Any
@@ -559,7 +560,26 @@ def _is_line(node: Node) -> bool:
     training = node.args[3 if node.op.forward is aten._native_batch_norm_legit.no_stats else 5]
     values = [v for v in (*islice(node.args, 3), *node.outputs[:3]) if v is not None]
     kinds = {v.dtype for v in values if isinstance(v, Value)}
-    return bool(training) and len(kinds) == 1 and kinds <= {torch.float32, torch.float64} and values[0].ndim > 1
+    alike = len(kinds) == 1 and kinds <= {torch.float32, torch.float64} and values[0].device.type == "cpu"
+    return bool(training) and alike and values[0].ndim > 1 and _rounds_alike(*kinds)
+
+
+@cache
+def _rounds_alike(dtype: torch.dtype) -> bool:
+    """Whether a batch normalisation and ``addcmul`` have the same bits, as torch is built for this processor.
+
+    Another rounding would do harm: the gradient of ``amax`` asks which elements are equal to the largest.
+    """
+    flat = torch.arange(4 * 7 * 99, dtype=dtype, device="cpu").sin_() * 3 + 1
+    weight, bias = flat[:7] + 0.3, flat[7:14]
+    for x in (flat.view(4, 7, 99), flat.view(4, 9, 11, 7).permute(0, 3, 1, 2), flat.view(4 * 99, 7)):
+        out, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+        a = inverse * weight
+        b = torch.addcmul(bias, mean, a, value=-1)
+        lies = (1, 7, *[1] * (x.ndim - 2))
+        if not torch.equal(out, torch.addcmul(b.view(lies), x, a.view(lies))):
+            return False
+    return True
 
 
 def _line(node: Node, known: dict[Value, Value], canonical: Callable[[Value], Value]) -> list[Node]:

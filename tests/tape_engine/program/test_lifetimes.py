@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tape_engine as te
-from tape_engine.program.lifetimes import Lifetimes, stretches
+from tape_engine.program.lifetimes import Lifetimes, periods, released, stretches
 from tape_engine.tape import Value
 from tests.helpers import close, g_of
 from tests.tape_engine.program.common import draw, follows, freeze
@@ -145,6 +145,22 @@ def test_what_code_may_have_kept_is_never_passed_on() -> None:
     life.make(b)
     found = stretches([a, b], life)
     assert found[a] is not found[b]
+
+
+def test_what_code_may_have_kept_is_never_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks into it would look into memory that is gone."""
+    monkeypatch.setattr("tape_engine.program.lifetimes.FULL", 0)
+    monkeypatch.setattr("tape_engine.program.lifetimes.ROOM", (1, 1 << 25))
+    for held in (False, True):
+        a = value(8)
+        life = Lifetimes(step=2)
+        life.make(a)
+        life.touch(a)
+        if held:
+            life.keep([a])
+        life.step = 3
+        parts = list(periods(stretches([a], life), life).values())
+        assert released(parts, [(1, 1, 1000)], life.step) == ([] if held else parts)
 
 
 def test_memory_far_too_large_is_not_taken() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tape_engine as te
+from tape_engine.program.backends.native.plan import planned
 from tests.helpers import close
 from tests.tape_engine.program.common import draw, follows, freeze
 
@@ -72,3 +73,22 @@ def test_nothing_waits_for_what_may_change_it() -> None:
     first = next(i for i, line in enumerate(lines) if "counting(" in line)
     assert any("mul" in line and i < first for i, line in enumerate(lines)), program.code
     close(program.step(X), ((X @ W).tanh().exp() * (c * 2)).square().sum(), 1e-9)
+
+
+def test_what_torch_computes_again_torch_computes_first() -> None:
+    """Else it would come with another rounding; and what is left has to be worth a segment still."""
+    with te.record() as tape:
+        x = draw(80, 80)
+        y = x.exp().sin().cos().tanh() @ x
+        (y @ (x.exp() @ y)).sum()
+    nodes = list(tape.nodes)
+    names = [node.op.name for node in nodes]
+    first, second = (i for i, name in enumerate(names) if name == "exp")
+
+    def ours(again: dict[int, int]) -> list[str]:
+        repeats = {nodes[one]: nodes[other] for one, other in again.items()}
+        made = planned(nodes, lambda v: v, {nodes[-1].outputs[0]}, set(), set(), set(), repeats)
+        return [node.op.name for part in made.parts for node in part.nodes]
+
+    assert ours({}) == ["exp", "sin", "cos", "tanh", "exp"]
+    assert ours({second: first}) == ["sin", "cos", "tanh"]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import tape_engine as te
 from tape_engine.program import lifetimes
 from tape_engine.program.backends import native
+from tape_engine.program.backends.native import plan, writer
 from tests.benchmarks.models import counting
 from tests.helpers import close, g_of, plain
 from tests.tape_engine import test_architectures as architectures
@@ -126,6 +127,63 @@ def test_hard_cases(function: Callable[[Tensor, Tensor], Tensor], backend: str) 
         follows(program, lambda x, w: function(x.clone(), w), [x], [w], tol=1e-5 if function is cast else 1e-10)
 
 
+def torch_first(x: Tensor, w: Tensor) -> Tensor:
+    """The forward pass leaves a value to torch, by itself, among kernels it would be computed again."""
+    h = (x @ w).exp()
+    return (h.cumsum(1) + h.amax(1, keepdim=True)).square().sum()
+
+
+def torch_last(x: Tensor, w: Tensor) -> Tensor:
+    """The forward pass has kernels, and in the sweep a value is by itself."""
+    h = (x @ w).exp()
+    return (w @ (h / h.amax(1, keepdim=True))).cumsum(0).square().sum()
+
+
+def line_compared(x: Tensor, w: Tensor) -> Tensor:
+    h = F.batch_norm(x.view(2, 24, 4, 12), None, None, w[0, :24], w[1, :24], training=True).relu()
+    return (h.amax((2, 3)) @ w[:24]).square().sum() + (h.amax(0).sin() * 2).exp().sum()
+
+
+@pytest.mark.usefixtures("forced")
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("function", [torch_first, torch_last, line_compared], ids=lambda each: each.__name__)
+def test_the_largest_is_still_the_largest(
+    function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, backend: str
+) -> None:
+    """What is computed again has its former bits: where none were equal to ``amax``, the gradient would be NaN."""
+    x, w = draw(48, 48, dtype=dtype), draw(48, 48, dtype=dtype) / 7
+    program = freeze(function, [x], [w], wrt=(x, w), backend=backend)
+    assert again(program)
+    for _ in range(3):
+        follows(program, function, [draw(48, 48, dtype=dtype)], [w], tol=1e-10 if dtype == F64 else 1e-4)
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.skipif(not native.available(), reason="no kernels")
+@pytest.mark.parametrize("function", [*HARD, torch_first, torch_last, line_compared], ids=lambda each: each.__name__)
+def test_kernels_repeat_what_kernels_did(
+    function: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch and the kernels round differently: who computed a value computes it again."""
+    plans: list[tuple[Any, Any]] = []
+
+    def noting(nodes: Any, *args: Any) -> Any:
+        plans.append((plan.planned(nodes, *args), args[-1]))
+        return plans[-1][0]
+
+    monkeypatch.setattr(writer, "planned", noting)
+    n = 4 if function in HARD else 48
+    assert again(freeze(function, [draw(n, n)], [draw(n, n)], backend="native"))
+    last, repeats = plans[-1]
+    ours = {node for part in last.parts for node in part.nodes}
+    assert ours
+    for node, of in repeats.items():
+        nodes = [each for item in last.items for each in (item.nodes if isinstance(item, plan.Part) else [item])]
+        if node.op.forward not in plan.FREE and of in nodes:
+            assert (node in ours) == (of in ours), node
+
+
 @pytest.mark.usefixtures("forced")
 @both
 def test_a_value_that_is_also_a_result_is_kept(backend: str) -> None:
@@ -138,6 +196,25 @@ def test_a_value_that_is_also_a_result_is_kept(backend: str) -> None:
     program = freeze(function, [x], [w], wrt=(x, w), backend=backend)
     assert "tanh" not in again(program)
     follows(program, function, [draw(3, 3)], [w])
+
+
+@pytest.mark.usefixtures("forced")
+@both
+def test_memory_that_an_effect_reads_in_the_end_is_let_go_after_it(backend: str) -> None:
+    x, w, mean = draw(64, 64), draw(64, 64) / 8, torch.zeros(64, 64, dtype=F64)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        h = x @ w
+        mean.mul_(0.5).add_(h.detach() * 0.5)
+        return ((h @ w).tanh() @ w).sin().sum()
+
+    program = freeze(function, [x], [w], wrt=(x, w), backend=backend)
+    assert program._step.source.rooms
+    mean.zero_()
+    for _ in range(2):
+        wanted = mean * 0.5 + (x @ w) * 0.5
+        program.step(x)
+        close(plain(mean), wanted)
 
 
 @pytest.mark.usefixtures("forced")

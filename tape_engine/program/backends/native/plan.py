@@ -7,7 +7,7 @@ others gather in segments between them: a segment costs one call from Python, so
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ def planned(
     folded: set[Node],
     loose: set[Value],
     refused: set[Node],
-    again: Collection[Node] = (),
+    again: Mapping[Node, Node] | None = None,
 ) -> Plan:
     """The plan for the nodes of a program.
 
@@ -84,8 +84,10 @@ def planned(
         folded: the nodes that run once, when a copy of the program is made.
         loose: values whose shapes may differ.
         refused: nodes that turned out not to fit the kernels, as their arguments lie in memory.
-        again: nodes that compute something again, and must not do so earlier than they stand.
+        again: nodes that compute something again, each with the one whose work it repeats: they must not do so
+            earlier than they stand, nor in another way than that did.
     """
+    again = again or {}
     constants = {
         canonical(node.outputs[0]): FILLS[node.op.forward](node) for node in folded if node.op.forward in FILLS
     }
@@ -110,7 +112,12 @@ def planned(
     for node in nodes:
         for value in node.inputs:
             users.setdefault(canonical(value), set()).add(node)
+    same = _same_work(nodes, again)
     for turn in itertools.count():
+        poor = [node for each in same if not mine.issuperset(each) for node in each]
+        mine.difference_update(poor)
+        if rows:
+            rows.nodes.difference_update(poor)
         plan = Plan(_ordered(nodes, mine, folded, canonical, again), rows, canonical, constants)
         poor = []
         for part in plan.parts:
@@ -128,6 +135,21 @@ def planned(
         if isinstance(item, Part):
             _rim(place, item, plan, wanted, readers)
     return plan
+
+
+def _same_work(nodes: Sequence[Node], again: Mapping[Node, Node]) -> list[set[Node]]:
+    """The nodes that compute one thing: the kernels do all of them, or none.
+
+    Torch rounds otherwise than they do. A value that is computed again has to have the bits that it had: the gradient
+    of ``amax`` asks which elements are equal to the largest, and divides by how many there are.
+    """
+    found: dict[Node, set[Node]] = {}
+    there = set(nodes)
+    for node, of in again.items():
+        if node.op.forward not in FREE:
+            another = node.op is not of.op  # what torch's loop does in one is left to torch
+            found.setdefault(of, {of} if of in there or another else set()).add(node)
+    return list(found.values())
 
 
 # -- which nodes -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from ....tape import Node, Value
 from ...buffers import overlapping
 from ...data import Frozen
 from ...passes import find_in_place
-from ...passes.recompute import NORMS, large
+from ...passes.recompute import large
 from ..python import _Writer
 from ..source import Name, Source
 from . import objects
@@ -91,7 +91,6 @@ class _Native(_Writer):
         parts = [node for node in found.over if node.outputs[0].numel() > IN_PLACE]
         refused = {*parts, *(found.spread[node] for node in parts if node in found.spread)}
         again = self.again.again
-        refused |= {node for node, of in again.items() if of.op.forward in NORMS}  # torch's own rounding
         while True:
             self.plan = planned(self.nodes, frozen.canonical, read, self.folded, self.loose, refused, again)
             try:
