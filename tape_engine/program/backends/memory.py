@@ -80,14 +80,10 @@ class Memory:
             return  # torch keeps the memory of other devices itself
         parts = periods(self.places, self.life)
         end = self.life.step
-        lasting = [part for part in parts.values() if part.periods[-1][1] == end]  # `return` reads it, or who knows who
-        kept = [part for part in parts.values() if part not in lasting]
-        kept += [
-            Part(self.results[n].nbytes, [(at, end, self.results[n].nbytes)], n) for n, at in self.asked_at.items()
-        ]
+        kept = [*parts.values(), *(Part(self.results[n].nbytes, [(at, end, self.results[n].nbytes)], n)
+                                   for n, at in self.asked_at.items())]  # fmt: skip
         lives = [(v, self.life.lives[v]) for v in self.locals if v in self.life.lives]
-        passing = [(life.born, life.dies, v.nbytes) for v, life in lives]
-        for part in released(kept, [*passing, *((0, end, part.size) for part in lasting)], end):
+        for part in released(kept, [(life.born, life.dies, v.nbytes) for v, life in lives], end):
             if isinstance(part.of, Stretch):
                 self.rooms[self.unused("room")] = part.of
             elif isinstance(part.of, str):
