@@ -976,3 +976,43 @@ def test_a_function_of_torch_s_compiler_runs_as_it_was_written_while_a_block_is_
     assert not graphs
     compiled(plain(x).clone())
     assert len(graphs) == 1, "after the block it is compiled again"
+
+
+# -- what torch itself looks up --------------------------------------------------------------------------
+
+DEFAULT_DEVICE = """
+import torch, tape_engine as te
+with te.record():
+    pass
+for block in (te.record, te.pause):
+    with block(), torch.device("meta"):
+        made = torch.tensor([1.0]), torch.as_tensor([1.0]), torch.asarray([1.0])
+    assert all(each.device.type == "meta" for each in made), made
+"""
+
+
+def test_a_default_device_holds_after_a_recording() -> None:
+    """In a process of its own: torch makes its list of functions that take a device once."""
+    done = subprocess.run([sys.executable, "-c", DEFAULT_DEVICE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_functions_are_pickled_by_name_in_a_block_and_after_it() -> None:
+    for block in (te.record, te.pause):
+        with block():
+            now = torch.tensor, torch.as_tensor, torch.norm, torch.linalg.norm, F.one_hot, Tensor.detach
+            for function in now:
+                assert pickle.loads(pickle.dumps(function)) is function
+    assert [each.__name__ for each in now[:2]] == ["tensor", "as_tensor"]
+
+
+def _scripted(x: Tensor) -> Tensor:
+    return x + torch.tensor(1.0) + torch.as_tensor(2.0)
+
+
+def test_torch_jit_scripts_code_in_a_block_and_after_it() -> None:
+    x = torch.ones(4)
+    for block in (te.record, te.pause):
+        with block(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            assert torch.equal(torch.jit.script(_scripted)(x), torch.full((4,), 4.0))
