@@ -117,14 +117,26 @@ def test_an_exception_in_a_module_closes_its_scope() -> None:
 
 
 def test_modules_outside_a_block_are_not_listened_to() -> None:
-    hooks = len(torch_module._global_forward_pre_hooks), len(torch_module._global_forward_hooks)
+    plain = nn.Module._call_impl
     layer = nn.ReLU()
     layer(torch.randn(2))
     with te.record():
-        assert len(torch_module._global_forward_pre_hooks) == hooks[0] + 1
+        assert nn.Module._call_impl is not plain
         with te.record():
             layer(torch.randn(2))
-    assert (len(torch_module._global_forward_pre_hooks), len(torch_module._global_forward_hooks)) == hooks
+        assert nn.Module._call_impl is not plain
+        assert not torch_module._global_forward_pre_hooks, "with one, each call takes the long way round"
+        assert not torch_module._global_forward_hooks
+    assert nn.Module._call_impl is plain
+
+
+def test_operations_of_a_module_s_hooks_stand_in_its_scope() -> None:
+    layer, x = nn.ReLU(), torch.randn(3)
+    layer.register_forward_hook(lambda module, args, result: result * 3)
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    with te.record() as tape:
+        nn.Sequential(layer)(x) + 1
+    assert scopes(tape) == ["Sequential/0"] * 3 + [""]
 
 
 def test_modules_of_other_threads_leave_no_trace() -> None:
