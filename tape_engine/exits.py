@@ -39,6 +39,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch._C import DisableTorchFunction
 from torch.jit import _builtins
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
@@ -102,6 +103,17 @@ MOVING = ("resize_", "copy_", "fill_")
 more: list[tuple[Any, str, Callable[[Any], Any]]] = []
 
 
+def unheard(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """What the recorder does by itself, of which a function mode of the user's hears nothing."""
+
+    @functools.wraps(handler)
+    def handling(*args: Any) -> Any:
+        with DisableTorchFunction():
+            return handler(*args)
+
+    return handling
+
+
 def on_exit(
     heard: Callable[[], bool],
     guard: Callable[[Tensor, str], None],
@@ -115,7 +127,7 @@ def on_exit(
 ) -> None:
     """The recorder says here whether it listens, how it records what is heard here, and how it hears nothing."""
     global _heard, _guard, _cut, _detach, _set, _parameter, _quietly, _unfollowed, _values_alone
-    _heard, _guard, _cut, _detach = heard, guard, cut, detach
+    _heard, _guard, _cut, _detach = heard, unheard(guard), unheard(cut), detach
     _set, _parameter, _quietly, _unfollowed, _values_alone = set_data, parameter, quietly, unfollowed, values_alone
 
 
@@ -190,7 +202,7 @@ def _known_as(owner: Any, name: str, original: Any, made: Any) -> Any:
         function.__name__, function.__doc__ = name, original.__doc__
         function.__qualname__ = name if in_module else f"{owner.__qualname__}.{name}"
         function.__module__ = owner.__name__ if in_module else owner.__module__
-        operator = _builtins._find_builtin(original) if in_module else None
+        operator = _builtins._find_builtin(original) if in_module else None  # type: ignore[no-untyped-call]
         if operator is not None:
             _builtins._register_builtin(function, operator)
     return made
@@ -237,8 +249,9 @@ def _hooking(name: str, original: Any) -> Any:
 def _leaving(name: str, original: Any) -> Any:
     def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _heard() and (called_by_user() or name == "__dlpack__"):  # torch.from_dlpack calls that
-            warn_of_exit(self, name)
-            expose(self)
+            with DisableTorchFunction():
+                warn_of_exit(self, name)
+                expose(self)
             if name != "data_ptr":  # an address, of which a replay has another
                 _guard(self, "elements")
         return original(self, *args, **kwargs)

@@ -172,8 +172,7 @@ def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
         return _leaf(tensor, tape, closed=UNSEEN)
     base, whole = in_units_of(tensor, tensor._base, read(tensor._base, tape), tape)
     raw = as_stored(tensor, base)
-    part = aliases.in_reals(raw, base)
-    if not aliases.covers(base, part):
+    if not aliases.covers(base, part := aliases.in_reals(raw, base)):
         return _leaf(tensor, tape, closed=UNSEEN)
     place = aliases.place_of(part, base)
     value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [part]).outputs[0]
@@ -210,7 +209,6 @@ def turned(tape: Tape, value: Value, tensor: Tensor, base: Tensor, made: Tensor)
 
 
 AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
-
 _CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._neg_view.default)
 
 

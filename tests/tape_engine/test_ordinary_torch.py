@@ -1016,3 +1016,41 @@ def test_torch_jit_scripts_code_in_a_block_and_after_it() -> None:
         with block(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated
             assert torch.equal(torch.jit.script(_scripted)(x), torch.full((4,), 4.0))
+
+
+class _Heard(TorchFunctionMode):
+    """Notes the names of what it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _asking_for_layouts(x: Tensor) -> None:
+    h = x * 2
+    h.contiguous(), h.to(torch.float32), h.stride(), h.is_contiguous(), h.as_strided((2,), (1,))
+    h.detach().numpy(), h.tolist(), h.clone().detach_(), h.norm()
+
+
+def test_a_function_mode_hears_in_a_block_what_it_hears_without() -> None:
+    x = real(3)
+    with _Heard() as expected:
+        _asking_for_layouts(x)
+    with te.record(), _Heard() as inside:
+        _asking_for_layouts(x)
+    assert inside.names == expected.names
+
+
+def test_a_thread_with_a_run_of_its_own_keeps_it() -> None:
+    ran = []
+    thread = threading.Thread()
+    run = thread.run = lambda: ran.append(1)  # type: ignore[method-assign]
+    with te.record():
+        thread.start()
+        thread.join()
+    assert ran == [1]
+    assert thread.run is run
