@@ -21,7 +21,8 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - Outside a block ``torch.asarray``, ``torch.tensor([a, b])`` and the like never ask the class of what they are
   given, so they are wrapped for good, from the first time on that a recorded tensor listens.
 - ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
-- A function of ``torch.compile`` runs as it was written: of what it compiles to, no mode hears the operations.
+- A function of ``torch.compile`` runs as it was written (`compiler`): of what it compiles to, no mode hears the
+  operations.
 - ``numpy()``, ``__array__``, ``__dlpack__`` and ``data_ptr()`` hand the memory to code that nothing can follow:
   on a value through which a gradient could pass they warn, and the elements handed out are a guard as well. What
   rules read there is copied, as a write to that memory is heard by nobody.
@@ -31,7 +32,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -44,6 +44,7 @@ from torch.jit import _builtins
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
+from . import compiler
 from .aliases import expose
 from .names import called_by_user
 from .tape import bound, rebind
@@ -76,7 +77,6 @@ BY_PYTHON = ("apply_", "map_", "map2_")
 _dlpack: Any = torch.utils.dlpack
 _lock = threading.Lock()
 _open = 0
-_stance: Any = None  # in which torch's compiler leaves functions as they were written, while a block is open
 _original: dict[tuple[Any, str], Any] = {}
 _wrapper: dict[tuple[Any, str], tuple[Any, Any]] = {}  # made once of each original
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
@@ -157,26 +157,23 @@ def on_thread(watched: Callable[[threading.Thread, Callable[[], None]], Callable
 
 def open_exits() -> None:
     """Wraps the methods; the wrappers do nothing on threads that do not record."""
-    global _open, _stance
+    global _open
     hear_functions()
     with _lock:
         _open += 1
         if _open == 1:
-            if "torch._dynamo" in sys.modules:
-                _stance = torch.compiler.set_stance("force_eager")
+            compiler.hold()
             for owner, name, make in (*_wrapped(), *more):
                 _wrap(owner, name, make)
 
 
 def close_exits() -> None:
     """Takes the wrappers off with the last recording."""
-    global _open, _stance
+    global _open
     with _lock:
         _open -= 1
         if _open == 0:
-            if _stance is not None:
-                _stance.__exit__(None, None, None)
-                _stance = None
+            compiler.give_up()
             for (owner, name), original in _original.items():
                 if original is None:
                     delattr(owner, name)
@@ -462,6 +459,7 @@ def _one_hot(original: Any) -> Any:
 def hear_functions() -> None:
     """From now on the recorder is asked at each ``Function.apply``: outside a block recorded tensors listen."""
     global _plain_apply
+    compiler.follow()
     if _plain_apply is not None:
         return
     with _lock:

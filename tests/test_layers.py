@@ -34,6 +34,7 @@ ROOMS = (
     "listing",
     "aliases",
     "warned",
+    "compiler",
     "exits",
     "recorder",
     "fits",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch._C import DisableTorchFunctionSubclass
 
-from .. import aliases, exits
+from .. import aliases, compiler, exits
 from ..names import called_by_user
 from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
 from ..warned import refuse_by_python, warn_of_exit
@@ -132,6 +132,8 @@ def _listens(argument: Any) -> bool:
 
 
 exits.on_plain(_listens, lambda func, args, kwargs: Recorded.__torch_function__(func, (Recorded,), args, kwargs))
+
+compiler.spare(Recorded)
 
 
 class RecordedParameter(Recorded, torch.nn.Parameter):

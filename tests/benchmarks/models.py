@@ -240,7 +240,7 @@ class Count:
 def counting() -> Iterator[Count]:
     """What is yielded has the figures after the block."""
     found = Count()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         yield found
     events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
     for event in sorted(events, key=lambda each: each.start_ns()):

@@ -952,32 +952,6 @@ print(m.bias.g.tolist())
     assert done.stdout.strip() == "[4.0, 4.0]"
 
 
-@pytest.mark.slow
-def test_a_function_of_torch_s_compiler_runs_as_it_was_written_while_a_block_is_open() -> None:
-    graphs = []
-
-    def backend(graph: Any, example: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    w = torch.rand(3, 3, dtype=torch.float64)
-    compiled = torch.compile(lambda x: torch.tanh(x @ w).sum(), backend=backend)
-    for rows in (4, 5, 6):  # a second shape would make the sizes symbolic
-        x = torch.rand(rows, 3, dtype=torch.float64)
-        with te.record() as outer:
-            with te.record():
-                pass
-            C = compiled(x)
-        te.backward(C)
-        leaf = plain(x).clone().requires_grad_()
-        torch.tanh(leaf @ plain(w)).sum().backward()  # type: ignore[no-untyped-call]
-        close(grad_of(x), leaf.grad)
-        assert len(outer) == 3
-    assert not graphs
-    compiled(plain(x).clone())
-    assert len(graphs) == 1, "after the block it is compiled again"
-
-
 # -- what torch itself looks up --------------------------------------------------------------------------
 
 DEFAULT_DEVICE = """
