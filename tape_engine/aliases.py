@@ -294,6 +294,11 @@ def covers(base: torch.Tensor, part: torch.Tensor) -> bool:
     return a0 <= b0 and b1 <= a1 and base.dtype == part.dtype
 
 
+def in_reals(part: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`part`, or the pairs of reals that it consists of, where it is a complex view of a real `base`."""
+    return torch.view_as_real(part) if part.is_complex() and not base.is_complex() else part
+
+
 def contains(wide: torch.Tensor, part: torch.Tensor) -> bool:
     """Whether `wide`, which leaves out no place between its first element and its last, has all those of `part`."""
     return _dense(wide) and not overlapping(tuple(wide.shape), stride_of(wide)) and covers(wide, part)

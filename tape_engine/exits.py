@@ -35,10 +35,14 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch._C import DisableTorchFunction
+from torch.jit import _builtins
 from torch.nn.parameter import is_lazy
+from torch.utils import _device
 
 from . import compiler
 from .aliases import expose
@@ -99,6 +103,17 @@ MOVING = ("resize_", "copy_", "fill_")
 more: list[tuple[Any, str, Callable[[Any], Any]]] = []
 
 
+def unheard(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """What the recorder does by itself, of which a function mode of the user's hears nothing."""
+
+    @functools.wraps(handler)
+    def handling(*args: Any) -> Any:
+        with DisableTorchFunction():
+            return handler(*args)
+
+    return handling
+
+
 def on_exit(
     heard: Callable[[], bool],
     guard: Callable[[Tensor, str], None],
@@ -112,7 +127,7 @@ def on_exit(
 ) -> None:
     """The recorder says here whether it listens, how it records what is heard here, and how it hears nothing."""
     global _heard, _guard, _cut, _detach, _set, _parameter, _quietly, _unfollowed, _values_alone
-    _heard, _guard, _cut, _detach = heard, guard, cut, detach
+    _heard, _guard, _cut, _detach = heard, unheard(guard), unheard(cut), detach
     _set, _parameter, _quietly, _unfollowed, _values_alone = set_data, parameter, quietly, unfollowed, values_alone
 
 
@@ -171,9 +186,23 @@ def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(owner, name, None)
     known = _wrapper.get((owner, name))
     if known is None or known[0] is not original:
-        known = _wrapper[owner, name] = original, make(original)
+        known = _wrapper[owner, name] = original, _known_as(owner, name, original, make(original))
     _original[owner, name] = owner.__dict__.get(name)
     setattr(owner, name, known[1])
+
+
+def _known_as(owner: Any, name: str, original: Any, made: Any) -> Any:
+    """A wrapper under the name of what it wraps: pickle looks there for it, ``torch.jit`` has a table of functions."""
+    function = made.__func__ if isinstance(made, staticmethod) else made
+    if isinstance(function, FunctionType):
+        in_module = isinstance(owner, ModuleType)
+        function.__name__, function.__doc__ = name, original.__doc__
+        function.__qualname__ = name if in_module else f"{owner.__qualname__}.{name}"
+        function.__module__ = owner.__name__ if in_module else owner.__module__
+        operator = _builtins._find_builtin(original) if in_module else None  # type: ignore[no-untyped-call]
+        if operator is not None:
+            _builtins._register_builtin(function, operator)
+    return made
 
 
 @functools.cache
@@ -217,8 +246,9 @@ def _hooking(name: str, original: Any) -> Any:
 def _leaving(name: str, original: Any) -> Any:
     def wrapper(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         if _heard() and (called_by_user() or name == "__dlpack__"):  # torch.from_dlpack calls that
-            warn_of_exit(self, name)
-            expose(self)
+            with DisableTorchFunction():
+                warn_of_exit(self, name)
+                expose(self)
             if name != "data_ptr":  # an address, of which a replay has another
                 _guard(self, "elements")
         return original(self, *args, **kwargs)
@@ -435,9 +465,11 @@ def hear_functions() -> None:
     with _lock:
         if _plain_apply is None:
             _plain_apply = torch.autograd.Function.__dict__["apply"]
+            _device._device_constructors()  # torch remembers its functions that make tensors: not the wrappers of them
             torch.autograd.Function.apply = classmethod(_applying())  # type: ignore[method-assign, assignment]
             for name in UNASKED:
-                setattr(torch, name, _asking(f"torch.{name}", getattr(torch, name)))
+                original = getattr(torch, name)
+                setattr(torch, name, _known_as(torch, name, original, _asking(f"torch.{name}", original)))
             Tensor.set_ = _setting_memory(Tensor.set_)  # type: ignore[method-assign]
             _dlpack.to_dlpack = _capsuling(_dlpack.to_dlpack)
 

@@ -6,6 +6,7 @@ contributions to a value that was used several times, and checking that what a r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -273,7 +274,9 @@ class Sweep:
             known = values_by_tensor.get(id(g))
             older = known is not None and (known.node is None or known.node.seq < self._began)
             storage = g.untyped_storage()
-            taken = g is self._given or older or storage._cdata in seen
+            # A rule may have returned a constant of its own: somebody else holds that, and no recording made it.
+            held = (known is None and value is not self.root) if self.record else sys.getrefcount(g) > _ALONE
+            taken = g is self._given or older or held or storage._cdata in seen
             # counted: the tensor itself and the handle above
             if not taken and _uses(storage) == 3 and g._base is not None and g.is_contiguous():
                 # A view of what may be nobody else's: an alias in its place lets go of its base.
@@ -283,6 +286,16 @@ class Sweep:
                 g = self.gradients[value] = g.clone(memory_format=torch.contiguous_format)
                 storage = g.untyped_storage()
             seen.add(storage._cdata)
+
+
+def _count_alone() -> int:
+    found = {0: object()}
+    g = found[0]
+    return sys.getrefcount(g)
+
+
+#: What is counted of an object that one dictionary and one name hold; the question may be counted as well.
+_ALONE = _count_alone()
 
 
 def _uses(storage: torch.UntypedStorage) -> int:

@@ -47,8 +47,13 @@ class Elsewhere(TorchFunctionMode):
 
 
 def _watched(thread: threading.Thread, run: Callable[[], None]) -> Callable[[], None]:
+    own = "run" in thread.__dict__
+
     def watched() -> None:
-        del thread.run  # the class's own shows again, and no cycle is left
+        if own:
+            thread.run = run  # type: ignore[method-assign]
+        else:
+            del thread.run  # the class's own shows again, and no cycle is left
         with Elsewhere():
             run()
 

@@ -19,6 +19,7 @@ from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind
 from .state import LIFT, MOVED, UNSEEN, tensors_in
 from .writing import (
     AS_COMPLEX,
+    AS_REAL,
     Taken,
     as_constants,
     as_stored,
@@ -187,7 +188,7 @@ def _spread(
     detached = (new if whole is None else whole).detached
     if whole is not None and tensor._base is not None:
         target, old = in_units_of(tensor, tensor._base, whole, tape)
-        if aliases.covers(target, tensor):
+        if aliases.covers(target, aliases.in_reals(as_stored(tensor, target), target)):
             base = tensor._base
             of_base = _write_base(tape, tensor, new, target, old, cut, pending)
     wider = [t for t in neighbours if t is not base and t._base is None and _holds(t, base)]
@@ -215,10 +216,13 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
     """Records what a write to the view `tensor` makes of its base; returns the base's new value."""
     base = tensor._base
     assert base is not None
-    place = aliases.place_of(tensor, target)
     made = base if target is base else target
     stored = as_stored(tensor, target)  # a conjugated view writes the conjugate of what it shows
     part = turned(tape, new, tensor, target, stored)
+    reals = aliases.in_reals(stored, target)
+    if reals is not stored:
+        part = write(tape, AS_REAL, (part,), {}, [part], [None], [reals]).outputs[0]
+    place = aliases.place_of(reals, target)
     node = write(tape, aliases.write_view, (old, part, *place), {}, [old, part], [None, None], [made], cut=cut)
     if not tape.strong:
         old.ended = node.seq

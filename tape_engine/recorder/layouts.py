@@ -42,6 +42,7 @@ def _listens() -> bool:
     return not (state.quiet or current_tape_is_global())
 
 
+@exits.unheard
 def by_layout(function: Any, tensor: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether `function` gave `tensor` itself because of how that lies, and not of its dtype or device alone."""
     if function is _TO:
@@ -49,6 +50,7 @@ def by_layout(function: Any, tensor: Tensor, kwargs: dict[str, Any]) -> bool:
     return tensor.is_complex() or function not in _RESOLVE_CONJ
 
 
+@exits.unheard
 def note_chosen(tensor: Tensor) -> None:
     """The code asked for a tensor that lies in some order, and got `tensor` itself, which does."""
     with quietly():
@@ -58,6 +60,7 @@ def note_chosen(tensor: Tensor) -> None:
         _keep(value)
 
 
+@exits.unheard
 def note_asked(tensor: Tensor) -> None:
     """The code asked how `tensor` lies."""
     with quietly():

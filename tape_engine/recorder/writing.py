@@ -24,6 +24,7 @@ from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, is_cut, state
 __all__ = [
     "ALIAS",
     "AS_COMPLEX",
+    "AS_REAL",
     "Taken",
     "as_constants",
     "as_stored",
@@ -170,11 +171,13 @@ def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     if tensor._base is None:
         return _leaf(tensor, tape, closed=UNSEEN)
     base, whole = in_units_of(tensor, tensor._base, read(tensor._base, tape), tape)
-    if not aliases.covers(base, tensor):
-        return _leaf(tensor, tape, closed=UNSEEN)
-    place = aliases.place_of(tensor, base)
     raw = as_stored(tensor, base)
-    value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [raw]).outputs[0]
+    if not aliases.covers(base, part := aliases.in_reals(raw, base)):
+        return _leaf(tensor, tape, closed=UNSEEN)
+    place = aliases.place_of(part, base)
+    value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [part]).outputs[0]
+    if part is not raw:
+        value = write(tape, AS_COMPLEX, (value,), {}, [value], [None], [raw]).outputs[0]
     value = turned(tape, value, tensor, base, tensor)
     value.constant = constant
     aliases.share(value, whole)
@@ -186,7 +189,7 @@ def in_units_of(tensor: Tensor, base: Tensor, whole: Value, tape: Tape) -> tuple
     if not base.is_complex() or tensor.is_complex():
         return base, whole
     pairs = torch.view_as_real(base.resolve_conj() if base.is_conj() else base)
-    return pairs, write(tape, _AS_REAL, (whole,), {}, [whole], [None], [pairs]).outputs[0]
+    return pairs, write(tape, AS_REAL, (whole,), {}, [whole], [None], [pairs]).outputs[0]
 
 
 def as_stored(tensor: Tensor, base: Tensor) -> Tensor:
@@ -205,8 +208,7 @@ def turned(tape: Tape, value: Value, tensor: Tensor, base: Tensor, made: Tensor)
     return value
 
 
-_AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
-
+AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
 _CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._neg_view.default)
 
 

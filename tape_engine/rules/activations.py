@@ -115,7 +115,7 @@ def elu_backward_grad(g, out, gy, alpha, scale, input_scale, is_result, x):
         bend = (x * input_scale).exp() * (input_scale * input_scale * alpha * scale)
     return (
         kernels.elu_backward(g, alpha, scale, input_scale, is_result, x),
-        keep_where(x <= 0, g * gy * bend),
+        keep_where(x < 0, g * gy * bend),  # at the kink none, as torch's own
     )
 
 
@@ -136,7 +136,7 @@ def softplus_grad(g, out, x, beta=1, threshold=20):
 @rule(aten.softplus_backward.default, samples=[sample(spec(3, 4), spec(3, 4), 2.0, 5.0)])
 def softplus_backward_grad(g, out, gy, x, beta, threshold):
     s = (x * beta).sigmoid()
-    bend = keep_where(x * beta <= threshold, g * gy * s * (1 - s) * beta)
+    bend = torch.where(x * beta >= threshold, 0, g * gy * s * (1 - s) * beta)
     return kernels.softplus_backward(g, x, beta, threshold), bend
 
 

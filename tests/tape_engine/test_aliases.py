@@ -1242,3 +1242,48 @@ def test_overlap_is_never_missed() -> None:
 
 def _offsets(t: Tensor) -> list[int]:
     return aliases.positions(tuple(t.shape), t.stride(), 0, t.device).tolist()
+
+
+# -- a complex view of real memory -------------------------------------------------------------------
+
+
+def _conjugated(x: Tensor) -> Tensor:
+    y = x.clone().view(2, 2)
+    z = torch.view_as_complex(y).conj()
+    z.mul_(2j)
+    return y * z.imag[:, None]
+
+
+def _read_again(x: Tensor) -> Tensor:
+    y = x.clone()
+    z = torch.view_as_complex(y.view(2, 2))
+    y[1] = y[0] * 2
+    y.mul_(3)
+    return z.conj().abs() * z.angle()
+
+
+def _filled(x: Tensor) -> Tensor:
+    y = torch.zeros(3, 2, 2, dtype=torch.float64)
+    z = torch.view_as_complex(y)
+    z[1] = torch.view_as_complex(x.view(2, 2))
+    z[0] += z[1].conj()
+    z.t()[1].mul_(1j)
+    return y.exp()
+
+
+def _unfollowed(x: Tensor) -> Tensor:
+    y = x.clone().view(2, 2)
+    z = torch.view_as_complex(y)
+    with torch.no_grad():
+        z.mul_(2)
+    return y * z.real[:, None]
+
+
+@pytest.mark.parametrize("function", [_conjugated, _read_again, _filled, _unfollowed])
+def test_a_write_through_a_complex_view_of_reals(function: Callable[[Tensor], Tensor]) -> None:
+    x = rand(4)
+    with te.record():
+        C = function(x).sum()
+    te.backward(C)
+    assert torch.equal(C, function(plain(x)).sum())
+    agree([x], reference(lambda x: function(x).sum(), x))

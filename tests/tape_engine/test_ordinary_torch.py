@@ -950,3 +950,81 @@ print(m.bias.g.tolist())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[4.0, 4.0]"
+
+
+# -- what torch itself looks up --------------------------------------------------------------------------
+
+DEFAULT_DEVICE = """
+import torch, tape_engine as te
+with te.record():
+    pass
+for block in (te.record, te.pause):
+    with block(), torch.device("meta"):
+        made = torch.tensor([1.0]), torch.as_tensor([1.0]), torch.asarray([1.0])
+    assert all(each.device.type == "meta" for each in made), made
+"""
+
+
+def test_a_default_device_holds_after_a_recording() -> None:
+    """In a process of its own: torch makes its list of functions that take a device once."""
+    done = subprocess.run([sys.executable, "-c", DEFAULT_DEVICE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_functions_are_pickled_by_name_in_a_block_and_after_it() -> None:
+    for block in (te.record, te.pause):
+        with block():
+            now = torch.tensor, torch.as_tensor, torch.norm, torch.linalg.norm, F.one_hot, Tensor.detach
+            for function in now:
+                assert pickle.loads(pickle.dumps(function)) is function
+    assert [each.__name__ for each in now[:2]] == ["tensor", "as_tensor"]
+
+
+def _scripted(x: Tensor) -> Tensor:
+    return x + torch.tensor(1.0) + torch.as_tensor(2.0)
+
+
+def test_torch_jit_scripts_code_in_a_block_and_after_it() -> None:
+    x = torch.ones(4)
+    for block in (te.record, te.pause):
+        with block(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            assert torch.equal(torch.jit.script(_scripted)(x), torch.full((4,), 4.0))
+
+
+class _Heard(TorchFunctionMode):
+    """Notes the names of what it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _asking_for_layouts(x: Tensor) -> None:
+    h = x * 2
+    h.contiguous(), h.to(torch.float32), h.stride(), h.is_contiguous(), h.as_strided((2,), (1,))
+    h.detach().numpy(), h.tolist(), h.clone().detach_(), h.norm()
+
+
+def test_a_function_mode_hears_in_a_block_what_it_hears_without() -> None:
+    x = real(3)
+    with _Heard() as expected:
+        _asking_for_layouts(x)
+    with te.record(), _Heard() as inside:
+        _asking_for_layouts(x)
+    assert inside.names == expected.names
+
+
+def test_a_thread_with_a_run_of_its_own_keeps_it() -> None:
+    ran = []
+    thread = threading.Thread()
+    run = thread.run = lambda: ran.append(1)  # type: ignore[method-assign]
+    with te.record():
+        thread.start()
+        thread.join()
+    assert ran == [1]
+    assert thread.run is run

@@ -172,3 +172,24 @@ def test_grid_sample_by_finite_differences(mode: str, padding: str, align: bool)
         expected = float(weighed(*shifted[0]) - weighed(*shifted[1])) / (2 * step)
         g = ours[place]
         assert (0.0 if g is None else float((g * along).sum())) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "at"),
+    [
+        (torch.nn.functional.elu, 0.0),
+        (torch.nn.functional.celu, 0.0),
+        (torch.nn.functional.softplus, 20.0),
+        (torch.nn.functional.softplus, float("nan")),
+    ],
+)
+def test_at_a_kink_the_second_derivative_is_that_of_torch(function: Callable[[Tensor], Tensor], at: float) -> None:
+    x = torch.tensor([at, at - 0.5, at + 0.5], dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(leaf).sum(), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(first.sum(), leaf)
+    with te.record(strict=True):
+        (g,) = te.grad(function(x).sum(), x, record=True)
+        assert g is not None
+        loss = g.sum()
+    torch.testing.assert_close(te.grad(loss, x)[0], expected, equal_nan=True)

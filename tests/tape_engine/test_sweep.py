@@ -1614,3 +1614,22 @@ def check_random_graph(steps: list[tuple[str, int, int, int]], seed: int, way: s
         slope = float(up - down) / (2 * h)
         told = sum(float((grad_of(t) * d).sum()) for t, d in zip(leaves, direction, strict=True) if g_of(t) is not None)
         assert told == pytest.approx(slope, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_constant_that_a_rule_returns_stays_its_own(record: bool) -> None:
+    """Neither do gradients of two sweeps share its memory, nor does a write to one of them change it."""
+    slope = torch.ones(3, dtype=torch.float64)
+
+    @te.op
+    def shifted(x: Tensor) -> Tensor:
+        return x + 1
+
+    @shifted.rule
+    def shifted_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        return slope
+
+    x, y = rand(3), rand(3)
+    for leaf in (x, y):
+        te.backward(shifted(leaf), torch.ones(3, dtype=torch.float64), record=record)
+    unshared(grad_of(x), grad_of(y), slope)
