@@ -708,7 +708,8 @@ except KeyboardInterrupt:
     print("down", flush=True)
 """
     code = f"""
-import importlib.util, sys
+import importlib.util, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background is deaf to it
 spec = importlib.util.spec_from_file_location("dev", {str(ROOT / "dev.py")!r})
 dev = importlib.util.module_from_spec(spec)
 sys.modules["dev"] = dev
