@@ -1633,3 +1633,43 @@ def test_a_constant_that_a_rule_returns_stays_its_own(record: bool) -> None:
     for leaf in (x, y):
         te.backward(shifted(leaf), torch.ones(3, dtype=torch.float64), record=record)
     unshared(grad_of(x), grad_of(y), slope)
+
+
+# -- nothing is done that nobody reads -------------------------------------------------------------------
+
+
+def _swept(net: torch.nn.Module, x: Tensor) -> tuple[Heard, list[Any]]:
+    """A net's parameters with their ``.g``, held against torch.autograd, and what ran in the sweep."""
+    parameters: list[Any] = list(net.parameters())
+    expected = torch.autograd.grad(net(x).square().sum(), parameters)
+    with te.record():
+        C = net(x).square().sum()
+    with Heard() as heard:
+        te.backward(C, wrt=parameters)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        close(grad_of(parameter), gradient)
+    return heard, parameters
+
+
+def test_the_gradients_of_weights_are_not_copied() -> None:
+    layers = [torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)]
+    heard, parameters = _swept(torch.nn.Sequential(*layers).double(), rand(6, 5))
+    assert "clone" not in heard.names
+    unshared(*[grad_of(each) for each in parameters])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_of_a_picture_that_is_data_no_gradient_is_computed(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tape_engine.rules.common import kernels
+
+    masks: list[list[bool]] = []
+    kernel = kernels.convolution_backward
+
+    def noted(*args: Any) -> Any:
+        masks.append(list(args[-1]))
+        return kernel(*args)
+
+    monkeypatch.setattr(kernels, "convolution_backward", noted)
+    convolutions = [torch.nn.Conv2d(3, 4, 3, bias=bias), torch.nn.Tanh(), torch.nn.Conv2d(4, 2, 2, bias=bias)]
+    _swept(torch.nn.Sequential(*convolutions).double(), rand(2, 3, 6, 6))
+    assert masks == [[True, True, bias], [False, True, bias]]
