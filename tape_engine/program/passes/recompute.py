@@ -102,6 +102,8 @@ def recompute(
         return Recomputed(nodes)
     if EVERYTHING:
         inside = ()
+    elif sum(v.nbytes for node in frozen.forward for v in node.outputs) < FULL:
+        return Recomputed(nodes)  # so little cannot be what fills a step: not even looked at, which takes a while
     tape = _Tape(_late_views(nodes, frozen, folded, looks_into), frozen, wanted, folded, looks_into, inside)
     if not EVERYTHING and int(tape.held.max()) < FULL:
         return Recomputed(nodes)
