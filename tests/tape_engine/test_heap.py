@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
+
+import pytest
 
 TRIAL = """
 import json, resource
@@ -18,16 +19,12 @@ def faults():
     del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-before = [faults() for _ in range(6)]
 settle_heap()
-after = [faults() for _ in range(6)]
-print(json.dumps([sorted(before[2:])[2], sorted(after[2:])[2]]))
+print(json.dumps(sorted(faults() for _ in range(6))[2]))
 """
 
 
+@pytest.mark.slow
 def test_what_is_freed_at_the_end_of_the_heap_is_not_paid_for_again() -> None:
     run = subprocess.run([sys.executable, "-c", TRIAL], capture_output=True, text=True, check=True)
-    before, after = json.loads(run.stdout)
-    if platform.libc_ver()[0] == "glibc":
-        assert before > 1_000, "36 MiB, given back and taken anew"
-    assert after < 1_000
+    assert json.loads(run.stdout) < 1_000, "of 9,216 pages, given back and taken anew"

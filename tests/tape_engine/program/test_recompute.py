@@ -46,6 +46,7 @@ def again(program: te.Program) -> list[str]:
 # -- the same results --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forced")
 @both
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
