@@ -10,24 +10,27 @@ import torch
 from . import modules
 from .errors import NotRecordedError, TapeWarning, message
 from .names import call_site, user_frame
-from .tape import bound, describe
+from .tape import Value, bound, describe
 
 __all__ = ["refuse_by_python", "warn_of_exit", "warn_of_hook", "warn_of_list", "warn_of_thread"]
 
 Tensor = torch.Tensor
 
 
-def _would_cut(tensor: Tensor) -> bool:
-    """Whether a gradient could pass through what `tensor` holds, which was computed on a tape that waits."""
-    value = bound(tensor)
-    node = None if value is None else value.node
-    return value is not None and node is not None and not node.closed and value.differentiable and not node.cut
+def _passing(*tensors: Tensor) -> Value | None:
+    """The first value of `tensors` through which a gradient could pass, computed on a tape that waits."""
+    for tensor in tensors:
+        value = bound(tensor)
+        node = None if value is None else value.node
+        if value is not None and node is not None and not node.closed and value.differentiable and not node.cut:
+            return value
+    return None
 
 
 def warn_of_exit(tensor: Tensor, name: str) -> None:
     """Warns that a recorded value leaves for code through which no gradient can be followed."""
-    value = bound(tensor)
-    if value is None or not _would_cut(tensor):
+    value = _passing(tensor)
+    if value is None:
         return
     call, then = ("pickling", "") if name == "__reduce_ex__" else (f".{name}()", f".{name}()")
     warnings.warn(
@@ -45,8 +48,8 @@ def warn_of_exit(tensor: Tensor, name: str) -> None:
 
 def refuse_by_python(tensor: Tensor, name: str) -> None:
     """Refuses to have a function of Python write to what may have a gradient, as torch does."""
-    value = bound(tensor)
-    if value is None or not _would_cut(tensor):
+    value = _passing(tensor)
+    if value is None:
         return
     raise NotRecordedError(
         message(
@@ -78,7 +81,7 @@ def warn_of_hook(tensor: Tensor | None, what: str, stacklevel: int) -> None:
 
 def warn_of_thread(title: str, tensors: Iterable[Tensor]) -> bool:
     """Warns that another thread than the one that records computes with one of `tensors`, if a gradient could pass."""
-    known = next((value for each in tensors if _would_cut(each) and (value := bound(each)) is not None), None)
+    known = _passing(*tensors)
     if known is None:
         return False
     warnings.warn(
@@ -104,7 +107,7 @@ modules.on_backward_hook(_warn_of_module)
 
 def warn_of_list(title: str, tensors: Iterable[Tensor]) -> None:
     """Warns that `title` takes the numbers out of `tensors`, if a gradient could pass through one of them."""
-    known = next((value for each in tensors if _would_cut(each) and (value := bound(each)) is not None), None)
+    known = _passing(*tensors)
     if known is None:
         return
     warnings.warn(

@@ -102,8 +102,6 @@ def recompute(
         return Recomputed(nodes)
     if EVERYTHING:
         inside = ()
-    elif sum(v.nbytes for node in frozen.forward for v in node.outputs) < FULL:
-        return Recomputed(nodes)  # so little cannot be what fills a step: not even looked at, which takes a while
     tape = _Tape(_late_views(nodes, frozen, folded, looks_into), frozen, wanted, folded, looks_into, inside)
     if not EVERYTHING and int(tape.held.max()) < FULL:
         return Recomputed(nodes)
@@ -127,8 +125,12 @@ def recompute(
 
 
 def large(frozen: Frozen) -> bool:
-    """Whether the forward pass makes a value that is worth being computed again."""
-    return EVERYTHING or any(v.nbytes >= LEAST for node in frozen.forward for v in node.outputs)
+    """Whether the forward pass makes a value that is worth being computed again, and enough in all to fill a step.
+
+    Where it does not, nothing else is looked at: to find out which values look into others takes a while.
+    """
+    made = [v.nbytes for node in frozen.forward for v in node.outputs]
+    return EVERYTHING or (sum(made) >= FULL and max(made, default=0) >= LEAST)
 
 
 def _late_views(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tape_engine as te
+from tests.fuzz_files import scale
 from tests.helpers import close, plain
 from tests.tape_engine.program.common import C128, F32, F64, draw
 
@@ -167,17 +168,6 @@ def write_view(base: Tensor, part: Tensor, size: tuple[int, ...], stride: tuple[
 # -- programs ------------------------------------------------------------------------------------------------------
 
 
-@te.op
-def shaken(x: Tensor, factor: float, how: tuple[int, ...] = (1, 2)) -> Tensor:
-    """It draws, so that it is not opened up."""
-    return x * factor * torch.rand(())
-
-
-@shaken.rule
-def shaken_grad(g, out, x, factor, how):  # type: ignore[no-untyped-def]
-    return g * factor
-
-
 Made = tuple[te.Program, list[Tensor]]
 
 
@@ -227,7 +217,7 @@ def mixed() -> Made:
     with te.record() as tape:
         with te.scope("head"):
             y = torch.fft.fft(x * z).abs().sum() * float("inf" if x.sum().item() > 1e9 else 1.5)
-        half = shaken(table[at], 0.5).half()
+        half = scale(table[at], 0.5).half()
         total = y + half.sum().double() + torch.where(x > 0, x, x * -1.0).max() + x[::2].sum() + z.conj().real.sum()
     return tape.program(inputs=(x, at), outputs=total, wrt=[x, table, y]), [x.clone(), at.clone()]
 
@@ -261,8 +251,8 @@ def test_a_reader_written_from_the_page_replays_to_the_same_numbers(make: Callab
     torch.manual_seed(0)
     program, inputs = make()
     program.save(tmp_path / "p.te")
-    reader = Reader(tmp_path / "p.te", {"shaken": shaken.forward})
-    loaded = te.load(tmp_path / "p.te", ops=[shaken])
+    reader = Reader(tmp_path / "p.te", {"scale": scale.forward})
+    loaded = te.load(tmp_path / "p.te", ops=[scale])
     for turn in range(2):
         mine, given = [plain(each) for each in inputs], [plain(each) for each in inputs]
         torch.manual_seed(turn)
