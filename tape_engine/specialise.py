@@ -3,8 +3,9 @@
 A rule returns one gradient for each tensor argument, ``return g @ w.mH, X.mH @ g, g.sum(0)``, but a sweep may
 need only some of them. As rules are pure, the others can be left out: their expressions in the
 return, and then the assignments that nobody reads any more. A rule that returns what one kernel gives
-tells that kernel by a list named ``wanted``, an entry a gradient: those not needed become False. That is done
-once for each rule and each choice of arguments, on the rule's source; a rule without readable source is run whole.
+tells that kernel by a list named ``wanted``, an entry a gradient: those not needed become False. Where all numbers
+are real the conjugates of our own rules are left out as well: ``g * b.conj()`` is ``g * b`` then. That is done once
+for each rule and each choice of arguments, on the rule's source; a rule without readable source is run whole.
 """
 
 from __future__ import annotations
@@ -24,43 +25,85 @@ Rule = Callable[..., Any]
 #: The name by which a rule tells a kernel which gradients to give.
 WANTED = "wanted"
 
-_made: dict[tuple[Rule, tuple[bool, ...]], Rule] = {}
+#: Where the rules stand in which ``conj`` and ``mH`` are what they are in torch.
+OURS = "tape_engine.rules."
+
+#: What was made so far, for real numbers and for all, by the rule and what is needed of it.
+_for_reals: dict[Rule, dict[tuple[bool, ...], Rule]] = {}
+_for_all: dict[Rule, dict[tuple[bool, ...], Rule]] = {}
 
 
-def specialise(rule: Rule, needs: tuple[bool, ...]) -> Rule:
-    """`rule` without the gradients that `needs` marks as not needed: it returns None in their place."""
-    if all(needs) or len(needs) < 2:
-        return rule
-    key = (rule, needs)
-    found = _made.get(key)
-    if found is None:
-        found = _made[key] = _without(rule, needs) or rule
-    return found
+def specialise(rule: Rule, needs: tuple[bool, ...], real: bool = False) -> Rule:
+    """`rule` without what `needs` marks as not needed, and for `real` numbers without conjugates.
+
+    It returns None in the place of a gradient that is not needed.
+    """
+    try:
+        return (_for_reals if real else _for_all)[rule][needs]
+    except KeyError:
+        made = (_for_reals if real else _for_all).setdefault(rule, {})
+        found = made[needs] = _narrowed(rule, needs, real) or rule
+        return found
 
 
-def _without(rule: Rule, needs: tuple[bool, ...]) -> Rule | None:
+def _narrowed(rule: Rule, needs: tuple[bool, ...], real: bool) -> Rule | None:
     if not isinstance(rule, FunctionType):
         return None
-    definition = _definition(rule)
+    partly = len(needs) > 1 and False in needs
+    real = real and rule.__module__.startswith(OURS)
+    definition = _definition(rule) if partly or real else None
     if definition is None:
         return None
+    without = _Unconjugated()
+    if real:
+        without.visit(definition)
+    dropped = partly and _drop(definition, needs)
+    return _compiled(rule, definition) if dropped or without.found else None
+
+
+class _Unconjugated(ast.NodeTransformer):
+    """Leaves out the conjugates of real numbers: ``x.conj()``, ``conj(x)``, and that in ``x.mH``."""
+
+    found = False
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        called = node.func
+        if isinstance(called, ast.Name) and called.id == "conj" and len(node.args) == 1:
+            self.found = True
+            return node.args[0]
+        if isinstance(called, ast.Attribute) and called.attr == "conj" and not node.args:
+            self.found = True
+            return called.value
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        if node.attr == "mH":
+            self.found = True
+            node.attr = "mT"
+        return node
+
+
+def _drop(definition: ast.FunctionDef, needs: tuple[bool, ...]) -> bool:
+    """Takes out of a rule's body what `needs` marks as not needed; says whether it could."""
     returns = [node for node in ast.walk(definition) if isinstance(node, ast.Return)]
     last = definition.body[-1]
     if len(returns) != 1 or returns[0] is not last or not isinstance(last, ast.Return):
-        return None
+        return False
     if isinstance(last.value, ast.Call):
-        return _compiled(rule, definition) if _masked(definition.body, last.value, needs) else None
+        return _masked(definition.body, last.value, needs)
     if not isinstance(last.value, ast.Tuple) or len(last.value.elts) != len(needs):
-        return None
+        return False
     if any(isinstance(each, ast.Starred) for each in last.value.elts):
-        return None
+        return False
     dropped = [each for each, need in zip(last.value.elts, needs, strict=True) if not need]
     if any(isinstance(inside, ast.NamedExpr) for each in dropped for inside in ast.walk(each)):
-        return None
+        return False
     pairs = zip(last.value.elts, needs, strict=True)
     last.value.elts = [each if need else ast.copy_location(ast.Constant(None), each) for each, need in pairs]
     definition.body = _alive(definition.body)
-    return _compiled(rule, definition)
+    return True
 
 
 def _masked(body: list[ast.stmt], kernel: ast.Call, needs: tuple[bool, ...]) -> bool:

@@ -25,12 +25,15 @@ def order_of(node: Node | None) -> list[Node]:
     stack = [node]
     while stack:
         here = stack.pop()
-        if not here.op.differentiable or (here.cut and not here.mutates):
+        if (here.cut and not here.mutates) or not here.op.differentiable:
             continue
-        for value, source in zip(here.inputs, here.sources, strict=True):
-            if source is not None and source not in seen and value.dtype in DIFFERENTIABLE and not value.constant:
-                seen.add(source)
-                stack.append(source)
+        inputs = here.inputs
+        for i, source in enumerate(here.sources):
+            if source is not None and source not in seen:
+                value = inputs[i]
+                if value.dtype in DIFFERENTIABLE and not value.constant:
+                    seen.add(source)
+                    stack.append(source)
     return sorted(seen, key=_by_seq)
 
 
@@ -82,7 +85,11 @@ def steps_to(
                 (useful if need else passed).add(value)
             needs.append(need)
         if True in needs and (node.op.differentiable or node.cut):
-            useful.update([v for v in node.outputs if v.dtype in DIFFERENTIABLE and not v.constant])
+            made = node._outputs
+            if type(made) is tuple:
+                useful.update([v for v in made if v.dtype in DIFFERENTIABLE and not v.constant])
+            elif made.dtype in DIFFERENTIABLE and not made.constant:
+                useful.add(made)
             steps.append((node, tuple(needs)))
     if not closed and wanted > {id(value.holder) for value in asked}:
         return steps_to(asked, targets, order, closed=True)

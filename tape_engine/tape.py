@@ -325,6 +325,7 @@ class Node:
             the place of the value that its tensor held afterwards.
         cut: recorded under ``no_grad``: no gradient passes.
         ordinary: whether it has one output, given as it is, no keyword arguments, and is not cut, as most have.
+        real: whether it is known that no value of it is complex.
         random: whether it draws from a generator.
         swept: whether a sweep has passed over it.
         context: in a recorded sweep, the custom function whose backward ran it, on what it had kept by then.
@@ -339,6 +340,7 @@ class Node:
     mutates: tuple[tuple[int, int], ...] = ()
     cut = False
     ordinary = False
+    real = False
     random = False
     swept = False
     tape: Token | None = None

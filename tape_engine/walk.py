@@ -113,6 +113,7 @@ class Sweep:
         """
         pending, gradients, asked, summed = self.pending, self.gradients, self.asked, self._summed
         devices = torch.accelerator.is_available()  # else all tensors are on the CPU, or shapes alone
+        intact: set[Kept] = set()  # cells that were looked at: one of a weight is read again and again
         for node, needs in reversed(self._steps):
             rule = node.op.grad
             if rule is None or not node.ordinary:
@@ -128,25 +129,27 @@ class Sweep:
             given: list[Any] = [*inputs, out]
             for i, kept in enumerate(node.saved):
                 if kept is not None:
-                    tensor, holder = kept.tensor, given[i]._tensor()
-                    if not (holder is None if kept.own else (holder is tensor and kept.intact)):
-                        tensor = self._contents(node, kept, given[i])
+                    tensor = kept.tensor
+                    if kept not in intact:
+                        holder = given[i]._tensor()
+                        if holder is None if kept.own else (holder is tensor and kept.intact):
+                            intact.add(kept)
+                        else:
+                            tensor = self._contents(node, kept, given[i])
                     given[i] = tensor
             read = given.pop()
             if node.args is not inputs:
                 left = iter(given)
                 given = [refill(each, left) for each in node.args]
-            if False in needs:
-                rule = specialise(rule, needs)
             try:
-                contributions = rule(g, read, *given)
+                contributions = specialise(rule, needs, node.real)(g, read, *given)
             except TapeError:
                 raise
             except Exception as error:
                 raise _failed(node, [g], error) from error
             if type(contributions) is not tuple or len(contributions) != len(inputs):
                 contributions = in_order(contributions, node)
-            for value, need, contribution in zip(inputs, needs, contributions, strict=True):
+            for value, need, contribution in zip(inputs, needs, contributions):  # noqa: B905 - as long, just asked
                 if contribution is None or not need:
                     continue
                 if (

@@ -118,6 +118,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
             value.constant = True
         else:
             node.ordinary = True
+            node.real = not is_complex and (value.dtype is _FLOAT or not value.dtype.is_complex)
             if op.reads_output:
                 kept = Kept(ALIAS(result), own=True)  # below autograd: the count is not shared
                 value._kept = _ref(kept)
