@@ -86,10 +86,11 @@ def steps_to(
             needs.append(need)
         if True in needs and (node.op.differentiable or node.cut):
             made = node._outputs
-            if type(made) is tuple:
+            if isinstance(made, Value):
+                if made.dtype in DIFFERENTIABLE and not made.constant:
+                    useful.add(made)
+            else:
                 useful.update([v for v in made if v.dtype in DIFFERENTIABLE and not v.constant])
-            elif made.dtype in DIFFERENTIABLE and not made.constant:
-                useful.add(made)
             steps.append((node, tuple(needs)))
     if not closed and wanted > {id(value.holder) for value in asked}:
         return steps_to(asked, targets, order, closed=True)

@@ -146,12 +146,7 @@ class Value:
     def __init__(
         self, tensor: torch.Tensor, ref: weakref.ref[torch.Tensor] | None = None, *, constant: bool = False
     ) -> None:
-        shape = tensor.shape
-        strides = _stride(tensor) if tensor.layout is _STRIDED else ()
-        try:
-            self.shape, self.strides = _layouts.get((shape, strides)) or _layout(shape, strides)
-        except TypeError:  # symbolic sizes are no numbers to look up
-            self.shape, self.strides = shape, strides
+        self.shape, self.strides = layout_of(tensor)
         self.dtype = tensor.dtype
         self.device = tensor.device
         self._tensor: Callable[[], torch.Tensor | None] = weakref.ref(tensor) if ref is None else ref
@@ -256,11 +251,20 @@ class Hidden:
 _layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[torch.Size, tuple[int, ...]]] = {}
 
 
-def _layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torch.Size, tuple[int, ...]]:
-    """Both, from now on the ones that stand for their equals."""
-    if len(_layouts) >= 4096:
-        _layouts.clear()
-    found = _layouts[shape, strides] = shape, strides
+def layout_of(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    """Shape and strides (none, where the layout is not strided): the ones that stand for their equals."""
+    try:
+        key = tensor.shape, _stride(tensor)
+        found = _layouts.get(key)
+    except RuntimeError:  # sparse, and others
+        key = tensor.shape, ()
+        found = _layouts.get(key)
+    except TypeError:  # symbolic sizes are no numbers to look up
+        return tensor.shape, _stride(tensor)
+    if found is None:
+        if len(_layouts) >= 4096:
+            _layouts.clear()
+        found = _layouts[key] = key
     return found
 
 
@@ -325,7 +329,7 @@ class Node:
             the place of the value that its tensor held afterwards.
         cut: recorded under ``no_grad``: no gradient passes.
         ordinary: whether it has one output, given as it is, no keyword arguments, and is not cut, as most have.
-        real: whether it is known that no value of it is complex.
+        complex: of an ordinary node, whether a value of it is complex.
         random: whether it draws from a generator.
         swept: whether a sweep has passed over it.
         context: in a recorded sweep, the custom function whose backward ran it, on what it had kept by then.
@@ -340,9 +344,11 @@ class Node:
     mutates: tuple[tuple[int, int], ...] = ()
     cut = False
     ordinary = False
-    real = False
+    complex = False
     random = False
     swept = False
+    scope: tuple[str, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 - of all nodes that have none, and never written to
     tape: Token | None = None
     context: str | None = None
     outline: Node | None = None
@@ -361,10 +367,12 @@ class Node:
     ) -> None:
         self.op = op
         self.args = args
-        self.kwargs = kwargs
+        if kwargs:
+            self.kwargs = kwargs
         self.inputs = inputs
         self.sources = sources
-        self.scope = scope
+        if scope:
+            self.scope = scope
         self.seq = next(_sequence)
         self._code = code
         self._lasti = lasti
@@ -489,6 +497,7 @@ class Tape:
         decisions: the guards of the global tape, each with how many nodes it keeps; those of a block are its nodes.
         frozen: how long it was when it was last frozen; -1 before.
         forgotten: where in the order of recording the last of them stood that were given up.
+        unheard: the nodes whose output torch's autograd has saved unheard, by the address of its elements.
     """
 
     def __init__(self, *, strong: bool = True, strict: bool = False) -> None:
@@ -503,6 +512,7 @@ class Tape:
         self.asked: list[Value] = []  # in a block, the values of which some code has asked how they lie
         self.forgotten = -1
         self.frozen = -1
+        self.unheard: dict[int, Node] = {}
         self._sweep_at = 1024  # when the global tape next drops what nobody reaches
 
     @property
@@ -554,6 +564,8 @@ class Tape:
             return []
         forgotten = self._nodes[length:]
         del self._nodes[length:]
+        for address in [address for address, node in self.unheard.items() if node in forgotten]:
+            del self.unheard[address]
         return forgotten
 
     @property
@@ -567,6 +579,7 @@ class Tape:
         self._leaves.clear()
         self.decisions.clear()
         self.asked.clear()
+        self.unheard.clear()
 
     def __len__(self) -> int:
         return len(self._nodes) if self.strong else len(self.nodes)

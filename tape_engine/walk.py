@@ -142,7 +142,7 @@ class Sweep:
                 left = iter(given)
                 given = [refill(each, left) for each in node.args]
             try:
-                contributions = specialise(rule, needs, node.real)(g, read, *given)
+                contributions = specialise(rule, needs, not node.complex)(g, read, *given)
             except TapeError:
                 raise
             except Exception as error:

@@ -14,10 +14,11 @@ from .. import aliases, exits, heap, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
-from ..tape import Tape, bound, current_tape, pop_tape, push_tape
+from ..tape import Node, Tape, Value, bound, current_tape, pop_tape, push_tape
 from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, quietly
+from .shortcut import Shortcut, left_out
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in, values_alone
 from .streams import Streams
 from .writing import (
@@ -119,25 +120,27 @@ class record:
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
-        self._open: list[tuple[Tape, Mode, bool, int]] = []
+        self._open: list[tuple[Tape, Mode, Shortcut, bool, int]] = []
 
     def __enter__(self) -> Tape:
         heap.settle_heap()
         aliases.forget_exposed()
         tape = Tape(strong=True, strict=self.strict)
         tape.streams = Streams()
-        mode = Mode(tape)
-        self._open.append((tape, mode, state.grad_mode, modules.listen()))
+        mode, shortcut = Mode(tape), Shortcut(tape)
+        self._open.append((tape, mode, shortcut, state.grad_mode, modules.listen()))
         state.grad_mode = torch.is_grad_enabled()
         exits.open_exits()
         push_tape(tape)
         mode.__enter__()  # type: ignore[no-untyped-call]
+        shortcut.__enter__()
         return tape
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tape, mode, state.grad_mode, length = self._open.pop()
+        tape, mode, shortcut, state.grad_mode, length = self._open.pop()
+        shortcut.__exit__(kind, error, trace)
         with _taken_off(mode):
             mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         pop_tape(tape)
@@ -149,12 +152,24 @@ class record:
             still_open = [node for node in tape.nodes if node.seq >= swept] if swept else tape.nodes
             if still_open:
                 listen_to(tape.held, tape)
-            made = [value for node in still_open for value in node.outputs]
-            for holder, value in [(holder, value) for value in made if (holder := value._tensor()) is not None]:
-                if bound(holder) is value:
+            for value in _held_by_tensors(still_open):
+                holder = value._tensor()
+                if holder is not None and bound(holder) is value:
                     mark(holder, tape)
             if tape.frozen == tape.length:  # nothing was recorded since
                 rest_leaves(tape.token)
+
+
+def _held_by_tensors(nodes: list[Node]) -> list[Value]:
+    """The values that nodes made and whose tensors are alive: few of many."""
+    found: list[Value] = []
+    for node in nodes:
+        made = node._outputs
+        if type(made) is tuple:
+            found += made
+        elif made._tensor() is not None:  # type: ignore[union-attr]
+            found.append(made)  # type: ignore[arg-type]
+    return found
 
 
 @contextmanager
@@ -177,7 +192,8 @@ def pause() -> Iterator[None]:
     state.paused += 1
     state.deaf += 1
     try:
-        yield
+        with left_out():
+            yield
     finally:
         state.paused -= 1
         state.deaf -= 1

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._C import DisableTorchFunctionSubclass
+from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, _is_torch_function_mode_enabled
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plans import plan_of, plans
-from ..tape import Tape, Value, bind, current_tape, unbind
+from ..tape import Tape, Value, address_of, bind, bound, current_tape, unbind
 from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
+from .shortcut import left_out
 from .state import DETACH, LIFT, gaps, state, tensors_in, without_vectors
 from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
 
@@ -40,6 +41,9 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tape = self.tape
+        if _is_torch_function_mode_enabled():  # run by torch itself: they hear the user alone
+            with DisableTorchFunction():
+                return self.__torch_dispatch__(func, types, args, kwargs)
         plan = plans.get(func)
         if plan is not None and plan.plain and not (kwargs or state.deaf) and tape is current_tape():
             return record_plain(tape, plan, args)
@@ -58,7 +62,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if plan.writes:
             return record_write(tape, func, plan, args, kwargs)
         if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
-            value = read(args[0], tape)
+            value = _saved_by_autograd(args[0], tape) or read(args[0], tape)
             result = plan.call(args[0])
             bind(result, value, value.node)
             return result
@@ -92,6 +96,16 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+def _saved_by_autograd(tensor: Tensor, tape: Tape) -> Value | None:
+    """The value that torch's own backward unpacks, if autograd has saved it unheard."""
+    node = tape.unheard.get(address_of(tensor)) if tape.unheard and bound(tensor) is None else None
+    cell = None if node is None else node.saved[-1]
+    value = None if node is None else node.outputs[0]
+    if cell is None or value is None or address_of(cell.tensor) != address_of(tensor):  # written to since, or freed
+        return None
+    return value if (value.shape, value.strides, value.dtype) == (tensor.shape, tensor.stride(), tensor.dtype) else None
+
+
 def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
     """``torch.tensor(…)``: the tensor is made anew on each run of the code, so its first contents are kept."""
     unbind(fresh)
@@ -111,6 +125,8 @@ class quietly:
     def __enter__(self) -> None:
         self.guard = DisableTorchFunctionSubclass()
         self.guard.__enter__()
+        self.shortcut = left_out()
+        self.shortcut.__enter__()
         self.mode = None
         depth = torch._C._len_torch_dispatch_stack()
         if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), Mode):
@@ -123,6 +139,7 @@ class quietly:
         state.deaf -= 1
         if self.mode is not None:
             torch._C._push_on_torch_dispatch_stack(self.mode)
+        self.shortcut.__exit__()
         self.guard.__exit__(None, None, None)
 
 

@@ -15,9 +15,21 @@ from typing import Any
 import torch
 
 from ..modules import path
-from ..names import user_frame
+from ..names import _is_user_file, user_frame
 from ..plans import Plan
-from ..tape import Binding, Kept, Node, Tape, Value, forget, values_by_tensor, versions_of
+from ..tape import (
+    Binding,
+    Kept,
+    Node,
+    Tape,
+    Value,
+    address_of,
+    forget,
+    layout_of,
+    next_in_sequence,
+    values_by_tensor,
+    versions_of,
+)
 from .state import gaps, state
 from .writing import ALIAS, call, join_views, outputs_of, read, refuse_without_rule, stays_closed, undo
 
@@ -26,24 +38,28 @@ __all__ = ["record_plain"]
 Tensor = torch.Tensor
 
 _WITHOUT: dict[str, Any] = {}  # the keyword arguments of a call that has none
+_UNWRITTEN = (0,)
 _FLOAT = torch.float32
+_contents_of = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 _binding_of = values_by_tensor.get
 _grad_enabled = torch.is_grad_enabled
 _frame = sys._getframe
+_new_node, _new_value = Node.__new__, Value.__new__
 _ref = weakref.ref
 
 
-def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
+def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None) -> Any:
     """The result of ``plan.call(*args)``, recorded on `tape`; `plan` is plain.
 
-    It is called by `Mode.__torch_dispatch__`, and that by torch: the user's frame lies beyond.
+    It is called by the mode that hears the call, and that by torch: the user's frame lies beyond. `func` is what the
+    user called, where it is heard above torch's autograd.
     """
     op, token, strong, length = plan.op, tape.token, tape.strong, len(tape._nodes)
     inputs: list[Value] = []
     sources: list[Node | None] = []
     saved: list[Kept | None] = []
     is_complex = keeps = False
-    run = plan.quick
+    run = plan.quick if func is None else func
     reads: Sequence[bool] = op.argument_reads
     if len(reads) < len(args):
         reads = op.reads_places(len(args))
@@ -51,7 +67,8 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
         if type(argument) is not Tensor:
             if not isinstance(argument, Tensor):
                 continue
-            run = plan.call
+            if func is None:
+                run = plan.call
         value = None
         binding = _binding_of(id(argument))
         if binding is not None:
@@ -89,7 +106,10 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
     if tape.strict:
         refuse_without_rule(op, inputs)
     try:
-        result: Any = call(plan.call, args, _WITHOUT, lazily=True) if is_complex else run(*args)
+        if is_complex and func is None:
+            result: Any = call(plan.call, args, _WITHOUT, lazily=True)
+        else:
+            result = run(*args)
     except BaseException:
         undo(tape, length)
         raise
@@ -100,17 +120,33 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
         return result
 
     read_values = tuple(inputs)
-    frame = user_frame(_frame(2))
+    frame: Any = _frame(2)
+    if not _is_user_file.get(frame.f_code.co_filename):
+        frame = user_frame(frame)
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
     call_args = read_values if len(read_values) == len(args) else _refilled(args, inputs)
-    node = Node(op, call_args, _WITHOUT, read_values, tuple(sources), code, lasti, path())
+    node = _new_node(Node)  # what `Node` does, in place
+    node.op = op
+    node.args = call_args
+    node.inputs = read_values
+    node.sources = tuple(sources)
+    node.seq = next_in_sequence()
+    node._code = code
+    node._lasti = lasti
+    scope = path()
+    if scope:
+        node.scope = scope
     node.tape = token
     cut = not _grad_enabled() and state.grad_mode
     if single:
         binding = Binding(result, forget)  # what `bind` does, with one weak reference for the value's as well
-        binding.value = node._outputs = value = Value(result, binding)
+        binding.value = node._outputs = value = _new_value(Value)  # what `Value` does, in place
+        value.shape, value.strides = layout_of(result)
+        value.dtype = result.dtype
+        value.device = result.device
+        value._tensor = binding
         binding.node = node
-        binding.versions = versions_of(result)
+        binding.versions = _UNWRITTEN if func is not None and not views else versions_of(result)
         binding.key = key = id(result)
         values_by_tensor[key] = binding
         value._node = _ref(node)
@@ -118,12 +154,15 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
             value.constant = True
         else:
             node.ordinary = True
-            node.real = not is_complex and (value.dtype is _FLOAT or not value.dtype.is_complex)
+            if is_complex or (value.dtype is not _FLOAT and value.dtype.is_complex):
+                node.complex = True
             if op.reads_output:
-                kept = Kept(ALIAS(result), own=True)  # below autograd: the count is not shared
+                kept = Kept(_contents_of(result), own=True)
                 value._kept = _ref(kept)
                 saved.append(kept)
                 keeps = True
+                if func is not None and result.requires_grad:
+                    tape.unheard[address_of(result)] = node  # autograd has saved it, if it does
     else:
         made = _tensors(result)
         node.outputs = outputs_of(node, made)
