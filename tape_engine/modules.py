@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,12 +31,22 @@ _lock = threading.Lock()
 _listeners = 0
 _original: Any = None  # torch's own, while a recording is open
 _backward_hook: Callable[[torch.nn.Module], None] = print
+_aside: Callable[[], AbstractContextManager[None]] = nullcontext
+
+#: Modules that ask whether a function mode is at work, and compute another way then (``has_torch_function``).
+_ASKING = (torch.nn.MultiheadAttention, torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)
 
 
 def on_backward_hook(handler: Callable[[torch.nn.Module], None]) -> None:
     """The room of warnings says here what is said of a module with a hook for torch's own backward."""
     global _backward_hook
     _backward_hook = handler
+
+
+def on_asking(aside: Callable[[], AbstractContextManager[None]]) -> None:
+    """The recorder says here how to keep its function mode out of the way of modules that ask for one."""
+    global _aside
+    _aside = aside
 
 
 def _calling(original: Any) -> Any:
@@ -57,6 +68,9 @@ def _calling(original: Any) -> Any:
         here.depth += 1
         here.path.append(here.names.get(id(self)) or type(self).__name__)
         try:
+            if isinstance(self, _ASKING):
+                with _aside():
+                    return original(self, *args, **kwargs)
             return original(self, *args, **kwargs)
         finally:
             if here.depth:

@@ -33,6 +33,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import modules
 from ..plans import Plan, plan_of
 from ..registry import Op
 from ..tape import Tape
@@ -100,6 +101,9 @@ class left_out:
     def __exit__(self, *error: object) -> None:
         if self.mode is not None:
             _push_on_torch_function_stack(self.mode)
+
+
+modules.on_asking(left_out)
 
 
 # -- which functions are one overload --------------------------------------------------------------------------
