@@ -120,6 +120,10 @@ def sample(*args: Any, **kwargs: Any) -> Sample:
 # -- an operation's record -------------------------------------------------------------------------
 
 
+#: Where this package keeps its own rules.
+_OURS = "tape_engine.rules."
+
+
 class Op:
     """An operation's one record: name, forward, rule, samples, and what its rule reads.
 
@@ -130,6 +134,7 @@ class Op:
         differentiable: false where it is declared that no gradient passes (``argmax``, ``eq``).
         broadcasts: whether the sweep may sum a gradient over broadcast dimensions; ``None`` lets it
             where the output's shape is what broadcasting the arguments gives.
+        rule_is_ours: whether that is one of this package, of which it is known that it asks nothing of torch's autograd.
         saves: the names of the rule's parameters whose data it reads; ``None`` without a rule.
         outputs_read: of an operation with several outputs, those that its rule reads (``out[1]``); ``None`` for all.
         sized_by_elements: whether the shape of a result may depend on the arguments' elements (``nonzero``).
@@ -150,6 +155,7 @@ class Op:
         self.forward = forward
         self.name = name
         self.grad: Rule | None = None
+        self.rule_is_ours = False
         self._differentiable = True
         self.broadcasts = broadcasts
         self.saves: frozenset[str] | None = None
@@ -199,6 +205,7 @@ class Op:
                 )
             )
         self.grad, self.saves, self.rule_parameters = function, saves, names or ()
+        self.rule_is_ours = getattr(function, "__module__", "").startswith(_OURS)
         self.outputs_read = None if names is None else places_read(function, names[1])
         self.differentiable = True
         return function

@@ -12,6 +12,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch._C import DispatchKey
+from torch._C import _dispatch_tls_is_dispatch_key_excluded as _is_excluded
+from torch._C import _dispatch_tls_set_dispatch_key_excluded as _exclude
 
 from . import recorder
 from .aliases import changed_outside
@@ -37,6 +40,7 @@ from .tape import (
 __all__ = ["Sweep"]
 
 Tensor = torch.Tensor
+_AUTOGRAD = DispatchKey.AutogradCPU
 
 
 class Sweep:
@@ -96,7 +100,11 @@ class Sweep:
                         self._step(node, needs)
                         self.reached.append((node, self.tape.length))
                 else:
-                    self._walk()
+                    already = _is_excluded(_AUTOGRAD)
+                    try:
+                        self._walk(already)
+                    finally:
+                        _exclude(_AUTOGRAD, already)
                 for value in list(self.pending):  # what is left are the leaves
                     self._arrive(value)
                 self._separate()
@@ -106,17 +114,23 @@ class Sweep:
             raise
         return self
 
-    def _walk(self) -> None:
+    def _walk(self, already: bool) -> None:
         """`_step` for each node, with what most of them need written out: it is done for every operation.
 
-        Most nodes have one output and a rule, read what is intact, and their gradients fit as they are.
+        Most nodes have one output and a rule, read what is intact, and their gradients fit as they are. `already` tells
+        whether torch's autograd is out of the way, where it is put for our own rules.
         """
         pending, gradients, asked, summed = self.pending, self.gradients, self.asked, self._summed
         devices = torch.accelerator.is_available()  # else all tensors are on the CPU, or shapes alone
         intact: set[Kept] = set()  # cells that were looked at: one of a weight is read again and again
+        below = False
         for node, needs in reversed(self._steps):
-            rule = node.op.grad
+            op = node.op
+            rule = op.grad
             if rule is None or not node.ordinary:
+                if below:
+                    below = False
+                    _exclude(_AUTOGRAD, already)
                 self._step(node, needs)
                 continue
             inputs, out = node.inputs, node._outputs
@@ -141,6 +155,9 @@ class Sweep:
             if node.args is not inputs:
                 left = iter(given)
                 given = [refill(each, left) for each in node.args]
+            if op.rule_is_ours is not below:  # those ask nothing of torch's autograd: it is left out of the way
+                below = not below
+                _exclude(_AUTOGRAD, below or already)
             try:
                 contributions = specialise(rule, needs, not node.complex)(g, read, *given)
             except TapeError:
