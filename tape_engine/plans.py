@@ -84,6 +84,7 @@ class Plan:
         statistics: whether what it writes are statistics, through which no gradient passes.
         plain: whether it makes tensors or views of others, which are given in no list, and does nothing else.
         single: whether it makes one tensor, and gives it as it is.
+        pointwise: whether it makes each element of those at the same place.
         call: runs it; torch's own callable, without the overload's wrapping.
         quick: runs it on plain tensors; torch's function of that name where there is one, which takes less time.
         order: which of its arguments the twin takes at each place, if in another order (``polygamma_(x, n)``).
@@ -104,6 +105,7 @@ class Plan:
     quick: Any = None
     order: tuple[int, ...] = ()
     chance: int | None = None
+    pointwise: bool = False
 
     def draws(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments draws from a generator."""
@@ -149,6 +151,7 @@ def _make(overload: OpOverload) -> Plan:
         and not (written or guard or random or overload in {*APART, *VECTORS, BATCH_NORM})
         and "_nested" not in overload._schema.name,  # what it makes may have no shape
         single=returned == ["Tensor"],
+        pointwise=torch.Tag.pointwise in overload.tags,
         chance=next((i for i, a in enumerate(arguments) if a.name == "dropout_p" and not a.kwarg_only), None),
         call=overload._op,
         quick=QUICK.get(overload, overload._op),

@@ -134,7 +134,7 @@ class Op:
         differentiable: false where it is declared that no gradient passes (``argmax``, ``eq``).
         broadcasts: whether the sweep may sum a gradient over broadcast dimensions; ``None`` lets it
             where the output's shape is what broadcasting the arguments gives.
-        rule_is_ours: whether that is one of this package, of which it is known that it asks nothing of torch's autograd.
+        rule_is_ours: whether that is one of this package, which asks nothing of torch's autograd.
         saves: the names of the rule's parameters whose data it reads; ``None`` without a rule.
         outputs_read: of an operation with several outputs, those that its rule reads (``out[1]``); ``None`` for all.
         sized_by_elements: whether the shape of a result may depend on the arguments' elements (``nonzero``).

@@ -20,6 +20,7 @@ Who keeps what alive:
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -65,8 +66,6 @@ class Kept:
             tensor, own = tensor.detach().clone(memory_format=torch.preserve_format), True
         self.tensor = tensor
         self.own = own
-        self.versions: tuple[int, ...] = ()
-        self.address = 0
         if not own:
             self.versions, self.address = versions_of(tensor), address_of(tensor)
 
@@ -250,6 +249,9 @@ class Hidden:
 #: collector of cycles, which would otherwise take a fifth of the time of a recording.
 _layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[torch.Size, tuple[int, ...]]] = {}
 
+#: Those strides among them, by ``id``, in which elements lie one after the other, as torch lays out what it makes.
+dense: set[int] = set()
+
 
 def layout_of(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     """Shape and strides (none, where the layout is not strided): the ones that stand for their equals."""
@@ -264,7 +266,11 @@ def layout_of(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
     if found is None:
         if len(_layouts) >= 4096:
             _layouts.clear()
+            dense.clear()
         found = _layouts[key] = key
+        shape, strides = key
+        if shape and 0 not in shape and strides == tuple(itertools.accumulate((1, *shape[:0:-1]), operator.mul))[::-1]:
+            dense.add(id(strides))
     return found
 
 

@@ -27,6 +27,7 @@ from ..warned import refuse_by_python, warn_of_exit
 from .decisions import observe_from, record_tolist
 from .layouts import asks, by_layout, chooses, note_asked, note_chosen
 from .mode import quietly, recording
+from .shortcut import on_listening
 from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in, values_alone
 
 __all__ = [
@@ -143,6 +144,8 @@ class RecordedParameter(Recorded, torch.nn.Parameter):
 #: What a tensor's class becomes while a tape listens to it.
 _LISTENING: dict[type, type] = {Tensor: Recorded, torch.nn.Parameter: RecordedParameter}
 
+
+on_listening(*_LISTENING.values())
 
 #: Errors and listings call them what the user does.
 Recorded.__name__, RecordedParameter.__name__ = "Tensor", "Parameter"

@@ -24,6 +24,7 @@ from ..tape import (
     Tape,
     Value,
     address_of,
+    dense,
     forget,
     layout_of,
     next_in_sequence,
@@ -63,7 +64,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     reads: Sequence[bool] = op.argument_reads
     if len(reads) < len(args):
         reads = op.reads_places(len(args))
-    for argument, is_read in zip(args, reads, strict=False):
+    for argument, is_read in zip(args, reads):  # noqa: B905 - told to be strict or not, zip takes longer
         if type(argument) is not Tensor:
             if not isinstance(argument, Tensor):
                 continue
@@ -141,9 +142,13 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     if single:
         binding = Binding(result, forget)  # what `bind` does, with one weak reference for the value's as well
         binding.value = node._outputs = value = _new_value(Value)  # what `Value` does, in place
-        value.shape, value.strides = layout_of(result)
+        if plan.pointwise and inputs and _one_layout(inputs):  # it is laid out as they are: torch need not be asked
+            like = inputs[0]
+            value.shape, value.strides, value.device = like.shape, like.strides, like.device
+        else:
+            value.shape, value.strides = layout_of(result)
+            value.device = result.device
         value.dtype = result.dtype
-        value.device = result.device
         value._tensor = binding
         binding.node = node
         binding.versions = _UNWRITTEN if func is not None and not views else versions_of(result)
@@ -187,6 +192,17 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     else:
         tape.append(node)
     return result
+
+
+def _one_layout(inputs: list[Value]) -> bool:
+    """Whether all values lie alike, element after element: so does then what is made of them place by place."""
+    shape, strides = inputs[0].shape, inputs[0].strides
+    if id(strides) not in dense:
+        return False
+    for value in inputs:  # noqa: SIM110 - one or two: asked at every operation, and `all` takes longer
+        if value.strides is not strides or value.shape is not shape:
+            return False
+    return True
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:

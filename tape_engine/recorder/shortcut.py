@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C import (
+    DisableTorchFunctionSubclass,
     DispatchKey,
     _DisableAutocast,
     _get_function_stack_at,
@@ -44,7 +45,14 @@ __all__ = ["Shortcut", "left_out"]
 
 Tensor = torch.Tensor
 _PYTHON = DispatchKey.Python
-_TENSORS = (Tensor, torch.nn.Parameter)
+_TENSORS: set[Any] = {Tensor, torch.nn.Parameter}
+_listening: set[Any] = set()
+
+
+def on_listening(*classes: type) -> None:
+    """The room of plain operations outside a block says here which classes tensors have that listen there."""
+    _listening.update(classes)
+    _TENSORS.update(classes)
 
 
 class Shortcut(TorchFunctionMode):
@@ -71,6 +79,9 @@ class Shortcut(TorchFunctionMode):
             ):
                 _exclude(_PYTHON, True)
                 try:
+                    if types and types[0] in _listening:  # that class is not to be asked as well
+                        with DisableTorchFunctionSubclass():
+                            return record_plain(self.tape, plan, args, func)
                     return record_plain(self.tape, plan, args, func)
                 finally:
                     _exclude(_PYTHON, False)
