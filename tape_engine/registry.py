@@ -142,6 +142,8 @@ class Op:
         formula: what a picture writes inside its box.
     """
 
+    rules_entered = 0  # of all operations, since the package was loaded
+
     def __init__(
         self,
         forward: Callable[..., Any],
@@ -193,6 +195,7 @@ class Op:
         return self._enter(function)
 
     def _enter(self, function: Rule) -> Rule:
+        Op.rules_entered += 1
         if not callable(function):
             raise DTypeError(message(f"the rule of {self.name} must be a function, not {type(function).__name__}."))
         saves, names = reads(function)

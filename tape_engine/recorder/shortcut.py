@@ -137,7 +137,7 @@ class Known(NamedTuple):
 
 
 _known: dict[Any, Known] = {}
-_saved: list[Op] = []  # those whose output autograd saves: each has a rule that reads it as well
+_found_at = -1  # how many rules had been entered then
 
 #: What is tried: a few programs use more, but what is rare may take the long way.
 _UNARY = (
@@ -152,19 +152,20 @@ _AS_GIVEN = set("neg sqrt sin cos tanh sigmoid relu abs sign floor add sub mul d
 
 
 def known() -> dict[Any, Known]:
-    """The functions that are known; found when first asked for, and again where a rule reads other things since."""
-    if not _known or not all(op.reads_output for op in _saved):
+    """The functions that are known: found when first asked for, and again where a rule was entered since."""
+    global _found_at
+    if _found_at != Op.rules_entered:
         if _len_torch_function_stack() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
             return {}  # whoever listens would hear what is tried
         with torch.inference_mode(False), torch.enable_grad(), _DisableAutocast():
             _find()
+        _found_at = Op.rules_entered
     return _known
 
 
 def _find() -> None:
     """Tries each function on tensors of a few dimensions, and on numbers."""
     tried: dict[Any, dict[tuple[type, tuple[int, ...]], Plan | None]] = {}
-    _saved.clear()
     for dims in ((2, 2), (2, 1), (1, 1)):
         x, y = [torch.ones([2] * each, dtype=torch.float32, device="cpu", requires_grad=True) for each in dims]
         for owner in (torch, Tensor):
@@ -181,7 +182,7 @@ def _find() -> None:
     for func, ways in tried.items():
         plans: dict[type, Plan] = {}
         by_dims: dict[tuple[int, ...], Plan] | None = None
-        for kind in {kind for kind, _ in ways}:
+        for kind in dict.fromkeys(kind for kind, _ in ways):
             found = {dims: plan for (each, dims), plan in ways.items() if each is kind}
             good = {dims: plan for dims, plan in found.items() if plan is not None}
             if len({id(plan) for plan in good.values()}) > 1:
@@ -209,10 +210,9 @@ def _try(tried: dict[Any, dict[tuple[type, tuple[int, ...]], Plan | None]], func
         overload, reached = overloads.calls[0]
         alike = len(given) == len(reached) and all(map(_same, given, reached))
         made = plan_of(overload)
+        # An output that autograd saves must be found again: it is where the rule reads it as well.
         if alike and made.plain and made.single and not (overloads.saves and not made.op.reads_output):
             plan = made
-            if overloads.saves:
-                _saved.append(made.op)
     ways = tried.setdefault(func, {})
     ways[type(given[-1]), tuple(each.ndim if isinstance(each, Tensor) else -1 for each in given)] = plan
 
