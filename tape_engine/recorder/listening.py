@@ -22,7 +22,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from .. import aliases, compiler, exits
 from ..names import called_by_user
-from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
+from ..tape import DIFFERENTIABLE, Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
 from ..warned import refuse_by_python, warn_of_exit
 from .decisions import observe_from, record_tolist
 from .layouts import asks, by_layout, chooses, note_asked, note_chosen
@@ -105,7 +105,11 @@ class Recorded(Tensor):
                 if value is not None and (value.closed or not value.leaf):
                     mark(tensor, tape)  # what it made, and what it wrote to
             for tensor in () if func in DETACHES else tensors_in(result):
-                observe(tensor, depth)
+                value = bound(tensor)
+                if value is not None and value.detached and value.dtype in DIFFERENTIABLE:  # view(dtype)
+                    tensor.__class__ = _LISTENING.get(type(tensor), type(tensor))
+                else:
+                    observe(tensor, depth)
             for tensor in tensors_in(result) if rests else ():
                 value = bound(tensor)
                 if value is not None and not value.leaf:

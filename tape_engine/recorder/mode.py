@@ -5,6 +5,7 @@ It stands below torch's own autograd and composites: what it hears are ATen over
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +16,11 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plans import plan_of, plans
-from ..tape import Tape, Value, bind, current_tape, unbind
+from ..tape import Tape, Value, bind, current_tape, rebind, unbind, version_of
 from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
-from .state import DETACH, LIFT, gaps, state, tensors_in, without_vectors
+from .state import DETACH, LIFT, VIEW_DTYPE, gaps, state, tensors_in, without_vectors
 from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
 
 __all__ = ["Mode", "quietly", "recording"]
@@ -29,6 +30,9 @@ Tensor = torch.Tensor
 
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hears the ATen overloads that this thread runs, and records them on one tape."""
+
+    recast = -1  # the last view(dtype), until torch makes the alias of what it gave that it hands out in its place;
+    count = 0  # the count of writes that this will share
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,6 +65,9 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = read(args[0], tape)
             result = plan.call(args[0])
             bind(result, value, value.node)
+            if value.node is not None and value.node.seq == self.recast:
+                value._tensor, self.recast = weakref.ref(result), -1
+                rebind(result, self.count)
             return result
         taken = Taken(plan.op, tape, args, kwargs)
         if tape.strict:
@@ -83,8 +90,10 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 node.gaps = gaps(result)
             if plan.views:
                 join_views(node.outputs, made, taken.inputs, taken.tensors)
-                if func is DETACH:
+                if func is DETACH or func is VIEW_DTYPE:
                     node.outputs[0].constant = node.outputs[0].detached = True
+                if func is VIEW_DTYPE:
+                    self.recast, self.count = node.seq, version_of(taken.tensors[0])
             if plan.guard:
                 node.result = result
                 if not tape.strong:

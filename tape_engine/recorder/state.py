@@ -20,7 +20,9 @@ __all__ = [
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
+    "UNFOLLOWED",
     "UNSEEN",
+    "VIEW_DTYPE",
     "current_tape_is_global",
     "detaching",
     "gaps",
@@ -59,6 +61,9 @@ SWEPT = "belongs to a tape that was already swept"
 UNSEEN = "was changed by a write that the recorder could not see"
 
 
+UNFOLLOWED = "has some memory in common with a tensor that was written to, and not so that the write can be followed"
+
+
 OUTSIDE = "was computed by torch operations outside the recording"
 SWEEP = "was given by a sweep that is not recorded"
 MOVED = "was given its memory by set_, which is no operation"
@@ -69,6 +74,7 @@ LIFT = torch.ops.aten.lift_fresh.default
 
 
 DETACH = torch.ops.aten.detach.default
+VIEW_DTYPE = torch.ops.aten.view.dtype
 
 
 def current_tape_is_global() -> bool:
