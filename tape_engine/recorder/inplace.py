@@ -101,17 +101,20 @@ SETS = {getattr(_set, name) for name in _set.overloads()}
 def _given_memory(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.set_(...)``: x is another tensor from then on, and none that may have a gradient if a tape knows its memory.
 
+    Nor may it have one if it was computed: torch has no derivative of that either.
     Torch makes tensors so that it reads from files: those are leaves.
     """
     target = args[0]
     held = bound(target)
+    node = None if held is None else held.node
+    lost = held is not None and held.differentiable and node is not None and node.rule not in ("none", "cut")
     if held is not None:
         aliases.protect(target, held)
         held.stale = True  # the tensor is no longer what was made or read
     result = func(*args, **kwargs)
     unbind(target)
     storage = aliases.storage_of(target)
-    if storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values())):
+    if lost or (storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values()))):
         value = Value(target)
         value.closed = MOVED
         bind(target, value, None)

@@ -984,12 +984,22 @@ def _scripted(x: Tensor) -> Tensor:
     return x + torch.tensor(1.0) + torch.as_tensor(2.0)
 
 
+def _scripted_norms(x: Tensor) -> Tensor:
+    total: Tensor = torch.norm(x) + torch.norm(x, p=1) + F.one_hot(torch.arange(3), 3).sum() + torch.linalg.norm(x)
+    return total
+
+
 def test_torch_jit_scripts_code_in_a_block_and_after_it() -> None:
     x = torch.ones(4)
     for block in (te.record, te.pause):
         with block(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated
             assert torch.equal(torch.jit.script(_scripted)(x), torch.full((4,), 4.0))
+            norms = torch.jit.script(_scripted_norms)(x)
+        assert torch.equal(norms, torch.tensor(11.0))
+        if block is te.record:
+            te.backward(norms)
+            close(g_of(x), torch.full((4,), 2.0))
 
 
 class _Heard(TorchFunctionMode):
