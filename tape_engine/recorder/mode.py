@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plans import plan_of, plans
-from ..tape import Tape, Value, bind, current_tape, rebind, unbind, version_of
+from ..tape import Tape, Value, bind, current_tape, rebind, unbind, values_by_tensor, version_of
 from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
@@ -92,6 +92,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 join_views(node.outputs, made, taken.inputs, taken.tensors)
                 if func is DETACH or func is VIEW_DTYPE:
                     node.outputs[0].constant = node.outputs[0].detached = True
+                    if (given := values_by_tensor.get(id(args[0]))) is not None:
+                        rebind(made[0], *given.versions)  # up to 2.8 torch detaches twice: the first is of no count yet
                 if func is VIEW_DTYPE:
                     self.recast, self.count = node.seq, version_of(taken.tensors[0])
             if plan.guard:
