@@ -23,6 +23,7 @@ from .writing import (
     Taken,
     as_constants,
     as_stored,
+    call,
     enter,
     in_units_of,
     read,
@@ -58,7 +59,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
         for tensor, value in zip(written, before, strict=True):
             spared += aliases.protect(tensor, value)
-    result = func(*args, **kwargs)
+    result = call(func, args, kwargs, lazily=False)
     if result is written[0]:
         fresh, made = [], written
     else:
@@ -111,7 +112,7 @@ def _given_memory(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any
     if held is not None:
         aliases.protect(target, held)
         held.stale = True  # the tensor is no longer what was made or read
-    result = func(*args, **kwargs)
+    result = call(func, args, kwargs, lazily=False)
     unbind(target)
     storage = aliases.storage_of(target)
     if lost or (storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values()))):
@@ -305,7 +306,7 @@ def unrecorded(func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict
         value = bound(tensor)
         if value is not None:
             aliases.protect(tensor, value)
-    result = func(*args, **kwargs)
+    result = call(func, args, kwargs, lazily=False)
     for tensor in written:
         for neighbour in aliases.neighbours(tensor):
             unbind(neighbour)

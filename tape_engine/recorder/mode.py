@@ -23,7 +23,7 @@ from .plain import record_plain
 from .state import DETACH, LIFT, VIEW_DTYPE, gaps, state, tensors_in, without_vectors
 from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
 
-__all__ = ["Mode", "quietly", "recording"]
+__all__ = ["Mode", "mode_of", "quietly", "recording"]
 
 Tensor = torch.Tensor
 
@@ -63,7 +63,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return record_write(tape, func, plan, args, kwargs)
         if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
             value = read(args[0], tape)
-            result = plan.call(args[0])
+            result = call(plan.call, args, kwargs, lazily=False)
             bind(result, value, value.node)
             if value.node is not None and value.node.seq == self.recast:
                 value._tensor, self.recast = weakref.ref(result), -1
@@ -103,6 +103,31 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+class Around(Mode):  # type: ignore[no-untyped-call]
+    """A `Mode` for a block that stands inside modes of the user's: these hear what the code runs, and nothing else."""
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tape, depth = self.tape, torch._C._len_torch_dispatch_stack()
+        if depth == 0 or state.quiet or (tape.strong and tape is not current_tape()):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        state.around = [torch._C._pop_torch_dispatch_stack(None) for _ in range(depth)][::-1]
+        state.deaf += 1  # past the quick way, which calls torch by itself
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            state.deaf -= 1
+            modes, state.around = state.around, []
+            for mode in modes:
+                torch._C._push_on_torch_dispatch_stack(mode)
+
+
+def mode_of(tape: Tape) -> Mode:
+    """The mode by which `tape` hears torch from now on."""
+    depth = torch._C._len_torch_dispatch_stack()
+    alone = all(isinstance(torch._C._get_dispatch_stack_at(i), Mode) for i in range(depth))
+    return Mode(tape) if alone else Around(tape)
+
+
 def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
     """``torch.tensor(…)``: the tensor is made anew on each run of the code, so its first contents are kept."""
     unbind(fresh)
@@ -111,7 +136,7 @@ def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
     tape.hold(original)
     value.constant = True
     bind(original, value, None)
-    result = func(fresh)
+    result = call(func, (fresh,), {}, lazily=False)
     write(tape, plan_of(func).op, (value,), {}, [value], [None], [result])
     return result
 
@@ -150,7 +175,7 @@ def recording(tape: Tape, *, sweep: bool = False, opening: bool = False) -> Iter
     if sweep:
         state.grad_mode, state.linking = False, True
     try:
-        with Mode(tape):
+        with mode_of(tape):
             yield
     finally:
         state.quiet, state.deaf, state.grad_mode, state.linking, state.opening = before

@@ -7,11 +7,10 @@ makes the node and binds its outputs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from .. import aliases, modules, registry
 from ..errors import MissingRuleError, NotRecordedError, message
@@ -19,7 +18,7 @@ from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
-from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, is_cut, state
+from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, call, is_cut, state
 
 __all__ = [
     "ALIAS",
@@ -294,17 +293,6 @@ def enter(taken: Taken, made: Sequence[Tensor]) -> Node:
 
 #: An alias of a tensor. Torch's own method: that of Tensor is wrapped while a block is open.
 ALIAS = torch._C.TensorBase.detach
-
-
-def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lazily: bool) -> Any:
-    """What a call gives; `lazily` for one that reads complex numbers.
-
-    Torch hides lazy conjugation from what runs below a mode, and its own composites rely on it (pinv).
-    """
-    if lazily:
-        with _SetExcludeDispatchKeyGuard(DispatchKey.Conjugate, False):
-            return func(*args, **kwargs)
-    return func(*args, **kwargs)
 
 
 def undo(tape: Tape, length: int) -> None:
