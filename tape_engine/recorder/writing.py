@@ -78,7 +78,7 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         return _leaf(tensor, tape, closed=UNSEEN)
     if tensor.dtype != value.dtype or tensor.shape != value.shape:
         return _leaf(tensor, tape)  # x.data = y
-    if tensor.requires_grad and (value.constant or (tensor.is_leaf and value.holder is not tensor)):
+    if tensor.requires_grad and (value.constant or (value.holder is not tensor and not _computed(tensor))):
         # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
         return _leaf(tensor, tape) if node.tape is not tape.token else begin(tensor, value, tape)
     if node.tape is not tape.token:
@@ -123,7 +123,7 @@ def is_update(value: Value, node: Node | None) -> bool:
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
     value = _value(tensor)
     value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
-    value.closed = closed or (OUTSIDE if tensor.grad_fn is not None else "")
+    value.closed = closed or (OUTSIDE if _computed(tensor) else "")
     bind(tensor, value, None)
     if aliases.join(tensor, value):
         tape.token.watch(value, aliases.sample_of(tensor))
@@ -131,6 +131,15 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
         warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)
     return value
+
+
+def _computed(tensor: Tensor) -> bool:
+    """Whether torch's own graph leads to `tensor`: it has a ``grad_fn``.
+
+    A view whose memory was written to gets another one when it is asked for it, which torch cannot make down here.
+    """
+    base = tensor._base
+    return tensor.requires_grad and (tensor.grad_fn is not None if base is None else base.requires_grad)
 
 
 def _value(tensor: Tensor) -> Value:

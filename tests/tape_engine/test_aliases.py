@@ -1409,3 +1409,23 @@ def test_a_write_that_another_dtype_cannot_follow() -> None:
         tape.program(inputs=x, outputs=C)
     te.backward(C)
     agree([x], reference(f, x))
+
+
+@pytest.mark.parametrize("view", [torch.real, torch.view_as_real])
+def test_a_view_that_torch_gives_another_grad_fn_after_a_write(view: Callable[[Tensor], Tensor]) -> None:
+    """Torch makes that when it is asked for it, and fails where no gradient is kept."""
+    x = rand(4).requires_grad_()
+    before = view(torch.complex(x, x))
+    before._base.mul_(2)
+    with te.record():
+        with torch.no_grad():
+            before.clone()
+        h = view(torch.complex(x, x))
+        with torch.no_grad():
+            h.mul_(2)
+            seen = h.detach() + before
+        C = (h * seen).sum()
+    te.backward(C, wrt=[x])
+    close(g_of(x), torch.autograd.grad((view(torch.complex(x, x)) * plain(seen)).sum(), x)[0])
+    with pytest.raises(te.NotRecordedError, match="computed by torch operations outside"), te.record():
+        te.backward((before * 2).sum())
