@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import modules
+from ..exits import wrapped
 from ..plans import Plan, plan_of
 from ..registry import Op
 from ..tape import Tape
@@ -85,6 +86,7 @@ class Shortcut(TorchFunctionMode):
                     return record_plain(self.tape, plan, args, func)
                 finally:
                     _exclude(_PYTHON, False)
+        func = wrapped.get(func, func)
         return func(*args, **kwargs) if kwargs else func(*args)
 
     def __enter__(self) -> Shortcut:
