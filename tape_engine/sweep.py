@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._C import DisableTorchFunction
 
-from . import recorder
+from . import heap, recorder
 from .errors import (
     DTypeError,
     NotRecordedError,
@@ -102,6 +102,8 @@ def backward(
             recorder.listen_to([g for _, g in writes], current_tape())
         else:
             _as_given([g for _, g in writes])
+        if targets:
+            heap.hold_heap(targets[0])
         if not (record or keep):
             _close(found.order)
 

@@ -14,7 +14,7 @@ from torch._C import DisableTorchFunctionSubclass
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..plans import plan_of, plans
+from ..plans import BATCH_NORM, plan_of, plans
 from ..tape import Tape, Value, bind, current_tape, unbind
 from .decisions import decided
 from .inplace import record_write, unrecorded
@@ -48,7 +48,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if state.values_alone:
             args = without_vectors(func, args)
-        plan = plan_of(func, args)
+        if plan is None or func is BATCH_NORM:
+            plan = plan_of(func, args)
         if state.paused:
             return unrecorded(func, plan, args, kwargs)
         random = plan.draws(args)

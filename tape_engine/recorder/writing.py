@@ -257,15 +257,19 @@ def write(
     frame = user_frame()
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
     node = Node(op, args, kwargs, tuple(inputs), tuple(sources), code, lasti, modules.path())
-    node.outputs = outputs_of(node, made)
-    for index, (value, tensor) in enumerate(zip(node.outputs, made, strict=True)):
-        if cut:
-            value.constant = True
-        elif op.reads_output:
-            # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-            kept = (*kept, value.keep(ALIAS(tensor)) if op.reads_output_at(index, len(made)) else None)
+    outputs = node.outputs = outputs_of(node, made)
     if cut:
         node.cut = True
+        for value in outputs:
+            value.constant = True
+    elif op.reads_output:
+        # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
+        count = len(made)
+        cells = [
+            value.keep(ALIAS(tensor)) if op.reads_output_at(index, count) else None
+            for index, (value, tensor) in enumerate(zip(outputs, made, strict=True))
+        ]
+        node.saved = (*kept, *cells)
     else:
         node.saved = tuple(kept)
     tape.append(node)
@@ -328,7 +332,9 @@ class Taken:
 
     __slots__ = ("args", "complex", "inputs", "kept", "kwargs", "length", "op", "sources", "tape", "tensors")
 
-    def __init__(self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any], unread: tuple[int, ...] = ()
+    ) -> None:
         self.op = op
         self.tape = tape
         self.length = tape.length
@@ -338,7 +344,10 @@ class Taken:
         self.tensors: list[Tensor] = []
         self.kept: list[Kept | None] = []
         take = self.take
-        self.args = tuple([take(a, keep) for a, keep in zip(args, op.reads_places(len(args)), strict=False)])
+        reads = op.reads_places(len(args))
+        if unread:
+            reads = [each and place not in unread for place, each in enumerate(reads)]
+        self.args = tuple([take(a, keep) for a, keep in zip(args, reads, strict=False)])
         self.kwargs = {k: take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
 
     def value_of(self, tensor: Tensor) -> Value:
@@ -351,7 +360,7 @@ class Taken:
         if isinstance(argument, Tensor):
             value = read(argument, self.tape)
             self.inputs.append(value)
-            self.sources.append(value.node)
+            self.sources.append(None if value._node is None else value._node())
             self.tensors.append(argument)
             self.kept.append(value.keep(argument) if keep else None)
             if value.dtype.is_complex:
