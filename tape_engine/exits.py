@@ -36,7 +36,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import DisableTorchFunction
@@ -71,14 +71,37 @@ OF_VALUES = (
     (Tensor, "norm"),
 )
 
+#: What inherits only of what nobody can change, so that what it has of its own tells whether it is as it was.
+_KEPT = (Tensor, torch)
+
 #: Methods that write to a tensor what a function of Python gives for each element, and tell nobody.
 BY_PYTHON = ("apply_", "map_", "map2_")
 
 _dlpack: Any = torch.utils.dlpack
 _lock = threading.Lock()
 _open = 0
-_original: dict[tuple[Any, str], Any] = {}
-_wrapper: dict[tuple[Any, str], tuple[Any, Any]] = {}  # made once of each original
+
+
+class Wrapper(NamedTuple):
+    """What stands in the place of a method or function while a block is open.
+
+    Attributes:
+        owner, name: where it stands.
+        own: what the owner itself has there otherwise; ``None`` for what it inherits.
+        original: the same, or what it inherits.
+        made: the wrapper.
+        make: makes it of the original.
+    """
+
+    owner: Any
+    name: str
+    own: Any
+    original: Any
+    made: Any
+    make: Callable[[Any], Any]
+
+
+_wrappers: list[Wrapper] = []  # made once of each original
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
 _guard: Callable[[Tensor, str], None] = print
 _cut: Callable[[Tensor], None] = print
@@ -163,8 +186,14 @@ def open_exits() -> None:
         _open += 1
         if _open == 1:
             compiler.hold()
-            for owner, name, make in (*_wrapped(), *more):
-                _wrap(owner, name, make)
+            if not _wrappers:
+                _wrappers.extend([_wrapper(*each) for each in (*_wrapped(), *more)])
+            # Once a block, and the memory of all this is cold by then: nothing is looked up that need not be.
+            for i, (owner, name, own, original, made, make) in enumerate(_wrappers):
+                if owner.__dict__.get(name) is not own or (owner not in _KEPT and getattr(owner, name) is not original):
+                    _wrappers[i] = _wrapper(owner, name, make)  # somebody put another one there
+                    made = _wrappers[i].made
+                setattr(owner, name, made)
 
 
 def close_exits() -> None:
@@ -174,21 +203,17 @@ def close_exits() -> None:
         _open -= 1
         if _open == 0:
             compiler.give_up()
-            for (owner, name), original in _original.items():
-                if original is None:
+            for owner, name, own, _, _, _ in _wrappers:
+                if own is None:
                     delattr(owner, name)
                 else:
-                    setattr(owner, name, original)
-            _original.clear()
+                    setattr(owner, name, own)
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+def _wrapper(owner: Any, name: str, make: Callable[[Any], Any]) -> Wrapper:
     original = getattr(owner, name, None)
-    known = _wrapper.get((owner, name))
-    if known is None or known[0] is not original:
-        known = _wrapper[owner, name] = original, _known_as(owner, name, original, make(original))
-    _original[owner, name] = owner.__dict__.get(name)
-    setattr(owner, name, known[1])
+    own = owner.__dict__.get(name)
+    return Wrapper(owner, name, own, original, _known_as(owner, name, original, make(original)), make)
 
 
 def _known_as(owner: Any, name: str, original: Any, made: Any) -> Any:
