@@ -71,9 +71,6 @@ OF_VALUES = (
     (Tensor, "norm"),
 )
 
-#: What inherits only of what nobody can change, so that what it has of its own tells whether it is as it was.
-_KEPT = (Tensor, torch)
-
 #: Methods that write to a tensor what a function of Python gives for each element, and tell nobody.
 BY_PYTHON = ("apply_", "map_", "map2_")
 
@@ -87,14 +84,16 @@ class Wrapper(NamedTuple):
 
     Attributes:
         owner, name: where it stands.
+        held: all that the owner itself has, by name.
         own: what the owner itself has there otherwise; ``None`` for what it inherits.
-        original: the same, or what it inherits.
+        original: the same, or what it inherits, where somebody might change that.
         made: the wrapper.
         make: makes it of the original.
     """
 
     owner: Any
     name: str
+    held: Any
     own: Any
     original: Any
     made: Any
@@ -189,8 +188,8 @@ def open_exits() -> None:
             if not _wrappers:
                 _wrappers.extend([_wrapper(*each) for each in (*_wrapped(), *more)])
             # Once a block, and the memory of all this is cold by then: nothing is looked up that need not be.
-            for i, (owner, name, own, original, made, make) in enumerate(_wrappers):
-                if owner.__dict__.get(name) is not own or (owner not in _KEPT and getattr(owner, name) is not original):
+            for i, (owner, name, held, own, original, made, make) in enumerate(_wrappers):
+                if held.get(name) is not own or (original is not own and getattr(owner, name, None) is not original):
                     _wrappers[i] = _wrapper(owner, name, make)  # somebody put another one there
                     made = _wrappers[i].made
                 setattr(owner, name, made)
@@ -203,7 +202,7 @@ def close_exits() -> None:
         _open -= 1
         if _open == 0:
             compiler.give_up()
-            for owner, name, own, _, _, _ in _wrappers:
+            for owner, name, _, own, _, _, _ in _wrappers:
                 if own is None:
                     delattr(owner, name)
                 else:
@@ -211,9 +210,11 @@ def close_exits() -> None:
 
 
 def _wrapper(owner: Any, name: str, make: Callable[[Any], Any]) -> Wrapper:
-    original = getattr(owner, name, None)
-    own = owner.__dict__.get(name)
-    return Wrapper(owner, name, own, original, _known_as(owner, name, original, make(original)), make)
+    original, held = getattr(owner, name, None), owner.__dict__
+    made = _known_as(owner, name, original, make(original))
+    # What Tensor inherits nobody can change, so that what it has of its own tells whether it is as it was.
+    known = held.get(name) if owner is Tensor else original
+    return Wrapper(owner, name, held, held.get(name), known, made, make)
 
 
 def _known_as(owner: Any, name: str, original: Any, made: Any) -> Any:

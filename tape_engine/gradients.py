@@ -110,12 +110,7 @@ def _may_unbroadcast(contribution: Tensor, value: Value, node: Node) -> bool:
 def _spreads(shape: torch.Size, to: torch.Size) -> bool:
     """Whether a tensor of one shape broadcasts to another; told at each bias, where `_broadcast` takes long."""
     extra = len(to) - len(shape)
-    if extra < 0:
-        return False
-    for own, other in zip(shape, to[extra:], strict=True):
-        if own not in (other, 1):
-            return False
-    return True
+    return extra >= 0 and all(own in (other, 1) for own, other in zip(shape, to[extra:], strict=True))
 
 
 def _unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:

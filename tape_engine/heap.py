@@ -31,6 +31,9 @@ LARGEST = (32 << 20) - (8 << 10)
 #: No gap between blocks in use should be as large, and the C library still takes it from its heap, in bytes.
 PROBE = 24 << 20
 
+#: So large that the C library joins it, freed, with what is free around it, and does not put it by for the next one.
+LEFT = 4096
+
 _settled = False
 
 
@@ -72,7 +75,7 @@ class _Pin:
         self.leaf = weakref.ref(leaf, _let_go)
         self.free = _libc.free
         # A large block lies above all others; what is left of it once it is made small still does.
-        self.address = _libc.realloc(_libc.malloc(PROBE), 64)
+        self.address = _libc.realloc(_libc.malloc(PROBE), LEFT)
         self.end = _top(0)
 
     def __del__(self) -> None:

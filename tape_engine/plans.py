@@ -56,7 +56,8 @@ BATCH_NORM_TWIN = aten._native_batch_norm_legit_functional.default
 
 
 #: What gives a tensor the memory of another, or of a storage.
-SETS = {getattr(aten.set_, name) for name in aten.set_.overloads()}
+_set: Any = aten.set_
+SETS = {getattr(_set, name) for name in _set.overloads()}
 
 _NAMES = (
     "add.Tensor sub.Tensor mul.Tensor div.Tensor neg exp log sqrt rsqrt sin cos tanh sigmoid relu abs reciprocal "

@@ -102,10 +102,10 @@ def backward(
             recorder.listen_to([g for _, g in writes], current_tape())
         else:
             _as_given([g for _, g in writes])
-        if targets:
-            heap.hold_heap(targets[0])
         if not (record or keep):
             _close(found.order)
+        if writes:
+            heap.hold_heap(writes[-1][0])  # a leaf, as those come last
 
 
 def grad(
@@ -131,7 +131,8 @@ def grad(
         targets = _targets(wrt, "te.grad")
         root, node = root_of(C, "te.grad")
         sweep = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
-        found = {id(tensor): g for tensor, g in sweep.by_tensor()}
+        by_tensor = sweep.by_tensor()
+        found = {id(tensor): g for tensor, g in by_tensor}
         results = tuple(found.get(id(tensor)) for tensor in targets)
         if record:
             recorder.listen_to([g for g in results if g is not None], current_tape())
@@ -139,6 +140,8 @@ def grad(
             _as_given([g for g in results if g is not None])
         if not (record or keep):
             _close(sweep.order)
+        if by_tensor:
+            heap.hold_heap(by_tensor[-1][0])
         return results
 
 

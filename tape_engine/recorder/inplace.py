@@ -53,7 +53,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         refuse_without_rule(plan.op, taken.inputs)
     written = _written(plan, args, kwargs)
     before = [taken.value_of(tensor) for tensor in written]
-    alone = all([aliases.alone(tensor, value) for tensor, value in zip(written, before, strict=True)])
+    alone = all(aliases.alone(tensor, value) for tensor, value in zip(written, before, strict=True))
     spared: list[Any] = []
     wholes: list[Value | None] = []
     if not alone:

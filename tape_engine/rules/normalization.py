@@ -223,8 +223,8 @@ def native_batch_norm_grad(g, out, x, weight, bias, running_mean, running_var, t
     if g[0] is None:
         return None, None, None, None, None
     # In training what the statistics were before has no part in it, and a recording does not keep it.
-    running = (None, None) if training else (running_mean, running_var)
-    return *_batch_norm(g[0], out[1], out[2], x, weight, bias, *running, training, eps), None, None
+    mean, var = (None, None) if training else (running_mean, running_var)
+    return *_batch_norm(g[0], out[1], out[2], x, weight, bias, mean, var, training, eps), None, None
 
 
 @rule(aten._batch_norm_with_update_functional.default, formula="batch norm(x)", samples=[_updated()])
