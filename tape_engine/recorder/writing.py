@@ -210,8 +210,6 @@ def turned(tape: Tape, value: Value, tensor: Tensor, base: Tensor, made: Tensor)
 
 AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
 _CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._neg_view.default)
-
-
 _DETACH = registry.find(DETACH)
 _VIEW = torch.ops.aten.view.default
 
@@ -264,11 +262,8 @@ def write(
             value.constant = True
     elif op.reads_output:
         # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-        count = len(made)
-        cells = [
-            value.keep(ALIAS(tensor)) if op.reads_output_at(index, count) else None
-            for index, (value, tensor) in enumerate(zip(outputs, made, strict=True))
-        ]
+        read = [op.reads_output_at(index, len(made)) for index in range(len(made))]
+        cells = [v.keep(ALIAS(t)) if need else None for v, t, need in zip(outputs, made, read, strict=True)]
         node.saved = (*kept, *cells)
     else:
         node.saved = tuple(kept)
@@ -332,19 +327,15 @@ class Taken:
 
     __slots__ = ("args", "complex", "inputs", "kept", "kwargs", "length", "op", "sources", "tape", "tensors")
 
-    def __init__(
-        self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any], unread: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, op: Op, tape: Tape, args: Any, kwargs: dict[str, Any], unread: tuple[int, ...] = ()) -> None:
         self.op = op
-        self.tape = tape
-        self.length = tape.length
+        self.tape, self.length = tape, tape.length
         self.complex = False
         self.inputs: list[Value] = []
         self.sources: list[Node | None] = []
         self.tensors: list[Tensor] = []
         self.kept: list[Kept | None] = []
-        take = self.take
-        reads = op.reads_places(len(args))
+        take, reads = self.take, op.reads_places(len(args))
         if unread:
             reads = [each and place not in unread for place, each in enumerate(reads)]
         self.args = tuple([take(a, keep) for a, keep in zip(args, reads, strict=False)])
