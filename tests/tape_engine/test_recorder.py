@@ -1762,6 +1762,6 @@ def test_training_batch_norm_keeps_nothing_of_its_running_statistics() -> None:
         assert kept["running_mean"] is None
         assert kept["running_var"] is None
     te.backward(C, wrt=[layer.weight, layer.bias])
-    assert torch.allclose(layer.weight.g, plain.weight.grad)
-    assert torch.allclose(layer.bias.g, plain.bias.grad)
-    assert torch.equal(layer.running_var, plain.running_var)
+    close(g_of(layer.weight), plain.weight.grad, 1e-5)
+    close(g_of(layer.bias), plain.bias.grad, 1e-5)
+    close(layer.running_var, plain.running_var, 0)
