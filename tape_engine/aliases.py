@@ -233,15 +233,18 @@ def changed_outside(nodes: Sequence[Node]) -> tuple[Node, Value] | None:
 
 def share(value: Value, with_whom: Value) -> None:
     """Enters `value` among the aliases of a value that is known to live in the same storage."""
-    holder = with_whom.holder
-    if with_whom.aliases is None and holder is not None:
-        join(holder, with_whom)
-    if with_whom.aliases is not None:
-        value.aliases = with_whom.aliases
-        with_whom.aliases.add(value)
-        node, made = value.node, value.holder
-        if with_whom.aliases.foreign and node is not None and node.tape is not None and made is not None:
-            node.tape.watch(value, sample_of(made))
+    if with_whom.aliases is None:
+        holder = with_whom.holder
+        if holder is not None:
+            join(holder, with_whom)
+    group: Aliases | None = with_whom.aliases
+    if group is not None:
+        value.aliases = group
+        group.add(value)
+        if group.foreign:
+            node, made = value.node, value.holder
+            if node is not None and node.tape is not None and made is not None:
+                node.tape.watch(value, sample_of(made))
 
 
 def alone(tensor: torch.Tensor, value: Value) -> bool:
@@ -251,7 +254,12 @@ def alone(tensor: torch.Tensor, value: Value) -> bool:
     group = value.aliases
     if group is None:
         group = _by_storage.get(storage_of(tensor))
-    return group is None or all(member is value for member in group.alive())
+    if group is not None:
+        for ref in group.members:
+            member = ref()
+            if not (member is None or member is value) and (member.kept or member.tensor is not None):
+                return False
+    return True
 
 
 def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:

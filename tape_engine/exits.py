@@ -37,7 +37,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C import DisableTorchFunction
@@ -92,8 +92,30 @@ _is_excluded: Any = torch._C._dispatch_tls_is_dispatch_key_excluded
 _PYTHON = torch._C.DispatchKey.Python
 _lock = threading.Lock()
 _open = 0
-_original: dict[tuple[Any, str], Any] = {}
-_wrapper: dict[tuple[Any, str], tuple[Any, Any]] = {}  # made once of each original
+
+
+class Wrapper(NamedTuple):
+    """What stands in the place of a method or function while a block is open.
+
+    Attributes:
+        owner, name: where it stands.
+        held: all that the owner itself has, by name.
+        own: what the owner itself has there otherwise; ``None`` for what it inherits.
+        original: the same, or what it inherits, where somebody might change that.
+        made: the wrapper.
+        make: makes it of the original.
+    """
+
+    owner: Any
+    name: str
+    held: Any
+    own: Any
+    original: Any
+    made: Any
+    make: Callable[[Any], Any]
+
+
+_wrappers: list[Wrapper] = []  # made once of each original
 wrapped: dict[Any, Any] = {}  # what each stands for: a function mode is given the wrapper, which has done its work
 _heard: Callable[[], bool] = bool  # whether this thread is recording; the recorder says it
 _guard: Callable[[Tensor, str], None] = print
@@ -187,8 +209,14 @@ def open_exits() -> None:
         _open += 1
         if _open == 1:
             compiler.hold()
-            for owner, name, make in (*_wrapped(), *more):
-                _wrap(owner, name, make)
+            if not _wrappers:
+                _wrappers.extend([_wrapper(*each) for each in (*_wrapped(), *more)])
+            # Once a block, and the memory of all this is cold by then: nothing is looked up that need not be.
+            for i, (owner, name, held, own, original, made, make) in enumerate(_wrappers):
+                if held.get(name) is not own or (original is not own and getattr(owner, name, None) is not original):
+                    _wrappers[i] = _wrapper(owner, name, make)  # somebody put another one there
+                    made = _wrappers[i].made
+                setattr(owner, name, made)
 
 
 def close_exits() -> None:
@@ -198,23 +226,20 @@ def close_exits() -> None:
         _open -= 1
         if _open == 0:
             compiler.give_up()
-            for (owner, name), original in _original.items():
-                if original is None:
+            for owner, name, _, own, _, _, _ in _wrappers:
+                if own is None:
                     delattr(owner, name)
                 else:
-                    setattr(owner, name, original)
-            _original.clear()
+                    setattr(owner, name, own)
 
 
-def _wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    original = getattr(owner, name, None)
-    known = _wrapper.get((owner, name))
-    if known is None or known[0] is not original:
-        known = _wrapper[owner, name] = original, _known_as(owner, name, original, make(original))
-        for made, plain in _called(known[1], original):
-            wrapped[made] = plain
-    _original[owner, name] = owner.__dict__.get(name)
-    setattr(owner, name, known[1])
+def _wrapper(owner: Any, name: str, make: Callable[[Any], Any]) -> Wrapper:
+    original, held = getattr(owner, name, None), owner.__dict__
+    made = _known_as(owner, name, original, make(original))
+    wrapped.update(_called(made, original))
+    # What Tensor inherits nobody can change, so that what it has of its own tells whether it is as it was.
+    known = held.get(name) if owner is Tensor else original
+    return Wrapper(owner, name, held, held.get(name), known, made, make)
 
 
 def _called(made: Any, original: Any) -> list[tuple[Any, Any]]:
@@ -408,7 +433,7 @@ def _scripting(original: Any) -> Any:
     """What ``torch.jit.script`` looks a function up by: of a wrapper, what it wraps."""
 
     def scripting(fn: Any, *rest: Any) -> Any:
-        return original(next((plain for plain, made in _wrapper.values() if made is fn), fn), *rest)
+        return original(next((each.original for each in _wrappers if each.made is fn), fn), *rest)
 
     return scripting
 

@@ -102,9 +102,15 @@ def _may_unbroadcast(contribution: Tensor, value: Value, node: Node) -> bool:
             else:
                 together = _broadcast(*(v.shape for v in node.inputs))
             allowed = len(node.outputs) == 1 and together == out
-        return allowed and _broadcast(contribution.shape, value.shape) == contribution.shape
     except RuntimeError:
         return False
+    return allowed and _spreads(value.shape, contribution.shape)
+
+
+def _spreads(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a tensor of one shape broadcasts to another; told at each bias, where `_broadcast` takes long."""
+    extra = len(to) - len(shape)
+    return extra >= 0 and all(own in (other, 1) for own, other in zip(shape, to[extra:], strict=True))
 
 
 def _unbroadcast(g: Tensor, shape: torch.Size) -> Tensor:

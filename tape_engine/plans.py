@@ -55,6 +55,10 @@ BATCH_NORM = aten.native_batch_norm.default
 BATCH_NORM_TWIN = aten._native_batch_norm_legit_functional.default
 
 
+#: What gives a tensor the memory of another, or of a storage.
+_set: Any = aten.set_
+SETS = {getattr(_set, name) for name in _set.overloads()}
+
 _NAMES = (
     "add.Tensor sub.Tensor mul.Tensor div.Tensor neg exp log sqrt rsqrt sin cos tanh sigmoid relu abs reciprocal "
     "maximum minimum mm bmm mv dot t addmm sign floor erf"
@@ -78,6 +82,8 @@ class Plan:
         views: whether its result may share the storage of an argument.
         guard: whether it asks a value out of the tensors.
         random: whether it draws from a generator.
+        gives_memory: whether it gives a tensor the memory of another, or of a storage (``set_``).
+        unread: the places of arguments that its rule reads in other calls than these.
         chance: the place of the argument by which it draws (``dropout_p``): with a 0 there it draws nothing.
         known: whether a functional twin was found, if it writes.
         defaults: for each argument the default that its twin does not have, where one was found.
@@ -106,6 +112,8 @@ class Plan:
     order: tuple[int, ...] = ()
     chance: int | None = None
     pointwise: bool = False
+    unread: tuple[int, ...] = ()
+    gives_memory: bool = False
 
     def draws(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments draws from a generator."""
@@ -158,6 +166,7 @@ def _make(overload: OpOverload) -> Plan:
         known=twin is not None,
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,
+        gives_memory=overload in SETS,
         order=_order(overload, twin) if written and twin is not None else (),
     )
 
@@ -201,4 +210,6 @@ _TRAINING = Plan(
     random=False,
     known=True,
     statistics=True,
+    call=BATCH_NORM._op,
+    unread=(3, 4),  # what was there before: in training the sweep needs the statistics of the batch alone
 )

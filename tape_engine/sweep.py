@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._C import DisableTorchFunction
 
-from . import recorder
+from . import heap, recorder
 from .errors import (
     DTypeError,
     NotRecordedError,
@@ -104,6 +104,8 @@ def backward(
             _as_given([g for _, g in writes])
         if not (record or keep):
             _close(found.order)
+        if writes:
+            heap.hold_heap(writes[-1][0])  # a leaf, as those come last
 
 
 def grad(
@@ -129,7 +131,8 @@ def grad(
         targets = _targets(wrt, "te.grad")
         root, node = root_of(C, "te.grad")
         sweep = Sweep(root, node, _seed(C, seed), given=seed, targets=targets, record=record).run()
-        found = {id(tensor): g for tensor, g in sweep.by_tensor()}
+        by_tensor = sweep.by_tensor()
+        found = {id(tensor): g for tensor, g in by_tensor}
         results = tuple(found.get(id(tensor)) for tensor in targets)
         if record:
             recorder.listen_to([g for g in results if g is not None], current_tape())
@@ -137,6 +140,8 @@ def grad(
             _as_given([g for g in results if g is not None])
         if not (record or keep):
             _close(sweep.order)
+        if by_tensor:
+            heap.hold_heap(by_tensor[-1][0])
         return results
 
 

@@ -40,14 +40,16 @@ Tensor = torch.Tensor
 
 def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes to its arguments, recorded as its functional twin."""
-    if func in SETS:
+    if plan.gives_memory:
         return _given_memory(func, args, kwargs)
-    given_args = tuple(a for i, a in enumerate(_completed(args, kwargs, plan)) if i not in plan.outs)
+    given_args, given_kwargs = _completed(args, kwargs, plan), kwargs
+    if plan.outs:
+        given_args = tuple([a for i, a in enumerate(given_args) if i not in plan.outs])
+        given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
     if plan.order:
-        given_args = tuple(given_args[place] for place in plan.order)
-    given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
+        given_args = tuple([given_args[place] for place in plan.order])
     # What the rule will read is kept here, so that what is about to be overwritten gets its copy below.
-    taken = Taken(plan.op, tape, given_args, given_kwargs)
+    taken = Taken(plan.op, tape, given_args, given_kwargs, plan.unread)
     if tape.strict:
         refuse_without_rule(plan.op, taken.inputs)
     written = _written(plan, args, kwargs)
@@ -59,11 +61,12 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
         for tensor, value in zip(written, before, strict=True):
             spared += aliases.protect(tensor, value)
-    result = call(func, args, kwargs, lazily=False)
+    result = call(plan.call, args, kwargs, lazily=False)
     if result is written[0]:
         fresh, made = [], written
     else:
-        fresh = [t for t in tensors_in(result) if not any(t is w for w in written)]
+        known = {id(tensor) for tensor in written}
+        fresh = [t for t in tensors_in(result) if id(t) not in known]
         made = [*fresh, *written]
     if stays_closed(tape, plan.op, taken.inputs, made):
         for tensor in written:
@@ -72,16 +75,14 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     node = enter(taken, made)
     node.random = plan.random
     node.outputs_tuple = len(made) > 1 or not isinstance(result, Tensor)
+    inputs, first = taken.inputs, len(fresh)
     node.mutates = tuple(
-        [
-            (next((i for i, v in enumerate(taken.inputs) if v is old), -1), len(fresh) + k)
-            for k, old in enumerate(before)
-        ]
+        [(inputs.index(old) if old in inputs else -1, place) for place, old in enumerate(before, start=first)]
     )
     settle(
         tape,
         node,
-        range(len(fresh), len(made)),
+        range(first, len(made)),
         written,
         before,
         wholes,
@@ -93,10 +94,6 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
 
 
 _VIEW_DTYPE = registry.find(VIEW_DTYPE)
-
-#: What gives a tensor the memory of another, or of a storage.
-_set: Any = torch.ops.aten.set_
-SETS = {getattr(_set, name) for name in _set.overloads()}
 
 
 def _given_memory(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,8 +147,10 @@ def settle(
     `pending` how many of them torch has yet to count: inside the dispatcher, one. `alone` says that nobody else looks
     into that memory: then `wholes` and `spared` are empty.
     """
-    aliases.refresh(spared, pending)
-    untouched = {id(tensor) for _, tensor in spared}
+    untouched: set[int] = set()
+    if spared:
+        aliases.refresh(spared, pending)
+        untouched = {id(tensor) for _, tensor in spared}
     for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
         if not tape.strong:  # which lets go of the node, if nobody reads what it wrote

@@ -15,7 +15,7 @@ from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, _is_tor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..plans import plan_of, plans
+from ..plans import BATCH_NORM, plan_of, plans
 from ..tape import (
     Tape,
     Value,
@@ -67,7 +67,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if state.values_alone:
             args = without_vectors(func, args)
-        plan = plan_of(func, args)
+        if plan is None or func is BATCH_NORM:
+            plan = plan_of(func, args)
         if state.paused:
             return unrecorded(func, plan, args, kwargs)
         random = plan.draws(args)

@@ -7,8 +7,6 @@ running it again: such a block is noted, and a program of it refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +15,9 @@ from ..aliases import unheard
 from ..names import call_site, user_frame
 
 __all__ = ["Streams"]
+
+
+_CPU = torch.device("cpu")
 
 
 class Streams:
@@ -35,18 +36,9 @@ class Streams:
             id(torch.default_generator): (torch.default_generator, self._began)
         }
 
-    @contextmanager
-    def draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def draw(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Draw:
         """The context of one operation that draws."""
-        generator = self._of(args, kwargs)
-        self._look(generator)
-        self.drawing = True
-        try:
-            yield
-        finally:
-            self.drawing = False
-            if generator is not None:
-                self._left[id(generator)] = (generator, generator.get_state())
+        return _Draw(self, self._of(args, kwargs))
 
     def end(self) -> None:
         """The end of the block: what was drawn must not have been taken back. A block that drew nothing may seed."""
@@ -62,11 +54,33 @@ class Streams:
         self.moved = call_site(user_frame()) or "a line that is not known"
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
-        given = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.Generator)), None)
-        if given is not None:
-            return given
-        devices = [each.device for each in args if isinstance(each, torch.Tensor)]
-        device = torch.device(kwargs.get("device") or (devices[0] if devices else "cpu"))
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, torch.Generator):
+                return each
+        device: Any = kwargs.get("device")
+        if not device:
+            device = next((each.device for each in args if isinstance(each, torch.Tensor)), _CPU)
+        elif not isinstance(device, torch.device):
+            device = torch.device(device)
         if device.type == "cuda":
             return torch.cuda.default_generators[device.index or 0]
         return torch.default_generator if device.type == "cpu" else None
+
+
+class _Draw:
+    """The context of one operation that draws from `generator`; a class, as it is entered at each of them."""
+
+    __slots__ = ("generator", "streams")
+
+    def __init__(self, streams: Streams, generator: torch.Generator | None) -> None:
+        self.streams = streams
+        self.generator = generator
+
+    def __enter__(self) -> None:
+        self.streams._look(self.generator)
+        self.streams.drawing = True
+
+    def __exit__(self, *error: object) -> None:
+        self.streams.drawing = False
+        if self.generator is not None:
+            self.streams._left[id(self.generator)] = (self.generator, self.generator.get_state())

@@ -218,8 +218,6 @@ def turned(tape: Tape, value: Value, tensor: Tensor, base: Tensor, made: Tensor)
 
 AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
 _CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._neg_view.default)
-
-
 _DETACH = registry.find(DETACH)
 _VIEW = torch.ops.aten.view.default
 
@@ -265,15 +263,16 @@ def write(
     frame = user_frame()
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
     node = Node(op, args, kwargs, tuple(inputs), tuple(sources), code, lasti, modules.path())
-    node.outputs = outputs_of(node, made)
-    for index, (value, tensor) in enumerate(zip(node.outputs, made, strict=True)):
-        if cut:
-            value.constant = True
-        elif op.reads_output:
-            # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
-            kept = (*kept, value.keep(ALIAS(tensor)) if op.reads_output_at(index, len(made)) else None)
+    outputs = node.outputs = outputs_of(node, made)
     if cut:
         node.cut = True
+        for value in outputs:
+            value.constant = True
+    elif op.reads_output:
+        # An alias instead of the tensor itself: the tensor keeps the node alive, the node must not keep it.
+        read = [op.reads_output_at(index, len(made)) for index in range(len(made))]
+        cells = [v.keep(ALIAS(t)) if need else None for v, t, need in zip(outputs, made, read, strict=True)]
+        node.saved = (*kept, *cells)
     else:
         node.saved = tuple(kept)
     tape.append(node)
@@ -325,17 +324,18 @@ class Taken:
 
     __slots__ = ("args", "complex", "inputs", "kept", "kwargs", "length", "op", "sources", "tape", "tensors")
 
-    def __init__(self, op: Op, tape: Tape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, op: Op, tape: Tape, args: Any, kwargs: dict[str, Any], unread: tuple[int, ...] = ()) -> None:
         self.op = op
-        self.tape = tape
-        self.length = tape.length
+        self.tape, self.length = tape, tape.length
         self.complex = False
         self.inputs: list[Value] = []
         self.sources: list[Node | None] = []
         self.tensors: list[Tensor] = []
         self.kept: list[Kept | None] = []
-        take = self.take
-        self.args = tuple([take(a, keep) for a, keep in zip(args, op.reads_places(len(args)), strict=False)])
+        take, reads = self.take, op.reads_places(len(args))
+        if unread:
+            reads = [each and place not in unread for place, each in enumerate(reads)]
+        self.args = tuple([take(a, keep) for a, keep in zip(args, reads, strict=False)])
         self.kwargs = {k: take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
 
     def value_of(self, tensor: Tensor) -> Value:
@@ -348,7 +348,7 @@ class Taken:
         if isinstance(argument, Tensor):
             value = read(argument, self.tape)
             self.inputs.append(value)
-            self.sources.append(value.node)
+            self.sources.append(None if value._node is None else value._node())
             self.tensors.append(argument)
             self.kept.append(value.keep(argument) if keep else None)
             if value.dtype.is_complex:

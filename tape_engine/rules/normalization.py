@@ -222,7 +222,9 @@ def _batch_norm(
 def native_batch_norm_grad(g, out, x, weight, bias, running_mean, running_var, training, momentum, eps):
     if g[0] is None:
         return None, None, None, None, None
-    return *_batch_norm(g[0], out[1], out[2], x, weight, bias, running_mean, running_var, training, eps), None, None
+    # In training what the statistics were before has no part in it, and a recording does not keep it.
+    mean, var = (None, None) if training else (running_mean, running_var)
+    return *_batch_norm(g[0], out[1], out[2], x, weight, bias, mean, var, training, eps), None, None
 
 
 @rule(aten._batch_norm_with_update_functional.default, formula="batch norm(x)", samples=[_updated()])
