@@ -100,11 +100,12 @@ class Sweep:
                         self._step(node, needs)
                         self.reached.append((node, self.tape.length))
                 else:
-                    already = _is_excluded(_AUTOGRAD)
+                    free = not (_is_excluded(_AUTOGRAD) or torch._C._len_torch_dispatch_stack())
                     try:
-                        self._walk(already)
+                        self._walk(free)
                     finally:
-                        _exclude(_AUTOGRAD, already)
+                        if free:
+                            _exclude(_AUTOGRAD, False)
                 for value in list(self.pending):  # what is left are the leaves
                     self._arrive(value)
                 self._separate()
@@ -114,11 +115,11 @@ class Sweep:
             raise
         return self
 
-    def _walk(self, already: bool) -> None:
+    def _walk(self, free: bool) -> None:
         """`_step` for each node, with what most of them need written out: it is done for every operation.
 
-        Most nodes have one output and a rule, read what is intact, and their gradients fit as they are. `already` tells
-        whether torch's autograd is out of the way, where it is put for our own rules.
+        Most nodes have one output and a rule, read what is intact, and their gradients fit as they are. Where it
+        is `free` to, as no mode listens, it runs our own rules below torch's autograd, which they ask nothing of.
         """
         pending, gradients, asked, summed = self.pending, self.gradients, self.asked, self._summed
         devices = torch.accelerator.is_available()  # else all tensors are on the CPU, or shapes alone
@@ -130,7 +131,7 @@ class Sweep:
             if rule is None or not node.ordinary:
                 if below:
                     below = False
-                    _exclude(_AUTOGRAD, already)
+                    _exclude(_AUTOGRAD, False)
                 self._step(node, needs)
                 continue
             inputs, out = node.inputs, node._outputs
@@ -155,9 +156,9 @@ class Sweep:
             if node.args is not inputs:
                 left = iter(given)
                 given = [refill(each, left) for each in node.args]
-            if op.rule_is_ours is not below:  # those ask nothing of torch's autograd: it is left out of the way
+            if op.rule_is_ours is not below and free:
                 below = not below
-                _exclude(_AUTOGRAD, below or already)
+                _exclude(_AUTOGRAD, below)
             try:
                 contributions = specialise(rule, needs, not node.complex)(g, read, *given)
             except TapeError:
