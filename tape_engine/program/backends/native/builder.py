@@ -8,7 +8,7 @@ from typing import Any
 
 from .kernels import DRIVERS, KINDS, RUNNERS, parts_of, sources
 from .scalars import scalars
-from .tiles import dots, lines, tile
+from .tiles import dots, lines, packed, panel, tile, twelve
 
 __all__ = ["build"]
 
@@ -18,6 +18,7 @@ PLAIN = ("contract",)
 
 #: Tiles of a product: lines of the result, and registers of a line.
 TILES = ((8, 1), (4, 2), (1, 4))
+PANELS = ((12, 2), (12, 1), (4, 2), (1, 2))
 
 
 def build(name: str, symbol: str, machine: Any) -> Any:
@@ -35,7 +36,7 @@ def build(name: str, symbol: str, machine: Any) -> Any:
     stem, kind, _ = parts_of(name)
     words = WORD.as_pointer()
     types = [words, words] if stem in DRIVERS else [WORD] * 9
-    if name in RUNNERS:
+    if stem in RUNNERS:
         types = [words, WORD, words, words, WORD, WORD] if name == "run" else [words]
     flags = SUMS if stem in ("sum", "product_lines", "product_dots") else PLAIN
     apart = "C" if stem in ("product_lines", "product_dots", "product_past") else ""  # the result of a product
@@ -55,6 +56,9 @@ def _inmost(stem: str, kind: str) -> dict[str, Any]:
     width, ahead = 32 if kind == "f" else 64, stem.endswith("_ahead")
     if stem == "product_tiles":
         return {f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES}
+    if stem == "product_large":
+        tiles = {f"panel_{kind}_{rows}_{many}": panel(width, rows, many) for rows, many in PANELS}
+        return {f"packed_{kind}": packed(width), f"twelve_{kind}": twelve(width), **tiles}
     if stem.startswith("product_dot_tiles"):
         return {f"dots_{kind}_{rows}": dots(width, rows, ahead=ahead and rows > 1) for rows in (8, 1)}
     if stem.startswith("product_line_tiles"):

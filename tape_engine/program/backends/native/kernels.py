@@ -292,6 +292,81 @@ def product_line_tilesAHEAD_K(w, regs):
                 lines_K_0(C, A, ca, B, rb, N, add, 0)
 """
 
+#: C = S + A B for matrices so large that each thread does a part. B goes into panels of so many columns as a tile has,
+#: which lie in order; of B as many lines and columns at a time, and of A as many lines, as a core's own cache holds.
+#: Words: [0] M, [1] N, [2] K, then the address of C and its distance from row to row (all are in bytes), of A with
+#: those from row to row and from column to column, of B likewise; [11] of S with that from row to row, [13] whether it
+#: counts; [14] of memory for the panels, [15] how many lines of B, [16] columns, [17] lines of A there are at a time.
+PRODUCT_LARGE = """
+def product_large_K(w):
+    M = w[0]; N = w[1]; K = w[2]
+    C = w[3]; rc = w[4]; A = w[5]; ra = w[6]; ca = w[7]; B = w[8]; rb = w[9]; cb = w[10]
+    n0 = 0
+    while n0 < N:
+        nc = min(w[16], N - n0)
+        S = w[11]; rs = w[12]; starts = w[13]
+        k0 = 0
+        while k0 < K:
+            kc = min(w[15], K - k0)
+            n = 0
+            while n < nc:
+                P0 = w[14] + n * kc * SIZE
+                B0 = B + k0 * rb + (n0 + n) * cb
+                if cb == SIZE:
+                    for k in range(kc):
+                        packed_K(P0 + k * 128, B0 + k * rb, nc - n)
+                else:
+                    k1 = 0
+                    while k1 < kc:
+                        for l in range(min(2 * LANES, nc - n)):
+                            for k in range(k1, min(k1 + 16, kc)):
+                                P = pointer_K(P0 + k * 128 + l * SIZE)
+                                x = pointer_K(B0 + k * rb + l * cb)
+                                P[0] = x[0]
+                        k1 += 16
+                n += 2 * LANES
+            i0 = 0
+            while i0 < M:
+                end = min(i0 + w[17], M)
+                tiles = w[18] if ra == SIZE else 0
+                if tiles != 0:
+                    i = i0
+                    while i + 12 <= end:
+                        A1 = A + i * ra + k0 * ca
+                        Q0 = tiles + (i - i0) * kc * SIZE
+                        for k in range(kc):
+                            twelve_K(Q0 + k * 12 * SIZE, A1 + k * ca)
+                        i += 12
+                n = 0
+                while n < nc:
+                    i = i0
+                    while i < end:
+                        C0 = C + i * rc + (n0 + n) * SIZE
+                        S0 = S + i * rs + (n0 + n) * SIZE
+                        A0 = A + i * ra + k0 * ca
+                        P0 = w[14] + n * kc * SIZE
+                        if i + 12 <= end:
+                            cq = 12 * SIZE if tiles != 0 else ca
+                            A0 = tiles + (i - i0) * kc * SIZE if tiles != 0 else A0
+                            if nc - n > LANES:
+                                panel_K_12_2(C0, rc, S0, rs, starts, A0, ra, cq, P0, kc, nc - n)
+                            else:
+                                panel_K_12_1(C0, rc, S0, rs, starts, A0, ra, cq, P0, kc, nc - n)
+                            i += 12
+                        else:
+                            if i + 4 <= end:
+                                panel_K_4_2(C0, rc, S0, rs, starts, A0, ra, ca, P0, kc, nc - n)
+                                i += 4
+                            else:
+                                panel_K_1_2(C0, rc, S0, rs, starts, A0, ra, ca, P0, kc, nc - n)
+                                i += 1
+                    n += 2 * LANES
+                i0 = end
+            S = C; rs = rc; starts = 1
+            k0 += kc
+        n0 += nc
+"""
+
 #: Words: [2] how many indices, [3] how many lines there are, [4] elements of a line, then register and offset of
 #: the result, its distance from line to line (bytes), the same of the argument, register and offset of the indices
 #: and their distance. A wrong index is told in the register nought.
@@ -371,11 +446,11 @@ DRIVERS = {
     "product_dot_tiles_ahead": PRODUCT_DOT_TILES.replace("AHEAD", "_ahead"),
     "product_line_tiles": PRODUCT_LINE_TILES.replace("AHEAD", ""),
     "product_line_tiles_ahead": PRODUCT_LINE_TILES.replace("AHEAD", "_ahead"),
-    "take": TAKE, "add_at": ADD_AT, "run": RUN, "part": PART, "share": SHARE,
+    "take": TAKE, "add_at": ADD_AT, "run": RUN, "part": PART, "share": SHARE, "product_large": PRODUCT_LARGE,
 }  # fmt: skip
 
-#: Those that are no instructions, but run them.
-RUNNERS = {"run", "part", "share"}
+#: Those that are no instructions, but run them, or are run alone.
+RUNNERS = {"run", "part", "share", "product_large"}
 
 
 def parts_of(name: str) -> tuple[str, str, str]:

@@ -1,0 +1,139 @@
+"""Large products of matrices, each on all threads: by tiles of twelve lines, which are summed in vector registers.
+
+Torch's BLAS does not make the most of every processor: where MKL meets one that is not Intel's, it takes an older
+way, and leaves a quarter of the time on the table. There these take its place. The right factor is laid into panels
+that fill a line of two registers each, and goes through the cache in parts (Goto and van de Geijn, Anatomy of
+high-performance matrix multiplication, 2008).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ....tape import Node, Value
+from ...calls import Call
+from . import objects
+from .machine import ALIGNED, KIND
+from .team import Share, threads
+
+__all__ = ["FUNCTIONS", "call_for", "takes_over"]
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+LEAST = 1 << 22  # multiplications from which on it is worth it to share a product
+NARROW = 24  # columns, and steps of the sum, below which tiles are mostly empty
+PACKED = 1 << 19  # bytes of the right factor that are packed at a time
+DEPTH = 512  # steps of the sum at a time
+LINES = 192  # lines of the left factor at a time
+
+
+@functools.cache
+def takes_over() -> bool:
+    """Whether these products are faster than torch's: as far as is known, with AVX-512 on processors of AMD."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    import llvmlite.binding as llvm
+
+    return str(llvm.get_host_cpu_name()).startswith("znver")
+
+
+def call_for(node: Node) -> Call | None:
+    """How a node is run as a large product; ``None`` where torch is to run it."""
+    forward = node.op.forward
+    if forward not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+        return None
+    values = [*node.inputs, *node.outputs]
+    if any(v.dtype not in (torch.float32, torch.float64) or v.device.type != "cpu" for v in values):
+        return None
+    if not all(isinstance(v, Value) for v in node.args) or not takes_over():
+        return None
+    (M, K), N = node.inputs[-2].shape, node.outputs[0].shape[1]
+    if M * N * K < LEAST or min(N, K) < NARROW:
+        return None
+    if forward is aten.mm.default:
+        return Call(mm, "mm", ("out",))
+    return Call(addmm, "addmm", ("out",))
+
+
+def mm(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """``a @ b``, written to `out`."""
+    return out if _multiplied(None, a, b, out) else torch.mm(a, b, out=out)
+
+
+def addmm(start: Tensor, a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    """``start + a @ b``, written to `out`; `start` is broadcast."""
+    return out if _multiplied(start.expand(out.shape), a, b, out) else torch.addmm(start, a, b, out=out)
+
+
+FUNCTIONS: tuple[Callable[..., Tensor], ...] = (mm, addmm)
+
+
+def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Fills `out`, unless something lies in memory as the kernel does not know it."""
+    given = [a, b, out] if start is None else [a, b, out, start]
+    if out.stride(1) != 1 or any(each.is_neg() or each.is_conj() for each in given):
+        return False
+    if start is not None and start.stride(1) != 1:
+        return False
+    (M, K), N, item, parts = a.shape, b.shape[1], a.element_size(), threads()
+    depth = min(K, DEPTH)
+    across = min(N, PACKED // (depth * item))
+    across = -(-across // 32) * 32
+    by_sum = K > M * (parts - 1) and parts > 1
+    panels = across * depth * item
+    sums = M * N * item if by_sum else 0
+    tiles = LINES * depth * item if a.stride(0) == 1 else 0
+    panels += tiles
+    room = _room(parts * panels + (parts - 1) * sums)
+    address = -(-room.data_ptr() // ALIGNED) * ALIGNED
+    size = K if by_sum else M
+    share = -(-size // parts)
+    share = -(-share // 12) * 12
+    words: list[Any] = []
+    rest = address + parts * panels
+    partial = []
+    for i, begin in enumerate(range(0, size, share)):
+        count = min(share, size - begin)
+        A, B, C = a.data_ptr(), b.data_ptr(), out.data_ptr()
+        S, rs = (C, 0) if start is None else (start.data_ptr(), start.stride(0) * item)
+        rc, starts = out.stride(0) * item, int(start is not None)
+        if by_sum:
+            A, B = A + begin * a.stride(1) * item, B + begin * b.stride(0) * item
+            if i:
+                offset = rest - room.data_ptr()
+                partial.append(room[offset : offset + sums].view(a.dtype).view(M, N))
+                C, rc, starts = rest, N * item, 0
+                rest += sums
+        else:
+            A, C, S = A + begin * a.stride(0) * item, C + begin * rc, S + begin * rs
+        words.append(
+            (ctypes.c_int64 * 19)(
+                M if by_sum else count, N, count if by_sum else K, C, rc, A, a.stride(0) * item, a.stride(1) * item,
+                B, b.stride(0) * item, b.stride(1) * item, S, rs, starts, address + i * panels, depth, across, LINES,
+                address + (i + 1) * panels - tiles if tiles else 0,
+            )
+        )  # fmt: skip
+    kernel = f"product_large_{KIND[a.dtype]}"
+    Share([ctypes.addressof(each) for each in words], objects.load([kernel, "share"]), kernel)()
+    for each in partial:
+        out.add_(each)
+    return True
+
+
+_rooms = threading.local()
+
+
+def _room(size: int) -> Tensor:
+    """Memory to work in, which the calling thread keeps."""
+    room: Tensor | None = getattr(_rooms, "room", None)
+    if room is None or room.numel() < size + ALIGNED:
+        with torch.inference_mode(False):
+            room = _rooms.room = torch.empty(size + ALIGNED, dtype=torch.uint8, device="cpu")
+    return room
