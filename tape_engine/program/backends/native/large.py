@@ -9,7 +9,6 @@ high-performance matrix multiplication, 2008).
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +17,12 @@ import torch
 
 from ....tape import Node, Value
 from ...calls import Call
+from ...products import blas_lags
 from . import objects
 from .machine import ALIGNED, KIND
 from .team import Share, threads
 
-__all__ = ["FUNCTIONS", "call_for", "takes_over"]
+__all__ = ["FUNCTIONS", "call_for"]
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -30,18 +30,8 @@ Tensor = torch.Tensor
 LEAST = 1 << 22  # multiplications from which on it is worth it to share a product
 NARROW = 24  # columns, and steps of the sum, below which tiles are mostly empty
 PACKED = 1 << 19  # bytes of the right factor that are packed at a time
-DEPTH = 512  # steps of the sum at a time
-LINES = 192  # lines of the left factor at a time
-
-
-@functools.cache
-def takes_over() -> bool:
-    """Whether these products are faster than torch's: as far as is known, with AVX-512 on processors of AMD."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
-        return False
-    import llvmlite.binding as llvm
-
-    return str(llvm.get_host_cpu_name()).startswith("znver")
+DEPTH, LINES = 512, 192  # steps of the sum, and lines of the left factor, at a time
+TURNED = 256, 264  # the same where that lies column by column, and is packed as well
 
 
 def call_for(node: Node) -> Call | None:
@@ -52,7 +42,7 @@ def call_for(node: Node) -> Call | None:
     values = [*node.inputs, *node.outputs]
     if any(v.dtype not in (torch.float32, torch.float64) or v.device.type != "cpu" for v in values):
         return None
-    if not all(isinstance(v, Value) for v in node.args) or not takes_over():
+    if not all(isinstance(v, Value) for v in node.args) or not blas_lags():
         return None
     (M, K), N = node.inputs[-2].shape, node.outputs[0].shape[1]
     if M * N * K < LEAST or min(N, K) < NARROW:
@@ -83,13 +73,15 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
     if start is not None and start.stride(1) != 1:
         return False
     (M, K), N, item, parts = a.shape, b.shape[1], a.element_size(), threads()
-    depth = min(K, DEPTH)
+    turned = a.stride(0) == 1
+    depth, lines = TURNED if turned else (DEPTH, LINES)
+    depth = min(K, depth)
     across = min(N, PACKED // (depth * item))
     across = -(-across // 32) * 32
     by_sum = K > M * (parts - 1) and parts > 1
     panels = across * depth * item
     sums = M * N * item if by_sum else 0
-    tiles = LINES * depth * item if a.stride(0) == 1 else 0
+    tiles = lines * depth * item if turned else 0
     panels += tiles
     room = _room(parts * panels + (parts - 1) * sums)
     address = -(-room.data_ptr() // ALIGNED) * ALIGNED
@@ -116,7 +108,7 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
         words.append(
             (ctypes.c_int64 * 19)(
                 M if by_sum else count, N, count if by_sum else K, C, rc, A, a.stride(0) * item, a.stride(1) * item,
-                B, b.stride(0) * item, b.stride(1) * item, S, rs, starts, address + i * panels, depth, across, LINES,
+                B, b.stride(0) * item, b.stride(1) * item, S, rs, starts, address + i * panels, depth, across, lines,
                 address + (i + 1) * panels - tiles if tiles else 0,
             )
         )  # fmt: skip
