@@ -30,7 +30,7 @@ CPUINFO = Path("/proc/cpuinfo")
 @functools.cache
 def blas_lags() -> bool:
     """Whether torch multiplies matrices by MKL on a processor of AMD's that has AVX-512. Others were not looked at."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch._C.has_mkl:
         return False
     try:
         return "AuthenticAMD" in CPUINFO.read_text()
@@ -41,7 +41,7 @@ def blas_lags() -> bool:
 def call_for(node: Node) -> Call | None:
     """How a product is run by oneDNN; ``None`` for every other node, and where torch's own way is as good."""
     forward = node.op.forward
-    if forward not in (aten.mm.default, aten.addmm.default) or node.kwargs or not torch.backends.mkldnn.enabled:
+    if forward not in (aten.mm.default, aten.addmm.default) or node.kwargs or not torch._C._get_mkldnn_enabled():
         return None
     values: list[Any] = [*node.args, *node.outputs]
     if not all(isinstance(v, Value) and v.dtype is torch.float32 and v.device.type == "cpu" for v in values):
@@ -50,7 +50,7 @@ def call_for(node: Node) -> Call | None:
     (M, K), N = a.shape, out.shape[1]
     if M * N * K < WORK or M < LINES or min(N, K) < NARROW or a.strides != (K, 1):
         return None
-    if [v.shape for v in start] not in ([], [(N,)]) or not blas_lags() or not torch.backends.mkldnn.is_available():
+    if [v.shape for v in start] not in ([], [(N,)]) or not blas_lags() or not torch._C._has_mkldnn:
         return None
     return Call(added, "linear") if start else Call(linear, "linear")
 

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .kernels import DRIVERS, KINDS, RUNNERS, parts_of, sources
+from .drivers import DRIVERS, RUNNERS
+from .kernels import KINDS, parts_of, sources
 from .scalars import scalars
 from .tiles import dots, lines, packed, panel, tile, twelve
 

@@ -78,7 +78,7 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
     depth = min(K, depth)
     across = min(N, PACKED // (depth * item))
     across = -(-across // 32) * 32
-    by_sum = K > M * (parts - 1) and parts > 1
+    by_sum = M * (parts - 1) < K and parts > 1
     panels = across * depth * item
     sums = M * N * item if by_sum else 0
     tiles = lines * depth * item if turned else 0

@@ -92,7 +92,12 @@ class _Vectors:
         """Asks for a line of memory that will be read soon, or written."""
         byte = self._ir.IntType(8).as_pointer()
         kind = self._ir.FunctionType(self._ir.VoidType(), [byte, self._number, self._number, self._number])
-        given = [self.builder.inttoptr(address, byte), self._number(int(write)), self._number(3 if write else 2), self._number(1)]
+        given = [
+            self.builder.inttoptr(address, byte),
+            self._number(int(write)),
+            self._number(3 if write else 2),
+            self._number(1),
+        ]
         self.builder.call(self.builder.module.declare_intrinsic("llvm.prefetch", [byte], fnty=kind), given)
 
     def _function(self, name: str, kind: Any) -> Any:
@@ -253,7 +258,8 @@ def panel(width: int, rows: int, vectors: int) -> Any:
     """What computes `rows` lines of up to `vectors` registers each of C = S + A B, as a kernel can call it.
 
     B is given packed: two registers for each step of the sum, one step after the other (`packed`). S may be C, or one
-    line for all; without `starts` it is nought. What the arguments say is left of a line may be less than its registers.
+    line for all; without `starts` it is nought. What the arguments say is left of a line may be less than the registers
+    hold.
     """
     from .translator import repeated
 
