@@ -58,6 +58,7 @@ class _Writer(Names, Memory):
         self.with_sweep = with_sweep
         wanted = {frozen.canonical(v) for v in (*frozen.outputs, *(g for _, g in frozen.gradients))}
         wanted |= {frozen.canonical(after) for _, after in frozen.writes}
+        self.wanted = wanted
         self.nodes = drop_dead(frozen, with_sweep=with_sweep)
         for each in (unmask, turn_products, results_early):
             self.nodes = each(self.nodes, frozen, wanted)

@@ -57,7 +57,7 @@ def _inmost(stem: str, kind: str) -> dict[str, Any]:
     width, ahead = 32 if kind == "f" else 64, stem.endswith("_ahead")
     if stem == "product_tiles":
         return {f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES}
-    if stem == "product_large":
+    if stem in ("product_large", "recurrence"):
         tiles = {f"panel_{kind}_{rows}_{many}": panel(width, rows, many) for rows, many in PANELS}
         return {f"packed_{kind}": packed(width), f"twelve_{kind}": twelve(width), **tiles}
     if stem.startswith("product_dot_tiles"):
@@ -93,6 +93,9 @@ def lower(a, b):
 
 def higher(a, b):
     return a if (a > b or a != a) else b
+
+def moment(first, second, step, t):
+    return first if t == 0 else second + (t - 1) * step
 """
 
 

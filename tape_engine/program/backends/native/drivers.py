@@ -253,6 +253,64 @@ def product_large_K(w):
         n0 += nc
 """
 
+#: A recurrence, for some rows of a batch: for each moment ``C = S + A B``, with B in panels, then maps of each row. Words:
+#: [0] how many moments, [1] M, [2] N, [3] K, [4] B with its distances from row to row and from column to column, [7]
+#: memory for the panels, [8] K at the first moment, [9] C, [13] S, [17] whether it counts, [18] A; [22] how many maps
+#: there are, [23] their address: for each that of its kernel, how many elements, and three operands. An operand is its
+#: address at the first moment and at the second one, the distance from moment to moment from then on, and from row to
+#: row.
+RECURRENCE = """
+def recurrence_K(w):
+    M = w[1]; N = w[2]; K = w[3]; rb = w[5]; cb = w[6]; ca = SIZE
+    rc = w[12]; rs = w[16]; starts = w[17]; ra = w[21]
+    n = 0
+    while n < N:
+        P0 = w[7] + n * K * SIZE
+        B0 = w[4] + n * cb
+        if cb == SIZE:
+            for k in range(K):
+                packed_K(P0 + k * 128, B0 + k * rb, N - n)
+        else:
+            k1 = 0
+            while k1 < K:
+                for l in range(min(2 * LANES, N - n)):
+                    for k in range(k1, min(k1 + 16, K)):
+                        P = pointer_K(P0 + k * 128 + l * SIZE)
+                        x = pointer_K(B0 + k * rb + l * cb)
+                        P[0] = x[0]
+                k1 += 16
+        n += 2 * LANES
+    for t in range(w[0]):
+        k = w[8] if t == 0 else K
+        n = 0
+        while n < N:
+            P0 = w[7] + n * K * SIZE
+            C0 = moment(w[9], w[10], w[11], t) + n * SIZE
+            S0 = moment(w[13], w[14], w[15], t) + n * SIZE
+            A0 = moment(w[18], w[19], w[20], t)
+            i = 0
+            while i < M:
+                if i + 12 <= M:
+                    panel_K_12_2(C0, rc, S0, rs, starts, A0, ra, ca, P0, k, N - n)
+                    i += 12; C0 += 12 * rc; S0 += 12 * rs; A0 += 12 * ra
+                else:
+                    if i + 4 <= M:
+                        panel_K_4_2(C0, rc, S0, rs, starts, A0, ra, ca, P0, k, N - n)
+                        i += 4; C0 += 4 * rc; S0 += 4 * rs; A0 += 4 * ra
+                    else:
+                        panel_K_1_2(C0, rc, S0, rs, starts, A0, ra, ca, P0, k, N - n)
+                        i += 1; C0 += rc; S0 += rs; A0 += ra
+            n += 2 * LANES
+        for r in range(M):
+            e = pointer_l(w[23])
+            for i in range(w[22]):
+                o = moment(e[2], e[3], e[4], t) + r * e[5]
+                a = moment(e[6], e[7], e[8], t) + r * e[9]
+                b = moment(e[10], e[11], e[12], t) + r * e[13]
+                call_map(e[0], e[1], o, 1, a, 1, b, 1, 0, 0)
+                e = moved(e, 14)
+"""
+
 #: Words: [2] how many indices, [3] how many lines there are, [4] elements of a line, then register and offset of
 #: the result, its distance from line to line (bytes), the same of the argument, register and offset of the indices
 #: and their distance. A wrong index is told in the register nought.
@@ -333,7 +391,8 @@ DRIVERS = {
     "product_line_tiles": PRODUCT_LINE_TILES.replace("AHEAD", ""),
     "product_line_tiles_ahead": PRODUCT_LINE_TILES.replace("AHEAD", "_ahead"),
     "take": TAKE, "add_at": ADD_AT, "run": RUN, "part": PART, "share": SHARE, "product_large": PRODUCT_LARGE,
+    "recurrence": RECURRENCE,
 }  # fmt: skip
 
 #: Those that are no instructions, but run them, or are run alone.
-RUNNERS = {"run", "part", "share", "product_large"}
+RUNNERS = {"run", "part", "share", "product_large", "recurrence"}

@@ -22,7 +22,7 @@ from . import objects
 from .machine import ALIGNED, KIND
 from .team import Share, threads
 
-__all__ = ["FUNCTIONS", "call_for"]
+__all__ = ["FUNCTIONS", "addmm", "call_for", "mm", "room"]
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -83,8 +83,8 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
     sums = M * N * item if by_sum else 0
     tiles = lines * depth * item if turned else 0
     panels += tiles
-    room = _room(parts * panels + (parts - 1) * sums)
-    address = -(-room.data_ptr() // ALIGNED) * ALIGNED
+    work = room(parts * panels + (parts - 1) * sums)
+    address = -(-work.data_ptr() // ALIGNED) * ALIGNED
     size = K if by_sum else M
     share = -(-size // parts)
     share = -(-share // 12) * 12
@@ -99,8 +99,8 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
         if by_sum:
             A, B = A + begin * a.stride(1) * item, B + begin * b.stride(0) * item
             if i:
-                offset = rest - room.data_ptr()
-                partial.append(room[offset : offset + sums].view(a.dtype).view(M, N))
+                offset = rest - work.data_ptr()
+                partial.append(work[offset : offset + sums].view(a.dtype).view(M, N))
                 C, rc, starts = rest, N * item, 0
                 rest += sums
         else:
@@ -122,10 +122,10 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
 _rooms = threading.local()
 
 
-def _room(size: int) -> Tensor:
-    """Memory to work in, which the calling thread keeps."""
-    room: Tensor | None = getattr(_rooms, "room", None)
-    if room is None or room.numel() < size + ALIGNED:
+def room(size: int) -> Tensor:
+    """Memory of so many bytes to work in, from the next line of the cache on, which the calling thread keeps."""
+    found: Tensor | None = getattr(_rooms, "room", None)
+    if found is None or found.numel() < size + ALIGNED:
         with torch.inference_mode(False):
-            room = _rooms.room = torch.empty(size + ALIGNED, dtype=torch.uint8, device="cpu")
-    return room
+            found = _rooms.room = torch.empty(size + ALIGNED, dtype=torch.uint8, device="cpu")
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ....tape import Node, Value
@@ -14,7 +14,7 @@ from ...passes.recompute import large
 from ..python import _Writer
 from ..source import Name, Source
 from . import large as large_products
-from . import objects
+from . import objects, recurrent
 from .compiler import compiled
 from .machine import Unfit, dense
 from .plan import Part, Plan, planned
@@ -77,6 +77,7 @@ class _Native(_Writer):
     def __init__(self, frozen: Frozen, with_sweep: bool, always: bool) -> None:
         super().__init__(frozen, with_sweep)
         self.always = always
+        self.layers: Callable[[Node], Call | None] | None = None
         self.told = Told()
         self.plan = Plan([*self.nodes], None, frozen.canonical, {})  # as long as there is no other: each by itself
         self.taken: set[Node] = set()  # what the segments do
@@ -122,7 +123,9 @@ class _Native(_Writer):
     def way(self, node: Node) -> Call:
         """How a node is called that no segment does."""
         if node not in self.ways:
-            call = large_products.call_for(node)
+            if self.layers is None:
+                self.layers = recurrent.calls(self.nodes, self.frozen.canonical, self.wanted)
+            call = large_products.call_for(node) or self.layers(node)
             if call is not None and self.loose.isdisjoint(map(self.frozen.canonical, node.inputs)):
                 self.ways[node] = call
         return super().way(node)
