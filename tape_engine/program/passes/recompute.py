@@ -24,7 +24,7 @@ __all__ = ["large", "recompute"]
 FULL = 1 << 22  # bytes that a step holds at its fullest moment, below which nothing is done
 LEAST = 1 << 16  # bytes of a value that is worth it
 PART = 1 << 8  # what part of the fullest moment a value must be
-SHARE = 0.05  # how much of a step's time may be spent, as far as that is known beforehand
+SHARE = 0.02  # how much of a step's time may be spent, as far as that is known beforehand
 LONGEST = 12  # operations that are run again for one value
 EVERYTHING = False  # whatever can be computed again is, however little it is worth
 

@@ -253,8 +253,8 @@ def product_large_K(w):
         n0 += nc
 """
 
-#: A recurrence, for some rows of a batch: for each moment ``C = S + A B``, with B in panels, then maps of each row. Words:
-#: [0] how many moments, [1] M, [2] N, [3] K, [4] B with its distances from row to row and from column to column, [7]
+#: A recurrence, for some rows of a batch: for each moment ``C = S + A B``, with B in panels, then maps of each row.
+#: Words: [0] how many moments, [1] M, [2] N, [3] K, [4] B with its distances from row to row and column to column, [7]
 #: memory for the panels, [8] K at the first moment, [9] C, [13] S, [17] whether it counts, [18] A; [22] how many maps
 #: there are, [23] their address: for each that of its kernel, how many elements, and three operands. An operand is its
 #: address at the first moment and at the second one, the distance from moment to moment from then on, and from row to

@@ -79,7 +79,8 @@ def _fits(node: Node) -> bool:
     dense = [(B * size, size, 1), (size, 1), (size, 1)]
     if [v.strides for v in node.outputs[:3]] != dense or hx.shape != (B, size) or cx.shape != (B, size):
         return False
-    return B >= ROWS and size >= NARROW and 16 * size * size <= PACKED and 4 * T * B * size * size >= WORK
+    large: bool = 16 * size * size <= PACKED and 4 * T * B * size * size >= WORK
+    return large and bool(B >= ROWS and size >= NARROW)
 
 
 def _goes_back(node: Node) -> bool:
@@ -91,8 +92,12 @@ def _goes_back(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class _Operand:
-    """Rows at each moment: their address at the first moment, at the second, and the bytes from moment to moment and
-    from row to row."""
+    """Rows at each moment.
+
+    Attributes:
+        first, second: their address at the first moment, and at the second.
+        step, row: the bytes from moment to moment, from the second on, and from row to row.
+    """
 
     first: int
     second: int
@@ -153,10 +158,13 @@ def _run(
     """Runs the recurrence on all threads, each with some of the rows.
 
     Args:
-        moments, rows: how many there are.
+        moments: how many there are.
+        rows: of the batch.
         weights: the right factor of the product of each moment.
         first: how many steps the sum of the first moment's product has.
-        C, S, A: of that product, ``C = S + A @ weights``.
+        C: the result of that product, ``S + A @ weights``.
+        S: what it begins with.
+        A: its left factor.
         maps: gives the maps, on lines for passing results.
         size: the elements of such a line.
     """
@@ -172,7 +180,8 @@ def _run(
     words = []
     for i, begin in enumerate(starts):
         start = -(-room.data_ptr() // ALIGNED) * ALIGNED + i * each
-        passing = [_Operand(*[start + panels + j * lines] * 2, 0, 0) for j in range(8)]
+        begins = [start + panels + j * lines for j in range(8)]
+        passing = [_Operand(address, address, 0, 0) for address in begins]
         table = maps(passing)
         named = [f"{m.name}_f_{'1' * (1 + len(m.operands))}" for m in table]
         addresses = objects.load([*named, "recurrence_f", "share"])
@@ -293,7 +302,7 @@ class _Backward:
         _run(T, B, u, 0, dh, S, _after(swept[0], D), maps, H)
         flat = swept.view(T * B, 4 * H)
         first = swept[-1 if reverse else 0]
-        by_x, by_w, by_u, by_b, by_d, by_hx, by_cx = self.gives
+        by_x, by_w, by_u, by_b, by_d, by_hx, _ = self.gives
         found: list[Tensor | None] = [None] * 7
         if by_x:
             found[0] = large.mm(flat, w, out=x.new_empty(T * B, w.shape[1])).view(x.shape)
@@ -306,8 +315,8 @@ class _Backward:
             large.mm(later.reshape(-1, 4 * H).t(), earlier.reshape(-1, H), out=made)
             made.addmm_(first.t(), hx)
         if by_b or by_d:
-            found[3] = flat.sum(0)
-            found[4] = found[3].clone()
+            of_bias = flat.sum(0)
+            found[3:5] = [of_bias, of_bias.clone()]
         if by_hx:
             found[5] = first @ u
         found[6] = by_cell
