@@ -70,6 +70,7 @@ COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": "
 TERNARY = {
     "threshold_backward": "zero if b <= c else a",
     "clamp": "lower(higher(a, b), c)",
+    "add_scaled": "a + b * c",  # rounded once, as torch does it: a product that would overflow alone need not
 }
 
 MAPS: dict[str, Map] = {
