@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 LEAST = 1 << 22  # multiplications from which on it is worth it to share a product
 NARROW = 24  # columns, and steps of the sum, below which tiles are mostly empty
-PACKED = 1 << 19  # bytes of the right factor that are packed at a time
+PACKED = 1 << 18  # bytes of the right factor that are packed at a time
 DEPTH, LINES = 512, 192  # steps of the sum, and lines of the left factor, at a time
 TURNED = 256, 264  # the same where that lies column by column, and is packed as well
 
