@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -39,6 +40,7 @@ __all__ = [
     "same_storage",
     "sample_of",
     "share",
+    "unheard",
     "write_view",
 ]
 
@@ -202,7 +204,7 @@ SAMPLE = 256
 def sample_of(tensor: torch.Tensor) -> bytes:
     """The octets of some elements of a tensor, spread over it: of a small one, of all."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unheard(tensor):
             flat = tensor.detach().resolve_conj().resolve_neg()
             if flat.numel() > SAMPLE:
                 places = torch.arange(SAMPLE) * (flat.numel() - 1) // (SAMPLE - 1)
@@ -322,6 +324,19 @@ def forget_exposed() -> None:
         del exposed[key]
 
 
+def unheard(tensor: torch.Tensor | None = None) -> AbstractContextManager[None]:
+    """A context in which no mode of the user's hears what is done to `tensor`, unless that is of such a mode's own."""
+    if not torch._C._len_torch_dispatch_stack() or (
+        tensor is not None and torch._C._dispatch_keys(tensor).has(_PYTHON)
+    ):
+        return nullcontext()
+    quiet: AbstractContextManager[None] = torch._C._DisableTorchDispatch()
+    return quiet
+
+
+_PYTHON = torch._C.DispatchKey.Python
+
+
 def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch.Tensor]]:
     """Before `tensor` is written to: a copy for every cell that looks into what will change.
 
@@ -335,7 +350,8 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         if storage_of(cell.tensor) != storage or not cell.intact:
             continue
         if overlap(cell.tensor, tensor):
-            cell.replace(cell.tensor.detach().clone(memory_format=torch.preserve_format))
+            with unheard(cell.tensor):
+                cell.replace(cell.tensor.detach().clone(memory_format=torch.preserve_format))
         else:
             spared.append((cell, cell.tensor))
     for other in group:

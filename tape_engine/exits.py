@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -40,17 +41,26 @@ from typing import Any
 
 import torch
 from torch._C import DisableTorchFunction
-from torch.jit import _builtins
+from torch.jit import _builtins, _recursive, _script
 from torch.nn.parameter import is_lazy
 from torch.utils import _device
 
 from . import compiler
 from .aliases import expose
 from .names import called_by_user
-from .tape import bound, rebind
+from .tape import bound, current_tape, rebind
 from .warned import refuse_by_python, warn_of_exit, warn_of_hook, warn_of_list
 
-__all__ = ["close_exits", "hear_functions", "more", "open_exits", "plain_apply", "reconstructed"]
+__all__ = [
+    "by_constructor",
+    "close_exits",
+    "hear_functions",
+    "more",
+    "open_exits",
+    "plain_apply",
+    "reconstructed",
+    "tensors_within",
+]
 
 Tensor = torch.Tensor
 
@@ -59,6 +69,9 @@ LEAVING = ("numpy", "__array__", "__dlpack__", "data_ptr")
 
 #: Functions that make tensors of what they are given, without asking its class.
 UNASKED = ("asarray", "as_tensor", "tensor")
+
+#: Methods by which a constructor of tensors asks for the numbers of what stands in a list.
+NUMBERS = ("__float__", "__index__", "__complex__")
 
 #: Methods that ask for a call at a gradient of torch's own.
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
@@ -75,6 +88,8 @@ OF_VALUES = (
 BY_PYTHON = ("apply_", "map_", "map2_")
 
 _dlpack: Any = torch.utils.dlpack
+_is_excluded: Any = torch._C._dispatch_tls_is_dispatch_key_excluded
+_PYTHON = torch._C.DispatchKey.Python
 _lock = threading.Lock()
 _open = 0
 _original: dict[tuple[Any, str], Any] = {}
@@ -95,6 +110,14 @@ _watched: Callable[[threading.Thread, Callable[[], None]], Callable[[], None]]
 _listens: Callable[[Any], bool] = bool  # whether plain operations on this are recorded outside a block
 _asked: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 _plain_apply: Any = None  # torch's own Function.apply, once the recorder is asked first
+
+
+class _Telling(threading.local):
+    told = False  # whether it is said that a list is read just now
+    last: Any = ()  # the call that asked last, and how long the tape was then
+
+
+_telling = _Telling()
 
 #: Methods of a storage by which its contents change without an operation.
 MOVING = ("resize_", "copy_", "fill_")
@@ -222,6 +245,9 @@ def _wrapped() -> list[tuple[Any, str, Callable[[Any], Any]]]:
         (Tensor, "__reduce_ex__", _reducing),
         (Tensor, "set_", functools.partial(_moving, "x.set_(...)")),
         *((Tensor, name, functools.partial(_by_python, name)) for name in BY_PYTHON),
+        *((Tensor, name, _number) for name in NUMBERS),
+        (_recursive, "try_compile_fn", _scripting),
+        (_script, "_get_overloads", _scripting),
         (threading.Thread, "start", _starting),
         *(
             (torch.UntypedStorage, name, functools.partial(_moving, f"x.untyped_storage().{name}(...)"))
@@ -315,8 +341,7 @@ def _copying(title: str, place: int, original: Any) -> Any:
             return original(*args, **kwargs)
         if isinstance(args[place], Tensor):
             return _detach(lambda given: original(*args[:place], given, *args[place + 1 :], **kwargs), args[place])
-        _taken_out(title, args[place])
-        return original(*args, **kwargs)
+        return _listed(title, args[place], original, args, kwargs)
 
     return copying
 
@@ -326,26 +351,73 @@ def _gathering(title: str, original: Any) -> Any:
 
     def gathering(*args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], (list, tuple)) and _heard():
-            _taken_out(title, args[0])
+            return _listed(title, args[0], original, args, kwargs)
         return original(*args, **kwargs)
 
     return gathering
 
 
+def _listed(title: str, listed: Any, original: Any, args: Any, kwargs: Any) -> Any:
+    """A call of `original`, which takes the numbers out of the tensors in a list."""
+    _taken_out(title, listed)
+    return _told(original, args, kwargs)
+
+
+def _told(original: Any, args: Any, kwargs: Any) -> Any:
+    _telling.told = True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _telling.told = False
+
+
+def by_constructor() -> bool:
+    """Whether torch itself asks for a number of a tensor, unheard by every mode, for the first time in this call."""
+    if not _is_excluded(_PYTHON) or _telling.told:
+        return False
+    frame = sys._getframe(2)
+    before, _telling.last = _telling.last, (frame.f_code, frame.f_lasti, current_tape().length)
+    return bool(before != _telling.last)
+
+
+def _number(original: Any) -> Any:
+    def number(self: Tensor) -> Any:
+        if _is_excluded(_PYTHON) and not _telling.told and _heard():
+            first = by_constructor()
+            with DisableTorchFunction():
+                _guard(self, "elements")
+                if first:
+                    warn_of_list("a constructor", [self], stacklevel=3)
+            _telling.last = (*_telling.last[:2], current_tape().length)
+        return original(self)
+
+    return number
+
+
+def _scripting(original: Any) -> Any:
+    """What ``torch.jit.script`` looks a function up by: of a wrapper, what it wraps."""
+
+    def scripting(fn: Any, *rest: Any) -> Any:
+        return original(next((plain for plain, made in _wrapper.values() if made is fn), fn), *rest)
+
+    return scripting
+
+
 def _taken_out(title: str, listed: Any) -> None:
     """Numbers are taken out of the tensors in a list: torch tells nobody, and no gradient passes."""
-    tensors = list(_tensors_within(listed))
+    tensors = list(tensors_within(listed))
     for tensor in tensors:
         _guard(tensor, "elements")
     warn_of_list(title, tensors)
 
 
-def _tensors_within(listed: Any) -> Iterator[Tensor]:
+def tensors_within(listed: Any) -> Iterator[Tensor]:
+    """The tensors in a list, also in lists inside it, in order."""
     for each in listed:
         if isinstance(each, Tensor):
             yield each
         elif isinstance(each, (list, tuple)):
-            yield from _tensors_within(each)
+            yield from tensors_within(each)
 
 
 def _deepcopying(original: Any) -> Any:
@@ -471,6 +543,7 @@ def hear_functions() -> None:
                 original = getattr(torch, name)
                 setattr(torch, name, _known_as(torch, name, original, _asking(f"torch.{name}", original)))
             Tensor.set_ = _setting_memory(Tensor.set_)  # type: ignore[method-assign]
+            Tensor.as_subclass = _recasting(Tensor.as_subclass)  # type: ignore[method-assign]
             _dlpack.to_dlpack = _capsuling(_dlpack.to_dlpack)
 
 
@@ -484,7 +557,8 @@ def _asking(title: str, original: Any) -> Any:
             while isinstance(first, (list, tuple)) and first:
                 first = first[0]
             if _listens(first):
-                warn_of_list(title, _tensors_within(args[0]))
+                warn_of_list(title, tensors_within(args[0]))
+                return _told(original, args, kwargs)
         elif title != "torch.tensor" and _listens(first):  # that copies, without the gradient
             return _asked(original, args, kwargs)
         return original(*args, **kwargs)
@@ -500,6 +574,14 @@ def _setting_memory(original: Any) -> Any:
         return original(self, *args, **kwargs)
 
     return set_
+
+
+def _recasting(original: Any) -> Any:
+    @functools.wraps(original)
+    def as_subclass(self: Tensor, cls: Any) -> Any:
+        return _asked(original, (self, cls), {}) if _listens(self) else original(self, cls)
+
+    return as_subclass
 
 
 def _applying() -> Any:

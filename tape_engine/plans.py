@@ -31,8 +31,8 @@ HIDDEN_VIEWS = {
     aten._reshape_alias.default,
 }
 
-#: Views that mean more than what they compute: a cut, and a tensor made of Python numbers.
-APART = {aten.detach.default, aten.lift_fresh.default}
+#: Views that mean more than what they compute: cuts, and a tensor made of Python numbers.
+APART = {aten.detach.default, aten.view.dtype, aten.lift_fresh.default}
 
 #: Decompositions that torch computes without vectors where no gradient will need them, and at which place it says so.
 #: Under a dispatch mode it takes for granted that one will, and the values then are those of another algorithm.

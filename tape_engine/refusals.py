@@ -25,7 +25,8 @@ def overwritten_error(node: Node, value: Value) -> OverwrittenError:
 
 def closed_error(value: Value, where: str | None) -> TapeError:
     """What says that no gradient may pass into a value."""
-    kind = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError}.get(value.closed, NotRecordedError)
+    kinds = {recorder.SWEPT: SweptError, recorder.UNSEEN: OverwrittenError, recorder.UNFOLLOWED: OverwrittenError}
+    kind = kinds.get(value.closed, NotRecordedError)
     name = value.name or "a value"
     return kind(
         message(
@@ -45,6 +46,8 @@ def _way_around(value: Value) -> str:
         return "pass record=True to that sweep"
     if value.closed == recorder.MOVED:
         return "copy the elements instead: x.copy_(...), or take a view"
+    if value.closed == recorder.UNFOLLOWED:
+        return "copy one of the two before that: .clone()"
     if value.closed == recorder.ONCE:
         return f"write that backward in differentiable operations, or go on from {name}.detach()"
     if value.closed == recorder.OUTSIDE:

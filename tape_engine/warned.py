@@ -10,7 +10,7 @@ import torch
 from . import modules
 from .errors import NotRecordedError, TapeWarning, message
 from .names import call_site, user_frame
-from .tape import Value, bound, describe
+from .tape import Node, Value, bound, describe
 
 __all__ = ["refuse_by_python", "warn_of_exit", "warn_of_hook", "warn_of_list", "warn_of_thread"]
 
@@ -22,9 +22,33 @@ def _passing(*tensors: Tensor) -> Value | None:
     for tensor in tensors:
         value = bound(tensor)
         node = None if value is None else value.node
-        if value is not None and node is not None and not node.closed and value.differentiable and not node.cut:
+        if value is None or node is None or node.closed or node.cut or not value.differentiable:
+            continue
+        if _reaches(node):
             return value
     return None
+
+
+#: So many nodes are looked at before it is taken for granted that a gradient would find its way.
+LOOKED_AT = 256
+
+
+def _reaches(node: Node) -> bool:
+    """Whether a gradient would find its way from `node` to a leaf: not from what a factory or ``detach()`` made."""
+    stack, seen = [node], {node}
+    while stack and len(seen) < LOOKED_AT:
+        node = stack.pop()
+        if node.cut or not node.op.differentiable:
+            continue
+        for value, source in zip(node.inputs, node.sources, strict=True):
+            if not value.differentiable:
+                continue
+            if source is None:
+                return True
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return bool(stack)
 
 
 def warn_of_exit(tensor: Tensor, name: str) -> None:
@@ -105,7 +129,7 @@ def _warn_of_module(module: torch.nn.Module) -> None:
 modules.on_backward_hook(_warn_of_module)
 
 
-def warn_of_list(title: str, tensors: Iterable[Tensor]) -> None:
+def warn_of_list(title: str, tensors: Iterable[Tensor], stacklevel: int = 5) -> None:
     """Warns that `title` takes the numbers out of `tensors`, if a gradient could pass through one of them."""
     known = _passing(*tensors)
     if known is None:
@@ -119,5 +143,5 @@ def warn_of_list(title: str, tensors: Iterable[Tensor]) -> None:
             fix="torch.stack(...) of the list keeps the gradient; .detach() of each says that this is meant",
         ),
         TapeWarning,
-        stacklevel=5,
+        stacklevel=stacklevel,
     )

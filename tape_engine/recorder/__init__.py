@@ -23,7 +23,7 @@ from .functions import FunctionOp
 from .layouts import demand
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
-from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNSEEN, current_tape_is_global, is_quiet, opened
+from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNFOLLOWED, UNSEEN, current_tape_is_global, is_quiet, opened
 from .writing import ALIAS, is_update, read, rule_to_add, settle
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
+    "UNFOLLOWED",
     "UNSEEN",
     "CalledBack",
     "FunctionOp",

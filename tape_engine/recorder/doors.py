@@ -17,7 +17,7 @@ from ..registry import Op
 from ..tape import Tape, bound, current_tape, pop_tape, push_tape
 from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
-from .mode import Mode, quietly
+from .mode import Mode, mode_of, quietly
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in, values_alone
 from .streams import Streams
 from .writing import (
@@ -84,7 +84,8 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = enter(taken, made)
         node.outputs_tuple = not isinstance(result, Tensor)
         node.gaps = gaps(result)
-        node.random = before is not None and not torch.equal(before, torch.get_rng_state())
+        with aliases.unheard():
+            node.random = before is not None and not torch.equal(before, torch.get_rng_state())
         if op is cut_op:
             node.outputs[0].constant = node.outputs[0].detached = True
         join_views(node.outputs, made, taken.inputs, taken.tensors)
@@ -126,7 +127,7 @@ class record:
         aliases.forget_exposed()
         tape = Tape(strong=True, strict=self.strict)
         tape.streams = Streams()
-        mode = Mode(tape)
+        mode = mode_of(tape)
         self._open.append((tape, mode, state.grad_mode, modules.listen()))
         state.grad_mode = torch.is_grad_enabled()
         exits.open_exits()
@@ -230,7 +231,7 @@ def _hears() -> bool:
 
 def _record_guard(tensor: Tensor, kind: str) -> None:
     op = guard_ops[kind]
-    with quietly():
+    with quietly(), aliases.unheard(tensor):
         tape = current_tape()
         taken = Taken(op, tape, (tensor,), {})
         write(tape, op, taken.args, {}, taken.inputs, taken.kept, []).result = op.forward(tensor)

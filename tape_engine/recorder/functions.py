@@ -234,7 +234,8 @@ def _record(cls: Any, args: tuple[Any, ...]) -> Any:
     )
     node.outputs_tuple = isinstance(result, tuple)
     node.gaps = tuple(i for i, each in enumerate(listed) if not isinstance(each, Tensor))
-    node.random = before is not None and not torch.equal(before, torch.get_rng_state())
+    with aliases.unheard():
+        node.random = before is not None and not torch.equal(before, torch.get_rng_state())
     _note_outputs(run, listed, node.outputs)
     plain = [(v, t) for v, t in zip(node.outputs, made, strict=True) if not any(t is each for each in taken.tensors)]
     join_views([v for v, _ in plain], [t for _, t in plain], taken.inputs, taken.tensors)
@@ -243,7 +244,8 @@ def _record(cls: Any, args: tuple[Any, ...]) -> Any:
         value = bound(tensor)
         if value in node.outputs:
             value.constant = True
-    _keep(run, node, taken, made)
+    with aliases.unheard():
+        _keep(run, node, taken, made)
     if not tape.strong:
         listen(tape, node)
     return result

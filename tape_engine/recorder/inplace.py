@@ -13,16 +13,17 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import aliases
+from .. import aliases, registry
 from ..plans import MISSING, Plan, plan_of
 from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
-from .state import LIFT, MOVED, UNSEEN, tensors_in
+from .state import LIFT, MOVED, UNFOLLOWED, VIEW_DTYPE, tensors_in
 from .writing import (
     AS_COMPLEX,
     AS_REAL,
     Taken,
     as_constants,
     as_stored,
+    call,
     enter,
     in_units_of,
     read,
@@ -58,7 +59,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
         for tensor, value in zip(written, before, strict=True):
             spared += aliases.protect(tensor, value)
-    result = func(*args, **kwargs)
+    result = call(func, args, kwargs, lazily=False)
     if result is written[0]:
         fresh, made = [], written
     else:
@@ -91,6 +92,8 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     return result
 
 
+_VIEW_DTYPE = registry.find(VIEW_DTYPE)
+
 #: What gives a tensor the memory of another, or of a storage.
 _set: Any = torch.ops.aten.set_
 SETS = {getattr(_set, name) for name in _set.overloads()}
@@ -99,17 +102,20 @@ SETS = {getattr(_set, name) for name in _set.overloads()}
 def _given_memory(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x.set_(...)``: x is another tensor from then on, and none that may have a gradient if a tape knows its memory.
 
+    Nor may it have one if it was computed: torch has no derivative of that either.
     Torch makes tensors so that it reads from files: those are leaves.
     """
     target = args[0]
     held = bound(target)
+    node = None if held is None else held.node
+    lost = held is not None and held.differentiable and node is not None and node.rule not in ("none", "cut")
     if held is not None:
         aliases.protect(target, held)
         held.stale = True  # the tensor is no longer what was made or read
-    result = func(*args, **kwargs)
+    result = call(func, args, kwargs, lazily=False)
     unbind(target)
     storage = aliases.storage_of(target)
-    if storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values())):
+    if lost or (storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values()))):
         value = Value(target)
         value.closed = MOVED
         bind(target, value, None)
@@ -191,7 +197,11 @@ def _spread(
         if aliases.covers(target, aliases.in_reals(as_stored(tensor, target), target)):
             base = tensor._base
             of_base = _write_base(tape, tensor, new, target, old, cut, pending)
-    wider = [t for t in neighbours if t is not base and t._base is None and _holds(t, base)]
+    seen = {base.dtype: (base, of_base)}
+    for other in neighbours:
+        if other.dtype not in seen and other._base is not base:
+            seen[other.dtype] = _recast(tape, base, of_base, other.dtype) or (base, of_base)
+    wider = [t for t in neighbours if t is not base and t._base is None and _holds(t, seen[t.dtype][0])]
     for other in neighbours:
         if other is base:
             continue
@@ -199,17 +209,33 @@ def _spread(
         if other._base is base:
             if held is not None:
                 held.stale = True  # read off the base when it is next needed
-        elif aliases.covers(base, other) and as_stored(other, base) is other:
-            _read_off(tape, base, of_base, other, held, detached)
+            rebind(other, version_of(other) + pending)
+            continue
+        part, of_part = seen[other.dtype]
+        if aliases.covers(part, other) and as_stored(other, part) is other:
+            _read_off(tape, part, of_part, other, held, detached)
         elif held is not None and any(other._base is each for each in wider):
             held.stale = True  # as are the views of what is wider than what was written to
         elif any(other is each for each in wider):
-            _write_off(tape, base, of_base, other, detached)
+            _write_off(tape, part, of_part, other, detached)
         else:
             lost = Value(other)
-            lost.closed = UNSEEN
+            lost.closed, lost.constant = UNFOLLOWED, held is not None and held.constant
             bind(other, lost, None)
         rebind(other, version_of(other) + pending)
+
+
+def _recast(tape: Tape, base: Tensor, of_base: Value, dtype: torch.dtype) -> tuple[Tensor, Value] | None:
+    """`base`, which holds `of_base`, as its memory reads in another dtype: what ``view(dtype)`` sees, a constant."""
+    if base.is_conj() or base.is_neg():
+        return None
+    try:
+        units = base.view(dtype)
+    except RuntimeError:  # its strides, or its length, do not allow that
+        return None
+    made = write(tape, _VIEW_DTYPE, (of_base, dtype), {}, [of_base], [None], [units]).outputs[0]
+    made.constant = made.detached = True
+    return units, made
 
 
 def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Value, cut: bool, pending: int) -> Value:
@@ -280,7 +306,7 @@ def unrecorded(func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict
         value = bound(tensor)
         if value is not None:
             aliases.protect(tensor, value)
-    result = func(*args, **kwargs)
+    result = call(func, args, kwargs, lazily=False)
     for tensor in written:
         for neighbour in aliases.neighbours(tensor):
             unbind(neighbour)

@@ -22,12 +22,13 @@ from torch._C import DisableTorchFunctionSubclass
 
 from .. import aliases, compiler, exits
 from ..names import called_by_user
-from ..tape import Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
-from ..warned import refuse_by_python, warn_of_exit
+from ..tape import DIFFERENTIABLE, Node, Tape, Token, Value, bound, current_tape, next_in_sequence, values_by_tensor
+from ..warned import refuse_by_python, warn_of_exit, warn_of_list
 from .decisions import observe_from, record_tolist
 from .layouts import asks, by_layout, chooses, note_asked, note_chosen
 from .mode import quietly, recording
 from .state import SWEPT, current_tape_is_global, detaching, is_cut, state, tensors_in, values_alone
+from .writing import read
 
 __all__ = [
     "DETACHES",
@@ -61,6 +62,8 @@ class Recorded(Tensor):
             asked = func in asks and not (state.quiet or state.paused) and current_tape_is_global()
             if asked and called_by_user():
                 note_asked(args[0])
+            if func in _NUMBERS and not state.deaf and exits.by_constructor():
+                warn_of_list("a constructor", args[:1], stacklevel=3)
             if state.quiet or state.paused or func in _PLAIN or not current_tape_is_global():
                 return func(*args, **kwargs)
             if func in _EXITS:
@@ -71,6 +74,8 @@ class Recorded(Tensor):
             if func in _BY_PYTHON:
                 refuse_by_python(args[0], func.__name__)
                 return func(*args, **kwargs)
+            if func in _NEW and len(args) > 1 and isinstance(args[1], (list, tuple)):
+                warn_of_list(f".{func.__name__}", exits.tensors_within(args[1]), stacklevel=3)
             if func is Tensor.new_tensor and not state.deaf and len(args) > 1 and isinstance(args[1], Tensor):
                 with recording(current_tape()):  # as torch.tensor(x): a copy through which no gradient passes
                     copied: Tensor = detaching(lambda each: func(args[0], each, *args[2:], **kwargs), args[1])
@@ -94,6 +99,9 @@ class Recorded(Tensor):
                 return func(*args, **kwargs)
             with recording(tape), values_alone() if func in _OF_VALUES else nullcontext():
                 result: Any = detaching(func, args[0]) if func in DETACHES else func(*args, **kwargs)
+            if getattr(func, "__name__", "") == "as_subclass" and bound(result) is None:
+                with quietly():
+                    read(result, tape)  # another alias than the one that the mode has heard of
             if func in chooses and result is args[0] and by_layout(func, result, kwargs):
                 note_chosen(result)
             if func in DETACHES:  # a constant, but writes to it are writes to the same memory
@@ -105,7 +113,11 @@ class Recorded(Tensor):
                 if value is not None and (value.closed or not value.leaf):
                     mark(tensor, tape)  # what it made, and what it wrote to
             for tensor in () if func in DETACHES else tensors_in(result):
-                observe(tensor, depth)
+                value = bound(tensor)
+                if value is not None and value.detached and value.dtype in DIFFERENTIABLE:  # view(dtype)
+                    tensor.__class__ = _LISTENING.get(type(tensor), type(tensor))
+                else:
+                    observe(tensor, depth)
             for tensor in tensors_in(result) if rests else ():
                 value = bound(tensor)
                 if value is not None and not value.leaf:
@@ -186,7 +198,7 @@ _PLAIN = {
         "size dim numel stride storage_offset is_contiguous is_floating_point is_complex element_size data_ptr "
         "untyped_storage storage numpy __repr__ __format__ __len__ __hash__ __array__ __dlpack__ is_inference "
         "is_signed is_shared is_pinned get_device backward retain_grad requires_grad_ register_hook _is_view is_conj "
-        "is_neg nelement ndimension __setstate__ __reduce_ex__ __deepcopy__ as_subclass"
+        "is_neg nelement ndimension __setstate__ __reduce_ex__ __deepcopy__"
     ).split()
     if hasattr(Tensor, name)
 }
@@ -199,6 +211,8 @@ _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 _PLAIN -= _EXITS
 
 
+_NUMBERS = {getattr(Tensor, name) for name in exits.NUMBERS}
+_NEW = {Tensor.new, Tensor.new_tensor}
 _BY_PYTHON = {getattr(Tensor, name) for name in exits.BY_PYTHON}
 
 

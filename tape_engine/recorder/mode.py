@@ -5,6 +5,7 @@ It stands below torch's own autograd and composites: what it hears are ATen over
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,20 +16,23 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plans import plan_of, plans
-from ..tape import Tape, Value, bind, current_tape, unbind
+from ..tape import Tape, Value, bind, current_tape, rebind, unbind, values_by_tensor, version_of
 from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
-from .state import DETACH, LIFT, gaps, state, tensors_in, without_vectors
+from .state import DETACH, LIFT, VIEW_DTYPE, gaps, state, tensors_in, without_vectors
 from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
 
-__all__ = ["Mode", "quietly", "recording"]
+__all__ = ["Mode", "mode_of", "quietly", "recording"]
 
 Tensor = torch.Tensor
 
 
 class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hears the ATen overloads that this thread runs, and records them on one tape."""
+
+    recast = -1  # the last view(dtype), until torch makes the alias of what it gave that it hands out in its place;
+    count = 0  # the count of writes that this will share
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,8 +63,11 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return record_write(tape, func, plan, args, kwargs)
         if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
             value = read(args[0], tape)
-            result = plan.call(args[0])
+            result = call(plan.call, args, kwargs, lazily=False)
             bind(result, value, value.node)
+            if value.node is not None and value.node.seq == self.recast:
+                value._tensor, self.recast = weakref.ref(result), -1
+                rebind(result, self.count)
             return result
         taken = Taken(plan.op, tape, args, kwargs)
         if tape.strict:
@@ -83,13 +90,42 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 node.gaps = gaps(result)
             if plan.views:
                 join_views(node.outputs, made, taken.inputs, taken.tensors)
-                if func is DETACH:
+                if func is DETACH or func is VIEW_DTYPE:
                     node.outputs[0].constant = node.outputs[0].detached = True
+                    if (given := values_by_tensor.get(id(args[0]))) is not None:
+                        rebind(made[0], *given.versions)  # up to 2.8 torch detaches twice: the first is of no count yet
+                if func is VIEW_DTYPE:
+                    self.recast, self.count = node.seq, version_of(taken.tensors[0])
             if plan.guard:
                 node.result = result
                 if not tape.strong:
                     decided(tape, node)
         return result
+
+
+class Around(Mode):  # type: ignore[no-untyped-call]
+    """A `Mode` for a block that stands inside modes of the user's: these hear what the code runs, and nothing else."""
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tape, depth = self.tape, torch._C._len_torch_dispatch_stack()
+        if depth == 0 or state.quiet or (tape.strong and tape is not current_tape()):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        state.around = [torch._C._pop_torch_dispatch_stack(None) for _ in range(depth)][::-1]
+        state.deaf += 1  # past the quick way, which calls torch by itself
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            state.deaf -= 1
+            modes, state.around = state.around, []
+            for mode in modes:
+                torch._C._push_on_torch_dispatch_stack(mode)
+
+
+def mode_of(tape: Tape) -> Mode:
+    """The mode by which `tape` hears torch from now on."""
+    depth = torch._C._len_torch_dispatch_stack()
+    alone = all(isinstance(torch._C._get_dispatch_stack_at(i), Mode) for i in range(depth))
+    return Mode(tape) if alone else Around(tape)
 
 
 def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
@@ -100,7 +136,7 @@ def _lift(tape: Tape, func: OpOverload, fresh: Tensor) -> Any:
     tape.hold(original)
     value.constant = True
     bind(original, value, None)
-    result = func(fresh)
+    result = call(func, (fresh,), {}, lazily=False)
     write(tape, plan_of(func).op, (value,), {}, [value], [None], [result])
     return result
 
@@ -139,7 +175,7 @@ def recording(tape: Tape, *, sweep: bool = False, opening: bool = False) -> Iter
     if sweep:
         state.grad_mode, state.linking = False, True
     try:
-        with Mode(tape):
+        with mode_of(tape):
             yield
     finally:
         state.quiet, state.deaf, state.grad_mode, state.linking, state.opening = before

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from ..plans import VECTORS
 from ..tape import current_tape
@@ -20,7 +21,10 @@ __all__ = [
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
+    "UNFOLLOWED",
     "UNSEEN",
+    "VIEW_DTYPE",
+    "call",
     "current_tape_is_global",
     "detaching",
     "gaps",
@@ -46,6 +50,7 @@ class _State(threading.local):
         self.detaching = 0  # inside a detach() of the user's
         self.opening = False  # named operations run their bodies, which are heard
         self.values_alone = 0  # inside a function that asks for the values of a decomposition, and not for the vectors
+        self.around: list[Any] = []  # modes of the user's around a block, while the recorder is at its own work
         self.linking = False  # inside a sweep that is recorded: every binding counts, closed or not
         self.grad_mode = True  # torch's grad mode where the recording began: a change of it is a cut
 
@@ -59,6 +64,9 @@ SWEPT = "belongs to a tape that was already swept"
 UNSEEN = "was changed by a write that the recorder could not see"
 
 
+UNFOLLOWED = "has some memory in common with a tensor that was written to, and not so that the write can be followed"
+
+
 OUTSIDE = "was computed by torch operations outside the recording"
 SWEEP = "was given by a sweep that is not recorded"
 MOVED = "was given its memory by set_, which is no operation"
@@ -69,6 +77,7 @@ LIFT = torch.ops.aten.lift_fresh.default
 
 
 DETACH = torch.ops.aten.detach.default
+VIEW_DTYPE = torch.ops.aten.view.dtype
 
 
 def current_tape_is_global() -> bool:
@@ -122,6 +131,33 @@ def values_alone() -> Iterator[None]:
         yield
     finally:
         state.values_alone -= 1
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lazily: bool) -> Any:
+    """What a call gives; `lazily` for one that reads complex numbers.
+
+    Torch hides lazy conjugation from what runs below a mode, and its own composites rely on it (pinv).
+    """
+    if state.around:
+        return _heard(func, args, kwargs, lazily)
+    if lazily:
+        with _SetExcludeDispatchKeyGuard(DispatchKey.Conjugate, False):
+            return func(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def _heard(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], lazily: bool) -> Any:
+    """What a call gives, which the modes around a block hear: it is the user's."""
+    modes, state.around = state.around, []
+    deaf, state.deaf = state.deaf, state.paused + state.quiet
+    for mode in modes:
+        torch._C._push_on_torch_dispatch_stack(mode)
+    try:
+        return call(func, args, kwargs, lazily=lazily)
+    finally:
+        for _ in modes:
+            torch._C._pop_torch_dispatch_stack(None)
+        state.around, state.deaf = modes, deaf
 
 
 def tensors_in(result: Any) -> list[Tensor]:

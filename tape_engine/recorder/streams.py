@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..aliases import unheard
 from ..names import call_site, user_frame
 
 __all__ = ["Streams"]
@@ -55,8 +56,9 @@ class Streams:
 
     def _look(self, generator: torch.Generator | None) -> None:
         known = None if generator is None else self._left.get(id(generator))
-        if known is None or self.moved or torch.equal(known[1], known[0].get_state()):
-            return
+        with unheard():
+            if known is None or self.moved or torch.equal(known[1], known[0].get_state()):
+                return
         self.moved = call_site(user_frame()) or "a line that is not known"
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:

@@ -7,11 +7,10 @@ makes the node and binds its outputs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 
 from .. import aliases, modules, registry
 from ..errors import MissingRuleError, NotRecordedError, message
@@ -19,7 +18,7 @@ from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
-from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, is_cut, state
+from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, call, is_cut, state
 
 __all__ = [
     "ALIAS",
@@ -79,7 +78,7 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         return _leaf(tensor, tape, closed=UNSEEN)
     if tensor.dtype != value.dtype or tensor.shape != value.shape:
         return _leaf(tensor, tape)  # x.data = y
-    if tensor.requires_grad and (value.constant or (tensor.is_leaf and value.holder is not tensor)):
+    if tensor.requires_grad and (value.constant or (value.holder is not tensor and not _computed(tensor))):
         # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
         return _leaf(tensor, tape) if node.tape is not tape.token else begin(tensor, value, tape)
     if node.tape is not tape.token:
@@ -124,7 +123,7 @@ def is_update(value: Value, node: Node | None) -> bool:
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
     value = _value(tensor)
     value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
-    value.closed = closed or (OUTSIDE if tensor.grad_fn is not None else "")
+    value.closed = closed or (OUTSIDE if _computed(tensor) else "")
     bind(tensor, value, None)
     if aliases.join(tensor, value):
         tape.token.watch(value, aliases.sample_of(tensor))
@@ -132,6 +131,15 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
         warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)
     return value
+
+
+def _computed(tensor: Tensor) -> bool:
+    """Whether torch's own graph leads to `tensor`: it has a ``grad_fn``.
+
+    A view whose memory was written to gets another one when it is asked for it, which torch cannot make down here.
+    """
+    base = tensor._base
+    return tensor.requires_grad and (tensor.grad_fn is not None if base is None else base.requires_grad)
 
 
 def _value(tensor: Tensor) -> Value:
@@ -294,17 +302,6 @@ def enter(taken: Taken, made: Sequence[Tensor]) -> Node:
 
 #: An alias of a tensor. Torch's own method: that of Tensor is wrapped while a block is open.
 ALIAS = torch._C.TensorBase.detach
-
-
-def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, lazily: bool) -> Any:
-    """What a call gives; `lazily` for one that reads complex numbers.
-
-    Torch hides lazy conjugation from what runs below a mode, and its own composites rely on it (pinv).
-    """
-    if lazily:
-        with _SetExcludeDispatchKeyGuard(DispatchKey.Conjugate, False):
-            return func(*args, **kwargs)
-    return func(*args, **kwargs)
 
 
 def undo(tape: Tape, length: int) -> None:

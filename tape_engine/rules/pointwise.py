@@ -206,7 +206,7 @@ def pow_scalar_grad(g, out, x, exponent):
 def pow_exponent_grad(g, out, base, exponent):
     if base == 0:  # 0 ** x is flat where it is defined at all
         slope = out * -math.inf
-        return keep_where(exponent.real < 0, g * slope.conj())
+        return g * keep_where(exponent.real < 0, slope.conj())  # an infinite g leaves nothing that is known
     log = cmath.log(base) if isinstance(base, complex) else math.log(base) if base > 0 else math.nan
     return g * (out * log).conj()
 
@@ -222,9 +222,8 @@ def pow_exponent_grad(g, out, base, exponent):
 )
 def pow_grad(g, out, a, b):
     by_a = g * (b * a.pow(b - 1)).conj()
-    by_b = g * (out * a.log()).conj()
-    flat = (a == 0) & ((b.real if b.is_complex() else b) >= 0)
-    return torch.where(b == 0, 0, by_a), torch.where(flat, 0, by_b)
+    flat = (a == 0) & ((b.real if b.is_complex() else b) >= 0)  # a slope of 0: times an infinite g it is unknown
+    return torch.where(b == 0, 0, by_a), g * torch.where(flat, 0, out * a.log()).conj()
 
 
 # -- chosen elements --------------------------------------------------------------------------------

@@ -1287,3 +1287,145 @@ def test_a_write_through_a_complex_view_of_reals(function: Callable[[Tensor], Te
     te.backward(C)
     assert torch.equal(C, function(plain(x)).sum())
     agree([x], reference(lambda x: function(x).sum(), x))
+
+
+# -- one memory in two dtypes ------------------------------------------------------------------------
+
+RECAST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
+def recast(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    RECAST[f.__name__] = f
+    return f
+
+
+@recast
+def the_complex_one_written(y: Tensor, w: Tensor) -> Tensor:
+    y.view(torch.complex128).mul_(1j)
+    return (y * w).sum()
+
+
+@recast
+def the_real_one_written(y: Tensor, w: Tensor) -> Tensor:
+    c = y.view(torch.complex128)
+    y.mul_(w)
+    return (y * w).sum() * c.abs().sum()
+
+
+@recast
+def a_part_written(y: Tensor, w: Tensor) -> Tensor:
+    c = y[2:6].view(torch.complex128)
+    c.mul_(1j)
+    y[0] = w[3]
+    return (y * w).sum()
+
+
+@recast
+def more_than_the_part_written(y: Tensor, w: Tensor) -> Tensor:
+    c = y[2:6].view(torch.complex128)
+    y.mul_(w)
+    return (y * w).sum() * c.abs().sum()
+
+
+@recast
+def a_view_of_each(y: Tensor, w: Tensor) -> Tensor:
+    v, c = y[1:], y.view(torch.complex128)
+    c[1:].mul_(1j)
+    return (v * v * w[1:]).sum()
+
+
+@recast
+def bits_flipped(y: Tensor, w: Tensor) -> Tensor:
+    y.view(torch.int64).bitwise_xor_(-(2**63))
+    return (y * w).sum()
+
+
+@recast
+def reals_of_a_complex_one(y: Tensor, w: Tensor) -> Tensor:
+    z = torch.complex(y, w)
+    z.view(torch.float64)[3] = 5
+    z.mul_(2)
+    return (z.view(torch.float64)[:8] * w).sum() + (z * z).abs().sum()
+
+
+@recast
+def three_dtypes(y: Tensor, w: Tensor) -> Tensor:
+    c = y.view(torch.complex128)
+    bits = c.view(torch.int64)
+    bits.bitwise_and_(-(2**40))
+    y.mul_(w)
+    return c.real.sum() + (y * w).sum() + (bits > 0).sum()
+
+
+@recast
+def without_gradient(y: Tensor, w: Tensor) -> Tensor:
+    c = y.view(torch.complex128)
+    with torch.no_grad():
+        c.mul_(1j)
+    return (y * w).sum()
+
+
+@recast
+def a_new_beginning(y: Tensor, w: Tensor) -> Tensor:
+    c = y.view(torch.complex128).requires_grad_()
+    return (c * c).abs().sum() + (y * w).sum()
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["in the block", "after it"])
+@pytest.mark.parametrize("name", RECAST)
+def test_a_view_of_another_dtype_is_an_alias_without_gradient(name: str, outside: bool) -> None:
+    f = RECAST[name]
+    x, w = rand(8), rand(8)
+
+    def whole(x: Tensor, w: Tensor) -> Tensor:
+        return f(x * 2, w * 3)
+
+    with te.record() as tape:
+        found = (x * 2, w * 3) if outside else whole(x, w)
+    C: Any = f(*found) if outside else found
+    assert torch.equal(plain(C), whole(plain(x), plain(w)))
+    te.backward(C)
+    agree([x, w], reference(whole, x, w))
+    if not outside:
+        program = tape.program(inputs=(x, w), outputs=C)
+        x, w = rand(8), rand(8)
+        close(program.step(x, w), whole(plain(x), plain(w)))
+        agree([x, w], reference(whole, x, w))
+
+
+def test_a_write_that_another_dtype_cannot_follow() -> None:
+    """Seven numbers are no whole number of pairs: the gradient is right, as none passes there; a replay is refused."""
+    x = rand(7)
+
+    def f(x: Tensor) -> Tensor:
+        y = x * 2
+        c = y[:6].view(torch.complex128)
+        y.mul_(3)
+        return y.sum() + c.abs().sum()
+
+    with te.record() as tape:
+        C = f(x)
+    with pytest.raises(te.NotRecordedError, match=r"not so that the write can be followed(.|\n)*\.clone\(\)"):
+        tape.program(inputs=x, outputs=C)
+    te.backward(C)
+    agree([x], reference(f, x))
+
+
+@pytest.mark.parametrize("view", [torch.real, torch.view_as_real])
+def test_a_view_that_torch_gives_another_grad_fn_after_a_write(view: Callable[[Tensor], Tensor]) -> None:
+    """Torch makes that when it is asked for it, and fails where no gradient is kept."""
+    x = rand(4).requires_grad_()
+    before = view(torch.complex(x, x))
+    before._base.mul_(2)
+    with te.record():
+        with torch.no_grad():
+            before.clone()
+        h = view(torch.complex(x, x))
+        with torch.no_grad():
+            h.mul_(2)
+            seen = h.detach() + before
+        C = (h * seen).sum()
+    te.backward(C, wrt=[x])
+    close(g_of(x), torch.autograd.grad((view(torch.complex(x, x)) * plain(seen)).sum(), x)[0])
+    with pytest.raises(te.NotRecordedError, match="computed by torch operations outside"), te.record():
+        te.backward((before * 2).sum())

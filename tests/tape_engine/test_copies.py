@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,9 +69,18 @@ WARNED: dict[str, Function] = {
     "new_tensor of a list": lambda y: y.new_tensor([each for each in y]),  # noqa: C416
     "as_tensor of a list": lambda y: torch.as_tensor([y[0], y[1], y[2]]),
     "asarray of a list": lambda y: torch.asarray([y[0], y[1], y[2]]),
+    "Tensor of a list": lambda y: torch.Tensor([y[0], y[1], y[2]]).double(),
+    "DoubleTensor of lists": lambda y: torch.DoubleTensor([[y[0], y[1]], [y[2], 0.0]]),
+    "new of a list": lambda y: y.new([y[0], y[1], y[2]]),
+    "a complex one of a list": lambda y: torch.tensor([y[0] + 0j, y[1] + 0j, y[2] + 0j]).real,
 }
 
-REFUSED: dict[str, Function] = {"set_": by_set, "set_ of a storage": by_storage}
+REFUSED: dict[str, Function] = {
+    "set_": by_set,
+    "set_ of a storage": by_storage,
+    "set_ of what was computed": lambda y: (y * 1).set_(torch.ones(3, dtype=F64)),  # type: ignore[call-overload]
+    "set_ of what was computed, a storage": lambda y: (y * 1).set_(real(3).untyped_storage(), 0, (3,), (1,)),
+}
 
 
 def swept(function: Function, x: Tensor) -> Any:
@@ -137,6 +147,15 @@ def test_memory_given_by_set_is_refused(name: str) -> None:
     x = real(3)
     with pytest.raises(te.NotRecordedError, match=r"set_, which is no operation(.|\n)*fix: copy the elements instead"):
         swept(REFUSED[name], x)
+
+
+def test_memory_given_by_set_outside_a_block_is_refused() -> None:
+    x = real(3)
+    with te.record():
+        y = x * 2
+    y.set_(torch.ones(3, dtype=F64).untyped_storage(), 0, (3,), (1,))
+    with pytest.raises(te.NotRecordedError, match=r"given its memory by set_"):
+        te.backward((y * y).sum())
 
 
 def test_what_is_read_from_a_file_in_a_block_is_a_leaf() -> None:
@@ -229,3 +248,50 @@ def test_a_list_of_numbers_and_of_detached_tensors_is_silent() -> None:
         loss = (torch.tensor([1.0, 2.0]) * y).sum() + torch.tensor([y[0].detach(), y[1].detach()]).sum()
     te.backward(loss)
     close(g_of(x), torch.tensor([2.0, 4.0], dtype=F64))
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.FloatTensor])
+def test_the_text_of_a_constructor(kind: Any, outside: bool) -> None:
+    """One warning a call, at the user's line, however many tensors stand in the list."""
+    x = real(3)
+    with te.record():
+        y = x * 2
+        if not outside:
+            with pytest.warns(te.TapeWarning) as caught:
+                kind([y[0], y[1], y[2]])
+    if outside:
+        with pytest.warns(te.TapeWarning) as caught:
+            kind([y[0], y[1], y[2]])
+    assert str(caught[0].message).startswith("a constructor takes the numbers out of the tensors in a list")
+    assert [Path(each.filename).name for each in caught] == ["test_copies.py"]
+
+
+def test_what_comes_of_factories_and_detached_tensors_is_handed_out_silently() -> None:
+    x = real(3)
+    with te.record():
+        y = x * 2
+        of_a_factory = torch.ones(3) * 2 + 1
+        later = (y.detach() * 3).exp()
+        torch.Tensor([later[0], of_a_factory[1]])
+        of_a_factory.numpy()
+        later.numpy()
+    torch.Tensor([later[0]])
+
+
+@pytest.mark.parametrize("name", ["new", "new_tensor"])
+def test_new_of_a_list_outside_a_block_warns(name: str) -> None:
+    x = real(3)
+    with te.record():
+        y = x * 2
+    with pytest.warns(te.TapeWarning, match=f"{name} takes the numbers out"):
+        getattr(y, name)([y[0], y[1]])
+
+
+def test_as_subclass_outside_a_block_passes_the_gradient() -> None:
+    x = real(3)
+    with te.record():
+        y = x * 2
+    z = y.as_subclass(torch.Tensor)
+    te.backward((z * 3).sum() + y.sum())
+    close(g_of(x), torch.full_like(x, 8))

@@ -275,6 +275,14 @@ def test_nan_and_inf(name: str) -> None:
     check(POINTWISE[name], ODD)
 
 
+@pytest.mark.parametrize(
+    "function", [lambda a, b: (a**b) ** -1, lambda a, b: (0.0**b).log() + a, lambda a, b: (a**2).sqrt() * b]
+)
+def test_an_infinite_slope_after_a_power_of_zero(function: Function) -> None:
+    """A slope of 0 times one that is infinite is not known, and is no 0."""
+    check(function, of(0, 0, 2, 0, 3), of(2, -1, -1, 0, 1))
+
+
 def test_rows_without_anything_to_attend_to() -> None:
     """A softmax over minus infinities alone is NaN in torch, and 0 in its attention."""
     mask = torch.tensor([[True, True], [False, False]])

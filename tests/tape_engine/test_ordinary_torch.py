@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, stateless
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -984,12 +985,22 @@ def _scripted(x: Tensor) -> Tensor:
     return x + torch.tensor(1.0) + torch.as_tensor(2.0)
 
 
+def _scripted_norms(x: Tensor) -> Tensor:
+    total: Tensor = torch.norm(x) + torch.norm(x, p=1) + F.one_hot(torch.arange(3), 3).sum() + torch.linalg.norm(x)
+    return total
+
+
 def test_torch_jit_scripts_code_in_a_block_and_after_it() -> None:
     x = torch.ones(4)
     for block in (te.record, te.pause):
         with block(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is deprecated
             assert torch.equal(torch.jit.script(_scripted)(x), torch.full((4,), 4.0))
+            norms = torch.jit.script(_scripted_norms)(x)
+        assert torch.equal(norms, torch.tensor(11.0))
+        if block is te.record:
+            te.backward(norms)
+            close(g_of(x), torch.full((4,), 2.0))
 
 
 class _Heard(TorchFunctionMode):
@@ -1017,6 +1028,110 @@ def test_a_function_mode_hears_in_a_block_what_it_hears_without() -> None:
     with te.record(), _Heard() as inside:
         _asking_for_layouts(x)
     assert inside.names == expected.names
+
+
+class _HeardBelow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the overloads that it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x.mul_(2))
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def _writing(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y * y.exp()
+    y.add_(1)
+    y[0] = 3
+    y[1:].exp_()
+    with torch.no_grad():
+        y.detach().mul_(2)
+    y.view(torch.int64).neg_()
+    return (z * y).sum()
+
+
+def _leaving(x: Tensor) -> Tensor:
+    y = x * 2
+    y.numpy(), y.tolist(), y.detach().numpy(), copy.deepcopy(y), copy.copy(y), y.data, y.contiguous(), y.stride()
+    z = y.exp()
+    y.data = torch.ones(4, dtype=F64)
+    return (nn.Parameter(y) * z * torch.tensor([y[0], y[1], 1.0, 2.0], dtype=F64)).sum()
+
+
+def _complex(x: Tensor) -> Tensor:
+    z = torch.complex(x, x)
+    torch.view_as_real(z).mul_(2)
+    conjugated = z.conj()
+    z.mul_(1j)
+    return (z * conjugated).real.sum()
+
+
+def _functions(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y * y
+    y = _Doubled.apply(y)  # type: ignore[no-untyped-call]
+    if y.sum().item() > -1e9:
+        y = F.dropout(torch.tanh(y), 0.5)
+    with te.pause():
+        z = z + y.mul_(2)
+    return (y * z).sum()
+
+
+@pytest.mark.parametrize("function", [_writing, _leaving, _complex, _functions])
+@pytest.mark.parametrize("around", [False, True])
+def test_a_dispatch_mode_hears_what_the_code_runs_and_nothing_else(function: Function, around: bool) -> None:
+    wanted, found = _HeardBelow(), _HeardBelow()
+    x = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64)
+    fresh = plain(x)
+    torch.manual_seed(1)
+    with wanted:
+        reference = function(fresh)
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if around:
+            with found, te.record():
+                C = function(x)
+        else:
+            with te.record(), found:
+                C = function(x)
+    assert found.names == wanted.names
+    assert torch.equal(plain(C), reference)
+    te.backward(C)
+
+
+def test_modes_around_a_block_are_left_as_they_were() -> None:
+    x = torch.ones(3)
+    with _HeardBelow() as outer, _HeardBelow() as inner:
+        with te.record():
+            h = x * 2
+            with pytest.raises(RuntimeError):
+                h @ torch.ones(2)
+            h = h.exp() * h
+            C = h.sum()
+        depth = torch._C._len_torch_dispatch_stack()
+        C = C * 2  # on the global tape
+    assert depth == 2
+    assert inner.names == outer.names
+    assert inner.names[-1] == "aten.mul.Tensor"
+    te.backward(C)
+    close(g_of(x), 4 * (torch.ones(3) * 2).exp() * 3)
 
 
 def test_a_thread_with_a_run_of_its_own_keeps_it() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ...aliases import overlapping, positions
 from ...names import expression
 from ...tape import Node, Told, Value
 from ..data import DESCRIBED, VIEWS, Frozen
@@ -34,10 +35,14 @@ VIEW_CALLS = {"view", "view_as", "unflatten"}
 
 #: Overloads that may be the copy in the place of a view; the user's own calls of a copy are none.
 COPYING = {aten.clone.default, aten._to_copy.default}
+COPY = aten.clone.default
 COPY_CALLS = {"clone", "copy", "deepcopy", "repeat", "float", "double", "half"}
 
 #: Overloads whose result looks into their first argument, and whose schema does not say so.
 UNTOLD = {aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default}
+
+#: Of a view of more elements than this it is not asked whether one of them shows twice.
+LOOKED_AT = 1 << 20
 
 #: Overloads whose result lies in order, however their arguments lie.
 IN_ORDER = {aten.mm.default, aten.addmm.default, aten.bmm.default}
@@ -88,6 +93,7 @@ class _Memory:
 
     def __init__(self, frozen: Frozen, order: list[Node], ended: Mapping[Value, float]) -> None:
         self._frozen = frozen
+        self._order = order
         self._above: dict[Any, Any] = {}
         for node in order:
             for value in (*node.inputs, *node.outputs):
@@ -133,11 +139,16 @@ class _Memory:
         for place, made in node.mutates:
             if place >= 0:
                 self._join(node.outputs[made], node.inputs[place])
+        for value in node.outputs if self._looks(node) else ():
+            self._join(value, node.inputs[0])
+
+    @staticmethod
+    def _looks(node: Node) -> bool:
+        """Whether what a node gives looks into its first input."""
         schema = getattr(node.op.forward, "_schema", None)
         looks = node.op in VIEWS or node.op.forward in UNTOLD
         looks = looks or (schema is not None and any(each.alias_info is not None for each in schema.returns))
-        for value in node.outputs if looks and node.inputs else ():
-            self._join(value, node.inputs[0])
+        return looks and bool(node.inputs)
 
     @staticmethod
     def _writes(node: Node) -> list[Value]:
@@ -156,8 +167,21 @@ class _Memory:
         else:
             found = self._read_after(one, other, at) or self._read_after(other, one, at)
         node = self._made_by.get(made)
+        if found and node is not None and node.op.forward is COPY and self._has_repeats(of):
+            after = self._order[at + 1 : at + 2]  # of reshape, to which what repeats may be a view
+            found = any(each.op.forward is aten._unsafe_view.default and each.inputs[0] is made for each in after)
         told = node is not None and (node.op.forward in VIEWING or node.op.forward in COPYING)
         return found and not (told and node is not None and _asked_outright(node))
+
+    def _has_repeats(self, value: Value) -> bool:
+        """Whether a view shows an element twice, wherever that lies: ``contiguous()`` of it is a copy."""
+        root = value
+        while (node := self._made_by.get(root)) is not None and self._looks(node):
+            root = node.inputs[0]
+        if root is value or value.numel() > LOOKED_AT or overlapping(root.shape, root.strides):
+            return False
+        places = positions(value.shape, value.strides, 0, torch.device("cpu"))
+        return places.numel() > 1 and int(places.bincount().max()) > 1
 
     def _read_after(self, written: Any, read: Any, at: int) -> bool:
         """Whether one memory is written to after a choice, and another read after that."""

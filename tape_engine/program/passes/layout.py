@@ -6,13 +6,15 @@ through a view); what they look into, back to the leaves, has to lie as it was r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ...aliases import read_view, write_view
 from ...tape import Node, Value
 from ..data import Frozen
 
-__all__ = ["laid_out"]
+__all__ = ["laid_out", "looked_beyond"]
 
 aten = torch.ops.aten
 
@@ -33,3 +35,17 @@ def laid_out(frozen: Frozen, nodes: list[Node]) -> set[Value]:
             wanted.update(frozen.canonical(value) for value in node.inputs)
     rim = {value for value in (*frozen.inputs, *frozen.live) if value is not None} - frozen.constants
     return {value for value in wanted & rim if value.strides}
+
+
+def looked_beyond(nodes: Sequence[Node], canonical: Callable[[Value], Value]) -> set[Node]:
+    """The views beyond which ``as_strided`` may look: they have to lie in the memory of what they are views of."""
+    makers = {canonical(value): node for node in nodes for value in node.outputs}
+    found: set[Node] = set()
+    for each in nodes:
+        node: Node | None = each if each.op.forward is aten.as_strided.default else None
+        while node is not None and (node := makers.get(canonical(node.inputs[0]))) is not None:
+            schema = getattr(node.op.forward, "_schema", None)
+            if not node.inputs or schema is None or all(each.alias_info is None for each in schema.returns):
+                break
+            found.add(node)
+    return found

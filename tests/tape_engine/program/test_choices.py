@@ -100,6 +100,18 @@ def written_without_gradient(x: Tensor, w: Tensor) -> Tensor:
     return (x * w).sum()
 
 
+def base_of_what_repeats(x: Tensor, w: Tensor) -> Tensor:
+    y = x.expand(2, 4, 4).reshape(2, 16)
+    x.add_(1)
+    return (y * WEIGHTS).sum()
+
+
+def windows_side_by_side(x: Tensor, w: Tensor) -> Tensor:
+    y = x[0].unfold(0, 2, 2).contiguous()
+    y.add_(1)
+    return (x * w).sum() + y.sum()
+
+
 def written_by_out(x: Tensor, w: Tensor) -> Tensor:
     y = x.reshape(-1)
     torch.sin(x, out=x)
@@ -176,6 +188,7 @@ def counted_in_strides(x: Tensor, w: Tensor) -> Tensor:
 MATTERS: list[Function] = [
     result_written, base_written, itself_written, of_a_result, base_of_a_result, part_written, column_written,
     written_and_never_read, written_through_a_detached_one, written_without_gradient, written_by_out,
+    base_of_what_repeats, windows_side_by_side,
     in_a_memory_format, in_an_operation, in_an_operation_left_whole, asked_in_an_operation, by_strides,
     decided_by_layout, counted_in_strides,
 ]  # fmt: skip
@@ -228,8 +241,16 @@ def beside(x: Tensor, w: Tensor) -> Tensor:
     return square.sum() * x.flatten().sum()
 
 
+def windows(x: Tensor, w: Tensor) -> Tensor:
+    y = x.unfold(1, 2, 1).contiguous().view(-1)
+    y.mul_(2)
+    z = x.expand(3, 4, 4).contiguous()
+    x.add_(1)
+    return (x * w).sum() + y.sum() + (z * w).sum()
+
+
 DOES_NOT: list[Function] = [
-    only_read, written_before, the_other_is_not_read, of_a_product, of_a_layer, of_a_dtype, beside,
+    windows, only_read, written_before, the_other_is_not_read, of_a_product, of_a_layer, of_a_dtype, beside,
 ]  # fmt: skip
 
 BACKENDS = ["python", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="an extra"))]

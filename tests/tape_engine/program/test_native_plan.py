@@ -92,3 +92,18 @@ def test_what_torch_computes_again_torch_computes_first() -> None:
 
     assert ours({}) == ["exp", "sin", "cos", "tanh", "exp"]
     assert ours({second: first}) == ["sin", "cos", "tanh"]
+
+
+def test_what_as_strided_looks_at_lies_in_the_memory_of_its_base() -> None:
+    """The columns of a stack, seen by their memory, are both of what was stacked."""
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        column = torch.stack([x, w], -1)[..., 1]
+        return (column.as_strided((4, 4), (4, 1)) * w).sum()
+
+    x, w = torch.rand(4, 4, dtype=torch.float64), torch.rand(4, 4, dtype=torch.float64)
+    with te.record() as tape:
+        out = f(x, w)
+    program = tape.program(inputs=(x, w), outputs=out, backend="native")
+    x, w = torch.rand(4, 4, dtype=torch.float64), torch.rand(4, 4, dtype=torch.float64)
+    torch.testing.assert_close(program.step(x, w), f(x.detach().clone(), w.detach().clone()))

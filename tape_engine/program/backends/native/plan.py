@@ -15,6 +15,7 @@ import torch
 
 from ....tape import Node, Value
 from ...data import VIEWS
+from ...passes.layout import looked_beyond
 from .lowering import FILLS, Constants, Lowering
 from .machine import GIVEN, KIND, Memory, Place, Unfit, dense
 from .ops import LOWERED
@@ -88,6 +89,7 @@ def planned(
             earlier than they stand, nor in another way than that did.
     """
     again = again or {}
+    refused = {*refused, *looked_beyond(nodes, canonical)}
     constants = {
         canonical(node.outputs[0]): FILLS[node.op.forward](node) for node in folded if node.op.forward in FILLS
     }
