@@ -79,7 +79,6 @@ LONG = {
     "tape_engine/registry.py": "an operation's whole record, with the samples that it carries",
     "tape_engine/exits.py": "the one list of what torch does unheard: a wrapper of a few lines for each",
     "tape_engine/program/backends/python.py": "a writer whose methods all write to one function",
-    "tape_engine/program/passes/recompute.py": "one pass: what is held, the choice, and the nodes that come of it",
     "dev.py": "it stands alone: it runs before anything is installed",
 }
 

@@ -22,6 +22,7 @@ class Held:
         line: ``file:line`` of the user's code; in the sweep, of the operation whose gradient it is of.
         scope: the groups that it stands in (``net/0``).
         part: ``"forward"`` or ``"sweep"``.
+        again: whether the sweep computes again here what the forward pass did not keep.
     """
 
     op: str
@@ -29,6 +30,7 @@ class Held:
     line: str
     scope: str
     part: str
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class ProfileRow:
             those of the operation whose gradient it is of.
         scope: the groups that it stands in (``net/0``).
         part: ``"forward"``, ``"sweep"``, or ``"both"`` for a piece that does some of each.
+        again: whether some of it computes again what the forward pass did not keep (`holds` tells which).
         seconds: the median of all runs; `low` and `high` the shortest and the longest of them.
         share: of the time of all rows, from 0 to 1.
         bytes_read, bytes_written: of the tensors that it reads from memory and writes to it, each counted once. A view
@@ -69,6 +72,7 @@ class ProfileRow:
     bytes_read: int
     bytes_written: int
     holds: tuple[Held, ...]
+    again: bool = False
 
     @property
     def bytes_per_second(self) -> float:
@@ -201,7 +205,7 @@ def _measured(of: ProfileRow | Total) -> tuple[str, ...]:
 
 def _cells(row: ProfileRow) -> tuple[str, ...]:
     told = (row.op, row.name, row.line, row.scope)
-    return (f"{row.place}", *(_short(each) or "-" for each in told), row.part, *_measured(row))
+    return (f"{row.place}", *(_short(each) or "-" for each in told), row.part + ", again" * row.again, *_measured(row))
 
 
 def _short(text: str) -> str:

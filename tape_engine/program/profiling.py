@@ -177,6 +177,7 @@ def _rows(frozen: Frozen, source: Source, taken: list[list[int]], cost: int) -> 
             bytes_read=sum(_read(unit, value) for value in unit.reads),
             bytes_written=0 if unit.kind == "layout" else sum(map(_touched, [unit.part] if unit.part else unit.writes)),
             holds=holds,
+            again=any(one.again for one in holds),
         )
         rows.append(row)
     return rows
@@ -185,7 +186,7 @@ def _rows(frozen: Frozen, source: Source, taken: list[list[int]], cost: int) -> 
 def _held(frozen: Frozen, source: Source, node: Node, forward: set[Node]) -> Held:
     name = ", ".join(_title(frozen, source, frozen.canonical(value)) for value in node.outputs[:3])
     part = "forward" if node in forward else "sweep"
-    return Held(node.op.name, name, where(node) or "", "/".join(node.scope), part)
+    return Held(node.op.name, name, where(node) or "", "/".join(node.scope), part, node in source.again.again)
 
 
 def _title(frozen: Frozen, source: Source, value: Value) -> str:

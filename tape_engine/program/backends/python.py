@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from ...aliases import write_view
 from ...names import code_line, located, where
 from ...tape import Node, Value
+from .. import batch_norms, products
 from ..buffers import laid, own
 from ..calls import COPIES, LAID_OUT, Call, call_of
 from ..data import DESCRIBED, VIEWS, Frozen, sized_by_elements
@@ -57,6 +58,7 @@ class _Writer(Names, Memory):
         self.with_sweep = with_sweep
         wanted = {frozen.canonical(v) for v in (*frozen.outputs, *(g for _, g in frozen.gradients))}
         wanted |= {frozen.canonical(after) for _, after in frozen.writes}
+        self.wanted = wanted
         self.nodes = drop_dead(frozen, with_sweep=with_sweep)
         for each in (unmask, turn_products, results_early):
             self.nodes = each(self.nodes, frozen, wanted)
@@ -220,7 +222,7 @@ class _Writer(Names, Memory):
         """How a node is called."""
         call = self.ways.get(node)
         if call is None:
-            call = call_of(node)
+            call = products.call_for(node) or batch_norms.call_for(node) or call_of(node)
             if self.loose and call.outs and any(self.frozen.canonical(v) in self.loose for v in node.inputs):
                 call = Call(node.op.forward, f"torch.ops.{node.op.forward}")
             self.ways[node] = call

@@ -10,7 +10,8 @@ from .fold import fold_constants
 from .in_place import find_in_place
 from .layout import laid_out
 from .masks import unmask
-from .recompute import Recomputed, recompute
+from .recompute import recompute
+from .rerun import Recomputed
 from .turned import turn_products
 
 __all__ = [

@@ -474,3 +474,17 @@ def test_every_kernel_function_is_tested() -> None:
         aten.clamp.Tensor,
     }
     assert {str(each) for each in LOWERED.keys() - reached - twins} == set()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("operation", [torch.add, torch.sub])
+def test_a_scaled_term_is_rounded_with_the_sum(operation: Function, dtype: torch.dtype) -> None:
+    """A product too large for a number is none where the sum is infinite anyway, nor where it is not so large."""
+    huge = torch.finfo(dtype).max
+    a = torch.tensor([math.inf, -math.inf, math.inf, -huge, huge, 1.0, math.nan] * 5, dtype=dtype)
+    b = torch.tensor([huge, huge, -huge, huge, -huge, huge, 1.0] * 5, dtype=dtype)
+    for alpha in (2.0, -2.0):
+        program = program_of(lambda a, b, alpha=alpha: operation(operation(a, b, alpha=alpha), b * 0 + 1), a, b)
+        assert "native" in program.code
+        wanted = operation(operation(a, b, alpha=alpha), b * 0 + 1)
+        torch.testing.assert_close(program(a, b)[0], wanted, equal_nan=True, rtol=0, atol=0)

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .kernels import DRIVERS, KINDS, RUNNERS, parts_of, sources
+from .drivers import DRIVERS, RUNNERS
+from .kernels import KINDS, parts_of, sources
 from .scalars import scalars
-from .tiles import dots, lines, tile
+from .tiles import dots, lines, packed, panel, tile, twelve
 
 __all__ = ["build"]
 
@@ -18,6 +19,7 @@ PLAIN = ("contract",)
 
 #: Tiles of a product: lines of the result, and registers of a line.
 TILES = ((8, 1), (4, 2), (1, 4))
+PANELS = ((12, 2), (12, 1), (4, 2), (1, 2))
 
 
 def build(name: str, symbol: str, machine: Any) -> Any:
@@ -35,7 +37,7 @@ def build(name: str, symbol: str, machine: Any) -> Any:
     stem, kind, _ = parts_of(name)
     words = WORD.as_pointer()
     types = [words, words] if stem in DRIVERS else [WORD] * 9
-    if name in RUNNERS:
+    if stem in RUNNERS:
         types = [words, WORD, words, words, WORD, WORD] if name == "run" else [words]
     flags = SUMS if stem in ("sum", "product_lines", "product_dots") else PLAIN
     apart = "C" if stem in ("product_lines", "product_dots", "product_past") else ""  # the result of a product
@@ -55,6 +57,9 @@ def _inmost(stem: str, kind: str) -> dict[str, Any]:
     width, ahead = 32 if kind == "f" else 64, stem.endswith("_ahead")
     if stem == "product_tiles":
         return {f"tile_{kind}_{rows}_{many}": tile(width, rows, many) for rows, many in TILES}
+    if stem in ("product_large", "recurrence"):
+        tiles = {f"panel_{kind}_{rows}_{many}": panel(width, rows, many) for rows, many in PANELS}
+        return {f"packed_{kind}": packed(width), f"twelve_{kind}": twelve(width), **tiles}
     if stem.startswith("product_dot_tiles"):
         return {f"dots_{kind}_{rows}": dots(width, rows, ahead=ahead and rows > 1) for rows in (8, 1)}
     if stem.startswith("product_line_tiles"):
@@ -88,6 +93,9 @@ def lower(a, b):
 
 def higher(a, b):
     return a if (a > b or a != a) else b
+
+def moment(first, second, step, t):
+    return first if t == 0 else second + (t - 1) * step
 """
 
 

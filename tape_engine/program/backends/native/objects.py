@@ -32,7 +32,7 @@ CACHE_VARIABLE = "TAPE_ENGINE_CACHE"
 MAGIC = b"tape_engine kernel 1\n"
 
 #: What makes machine code of a kernel's source: each part of its digest.
-SOURCES = ("builder.py", "kernels.py", "scalars.py", "tiles.py", "translator.py")
+SOURCES = ("builder.py", "drivers.py", "kernels.py", "scalars.py", "tiles.py", "translator.py")
 
 
 @functools.cache

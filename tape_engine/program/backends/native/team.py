@@ -41,15 +41,16 @@ class Share:
     Args:
         parts: the addresses of their words.
         addresses: those of the kernels.
+        kernel: what runs a part.
     """
 
-    def __init__(self, parts: Sequence[int], addresses: dict[str, int]) -> None:
+    def __init__(self, parts: Sequence[int], addresses: dict[str, int], kernel: str = "part") -> None:
         self._parts = list(parts)
-        self._one = ONE(addresses["part"])
+        self._one = ONE(addresses[kernel])
         self._function = addresses["share"]
         library = _library()
         asked = [library.number, library.count] if library else [0, 0]
-        words = [*asked, addresses["part"], len(self._parts), *self._parts]
+        words = [*asked, addresses[kernel], len(self._parts), *self._parts]
         self._words = (ctypes.c_int64 * len(words))(*words)
         self._address = ctypes.addressof(self._words)
 

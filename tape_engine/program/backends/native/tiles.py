@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["dots", "lines", "tile"]
+__all__ = ["dots", "lines", "packed", "panel", "tile"]
+
+PANEL = 2  # registers of a line of a packed matrix
 
 
 class _Vectors:
@@ -86,11 +88,16 @@ class _Vectors:
         function = self._declared(f"llvm.vector.reduce.fadd.v{self.lanes}f{self._width}", kind)
         return self.builder.call(function, [self._ir.Constant(self.low, -0.0), x], fastmath=("reassoc",))
 
-    def fetch(self, address: Any) -> None:
-        """Asks for a line of memory that will be read soon."""
+    def fetch(self, address: Any, *, write: bool = False) -> None:
+        """Asks for a line of memory that will be read soon, or written."""
         byte = self._ir.IntType(8).as_pointer()
         kind = self._ir.FunctionType(self._ir.VoidType(), [byte, self._number, self._number, self._number])
-        given = [self.builder.inttoptr(address, byte), self._number(0), self._number(2), self._number(1)]
+        given = [
+            self.builder.inttoptr(address, byte),
+            self._number(int(write)),
+            self._number(3 if write else 2),
+            self._number(1),
+        ]
         self.builder.call(self.builder.module.declare_intrinsic("llvm.prefetch", [byte], fnty=kind), given)
 
     def _function(self, name: str, kind: Any) -> Any:
@@ -243,5 +250,68 @@ def lines(width: int, rows: int, *, ahead: bool = False) -> Any:
         n = builder.mul(whole, word(of.lanes))
         with builder.if_then(builder.icmp_signed("<", n, N)):
             step(n, of.within(builder.sub(N, n)))
+
+    return computed
+
+
+def panel(width: int, rows: int, vectors: int) -> Any:
+    """What computes `rows` lines of up to `vectors` registers each of C = S + A B, as a kernel can call it.
+
+    B is given packed: two registers for each step of the sum, one step after the other (`packed`). S may be C, or one
+    line for all; without `starts` it is nought. What the arguments say is left of a line may be less than the registers
+    hold.
+    """
+    from .translator import repeated
+
+    def computed(
+        builder: Any, C: Any, rc: Any, S: Any, rs: Any, starts: Any, A: Any, ra: Any, ca: Any, B: Any, K: Any, left: Any
+    ) -> None:
+        of = _Vectors(builder, width)
+        word = of.word
+        masks = [of.within(left, j * of.lanes) for j in range(vectors)]
+        sums = {}
+
+        def at(address: Any, step: Any, r: int, j: int) -> Any:
+            return builder.add(builder.add(address, builder.mul(step, word(r))), word(j * of.lanes * of.item))
+
+        for r in range(rows):
+            for j in range(vectors):
+                sums[r, j] = of.variable()
+                of.fetch(at(C, rc, r, j), write=True)
+                builder.store(of.load(at(S, rs, r, j), of.where(masks[j], starts)), sums[r, j])
+        with repeated(builder, K) as k:
+            here = builder.add(B, builder.mul(k, word(PANEL * 64)))
+            line = [of.load(builder.add(here, word(j * 64))) for j in range(vectors)]
+            for r in range(rows):
+                x = of.spread(of.element(builder.add(at(A, ra, r, 0), builder.mul(ca, k))))
+                for j in range(vectors):
+                    builder.store(of.added(builder.load(sums[r, j]), x, line[j]), sums[r, j])
+        for r in range(rows):
+            for j in range(vectors):
+                of.store(builder.load(sums[r, j]), at(C, rc, r, j), masks[j])
+
+    return computed
+
+
+def packed(width: int) -> Any:
+    """What copies a line of B for `panel`, of which the arguments say how many elements there are, as a kernel can."""
+
+    def computed(builder: Any, to: Any, source: Any, left: Any) -> None:
+        of = _Vectors(builder, width)
+        for j in range(PANEL):
+            here = of.word(j * 64)
+            of.store(of.load(builder.add(source, here), of.within(left, j * of.lanes)), builder.add(to, here))
+
+    return computed
+
+
+def twelve(width: int) -> Any:
+    """What copies twelve elements that lie in order, as a kernel can call it."""
+
+    def computed(builder: Any, to: Any, source: Any) -> None:
+        of = _Vectors(builder, width)
+        for j in range(-(-12 // of.lanes)):
+            here, mask = of.word(j * 64), of.within(of.word(12), j * of.lanes)
+            of.store(of.load(builder.add(source, here), mask), builder.add(to, here), mask)
 
     return computed

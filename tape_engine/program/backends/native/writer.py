@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ....tape import Node, Value
 from ...buffers import overlapping
+from ...calls import Call
 from ...data import Frozen
 from ...passes import find_in_place
 from ...passes.recompute import large
 from ..python import _Writer
 from ..source import Name, Source
-from . import objects
+from . import large as large_products
+from . import objects, recurrent
 from .compiler import compiled
 from .machine import Unfit, dense
 from .plan import Part, Plan, planned
@@ -33,6 +35,7 @@ class Told:
     segments: int = 0
     loops: int = 0
     torch: int = 0
+    products: int = 0
     seconds: float = 0.0
     bytes: int = 0
     compiled: int = 0
@@ -41,13 +44,14 @@ class Told:
     @property
     def pays(self) -> bool:
         """Whether a replay gains more than the calls of the segments cost."""
-        return self.loops > 0 or self.nodes >= PAYS * max(self.segments, 1)
+        return self.loops > 0 or self.products > 0 or self.nodes >= PAYS * max(self.segments, 1)
 
     def __str__(self) -> str:
         rows = f", {self.loops} of them by blocks of rows" if self.loops else ""
         made = f"{self.compiled} of {self.kernels} kernels compiled" if self.compiled else f"{self.kernels} kernels"
+        large = f", {self.products} large products" if self.products else ""
         return (
-            f"{self.nodes} operations in {self.segments} compiled segments{rows}, {self.torch} calls of torch; "
+            f"{self.nodes} operations in {self.segments} compiled segments{rows}{large}, {self.torch} calls of torch; "
             f"{self.bytes:,} bytes between; {made}, ready in {self.seconds:.2f} s"
         )
 
@@ -73,6 +77,7 @@ class _Native(_Writer):
     def __init__(self, frozen: Frozen, with_sweep: bool, always: bool) -> None:
         super().__init__(frozen, with_sweep)
         self.always = always
+        self.layers: Callable[[Node], Call | None] | None = None
         self.told = Told()
         self.plan = Plan([*self.nodes], None, frozen.canonical, {})  # as long as there is no other: each by itself
         self.taken: set[Node] = set()  # what the segments do
@@ -104,14 +109,26 @@ class _Native(_Writer):
         self.told.segments = len(self.segments)
         self.told.loops = sum(any(isinstance(s, Loop) for s in segment.steps) for segment in self.segments)
         self.told.bytes = sum(segment.shared + segment.local for segment in self.segments)
+        self.taken = {node for part in self.plan.parts for node in part.nodes}
+        left = [node for node in self.nodes if node not in self.taken and node not in self.folded]
+        self.told.products = sum(self.way(node).function in large_products.FUNCTIONS for node in left)
         if not (self.always or self.told.pays):
             raise _Poor
-        self.taken = {node for part in self.plan.parts for node in part.nodes}
         everything = self.nodes
         self.nodes = [node for node in everything if node not in self.taken]
         mine = super()._results(wanted)
         self.nodes = everything
         return mine | {v for part in self.plan.parts for v in part.outputs if v in wanted}
+
+    def way(self, node: Node) -> Call:
+        """How a node is called that no segment does."""
+        if node not in self.ways:
+            if self.layers is None:
+                self.layers = recurrent.calls(self.nodes, self.frozen.canonical, self.wanted)
+            call = large_products.call_for(node) or self.layers(node)
+            if call is not None and self.loose.isdisjoint(map(self.frozen.canonical, node.inputs)):
+                self.ways[node] = call
+        return super().way(node)
 
     def order(self) -> list[list[Node]]:
         return [each.nodes if isinstance(each, Part) else [each] for each in self.plan.items]
@@ -133,7 +150,8 @@ class _Native(_Writer):
                 self.segment(item, segment)
             else:
                 self.node(item)
-                self.told.torch += item not in self.folded
+                ours = self.way(item).function in large_products.FUNCTIONS
+                self.told.torch += item not in self.folded and not ours
         self.told.kernels = len(used)
         self.told.compiled = objects.loaded().compiled - before
         self.told.seconds = objects.loaded().seconds - start

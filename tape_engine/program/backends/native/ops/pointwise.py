@@ -67,19 +67,19 @@ def relu(at: Lowering, node: Node) -> None:
     at.map("relu_whole" if place.kind == "l" else "relu", at.result(node.outputs[0]), place)
 
 
-def sum_of_two(name: str, *, turned: bool = False) -> Lowered:
+def sum_of_two(name: str) -> Lowered:
     def lower(at: Lowering, node: Node) -> None:
         kind = kind_of(node.outputs[0])
-        a, b = node.args[:2]
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
-        if turned:
-            a, b = b, a
-        left, right = at.operand(a, kind), at.operand(b, kind)
+        left, right = at.operand(node.args[0], kind), at.operand(node.args[1], kind)
+        if alpha != 1 and kind in "fd":
+            factor = at.operand(alpha if name == "add" else -alpha, kind)
+            at.map("add_scaled", at.result(node.outputs[0]), left, right, factor)
+            return
         if alpha != 1:
-            scaled = left if turned else right
-            made = at.scratch(kind, scaled.shape)
-            at.map("mul", made, scaled, at.operand(alpha, kind))
-            left, right = (made, right) if turned else (left, made)
+            made = at.scratch(kind, right.shape)
+            at.map("mul", made, right, at.operand(alpha, kind))
+            right = made
         at.map(name, at.result(node.outputs[0]), left, right, kind=kind)
 
     return lower
