@@ -5,7 +5,7 @@ It is rough: bytes that are moved, multiplications, elements of functions that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -85,7 +85,7 @@ class Timeline:
         self.kept = {self.root(value) for value in wanted}
         self.last = {value: max(places) for value, places in self.reads.items()}
         self.last.update((value, len(nodes) - 1) for value in self.kept)
-        self.held = self._held()
+        self.held = self.holds(range(len(nodes)), self.last)
 
     def root(self, value: Value) -> Value:
         """The value in whose memory one lies."""
@@ -99,18 +99,24 @@ class Timeline:
         """Whether a value is made on each replay."""
         return value in self.makers and self.nodes[self.makers[value]] not in self.folded
 
-    def _held(self) -> torch.Tensor:
-        change = [0] * (len(self.nodes) + 1)
-        for value, place in self.makers.items():
-            if value in self.roots or not self.passing(value):
-                continue
-            size, last = self.bytes(value), self.last.get(value, place)
-            over = pointwise(self.nodes[place]) and any(
-                self.last.get(root) == place and self.bytes(root) == size > 0
-                for root in {self.root(self.canonical(v)) for v in self.nodes[place].inputs}
-            )
-            change[min(place + over, last)] += size  # else it is written where an operand lies
-            change[last + 1] -= size
+    def holds(self, places: Sequence[int], last: Mapping[Value, int] | None = None) -> torch.Tensor:
+        """The bytes of what some nodes make that are held while each of them runs, one after the other.
+
+        `last` says which of them a value, or a view of it, is read by last; without it, what others read counts not.
+        """
+        if last is None:
+            read = [(self.root(self.canonical(v)), i) for i, p in enumerate(places) for v in self.nodes[p].inputs]
+            last = {value: i for value, i in read if self.makers.get(value) in places}
+        change = [0] * (len(places) + 1)
+        for i, node in enumerate(self.nodes[place] for place in places):
+            for value in {self.canonical(v) for v in node.outputs} - self.roots.keys():
+                size, stop = self.bytes(value), last.get(value, i)
+                over = pointwise(node) and any(
+                    last.get(root) == i and self.bytes(root) == size > 0
+                    for root in {self.root(self.canonical(v)) for v in node.inputs}
+                )
+                change[min(i + over, stop)] += size  # else it is written where an operand lies
+                change[stop + 1] -= size
         return torch.tensor(change[:-1], dtype=torch.int64, device="cpu").cumsum(0)
 
     def can(self, node: Node) -> bool:

@@ -11,12 +11,13 @@ Nothing is changed that is not at the fullest moment, and no more is done than a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 import torch
 
 from ...tape import Node, Value
 from ..data import Frozen
-from .cost import Timeline, bytes_of, pointwise, seconds
+from .cost import Timeline, seconds
 from .rerun import Recomputed, Rerun, needed, rerun
 
 __all__ = ["large", "recompute"]
@@ -61,15 +62,11 @@ def recompute(
             if found is not None:
                 choice.take(found)
         return rerun(tape, choice.plans)
-    full = int(tape.held.max())
-    best, count = choice.choose()
-    if not count:
+    best, plans = choice.choose()
+    if not plans:
         return Recomputed(nodes)
-    if count < len(choice.plans):  # the last ones lowered nothing
-        choice = _Choice(tape)
-        choice.choose(count)
-    made = rerun(tape, choice.plans)
-    made.spared = full - best
+    made = rerun(tape, plans)
+    made.spared = int(tape.held.max()) - best
     return made
 
 
@@ -109,14 +106,14 @@ class _Choice:
 
     def __init__(self, tape: Timeline) -> None:
         self.tape = tape
-        self.held = tape.held.clone()
+        self.held = tape.held
         self.last = dict(tape.last)  # where a value is needed last, be it for another that is computed again
         self.plans: dict[Value, Rerun] = {}
 
-    def choose(self, most: int | None = None) -> tuple[int, int]:
-        """Lowers what is held at the fullest moment as far as that can be, by `most` values at most.
+    def choose(self) -> tuple[int, dict[Value, Rerun]]:
+        """Lowers what is held at the fullest moment as far as that can be.
 
-        Gives the lowest that was reached, and by how many values it was.
+        Gives the lowest that was reached, and how the values are computed again by which it was.
         """
         full = int(self.held.max())
         budget = SHARE * sum(
@@ -125,22 +122,22 @@ class _Choice:
         candidates = self.tape.candidates(max(LEAST, full // PART))
         nodes, makers = self.tape.nodes, self.tape.makers
         candidates.sort(key=lambda value: seconds(nodes[makers[value]]) / self.tape.bytes(value))
-        best, count = full, 0
-        while most is None or len(self.plans) < most:
+        best, plans = full, dict[Value, Rerun]()
+        while True:
             moment, found = int(self.held.argmax()), None
             for value in candidates:
-                if value not in self.plans and self._rests(value) < moment < self.tape.first(value):
+                if value not in self.plans:
                     plan = self.plan(value)
                     if plan is not None and plan.cost <= budget and self._lowers(plan, moment):
                         found = plan
                         break
             if found is None:
-                break
+                return best, plans
             self.take(found)
             budget -= found.cost
             if int(self.held.max()) < best:
-                best, count = int(self.held.max()), len(self.plans)
-        return best, count
+                best = int(self.held.max())
+                plans = {value: replace(plan) for value, plan in self.plans.items()}  # what follows may lower nothing
 
     def _rests(self, value: Value) -> int:
         """The place of the last node of the forward pass that reads a value."""
@@ -149,33 +146,32 @@ class _Choice:
 
     def _lowers(self, plan: Rerun, moment: int) -> bool:
         """Whether less is held at the fullest moment, and nowhere more than there was then."""
-        if sum(size for start, stop, size in plan.change if start <= moment < stop) >= 0:
-            return False
-        grown = [(start, stop) for start, stop, size in plan.change if size > 0 and start < stop]
-        if not grown:
-            return True
-        held = self.held.clone()
-        _add(held, plan.change)
-        return int(held.max()) <= int(self.held.max())
+        held = _changed(self.held, plan.change)
+        return bool(held[moment] < self.held[moment]) and int(held.max()) <= int(self.held.max())
+
+    def _until(self, value: Value) -> int:
+        """The place at which a value is needed last."""
+        return self.last.get(value, self.tape.makers[value])
 
     def take(self, plan: Rerun) -> None:
         """The value of a plan is computed again."""
-        _add(self.held, plan.change)
+        self.held = _changed(self.held, plan.change)
         self.plans[plan.value] = plan
         for value in plan.uses:
-            self.last[value] = max(self.last.get(value, 0), plan.place)
-            other = self.plans.get(value)
-            if other is not None and other.place > plan.place:
-                self._earlier(other, plan.place)
+            self.last[value] = max(self._until(value), plan.place)
+        for other in self._under(plan.uses):
+            other.place = min(other.place, plan.place)
 
-    def _earlier(self, plan: Rerun, place: int) -> None:
-        """What another one needs is computed before that."""
-        _add(self.held, [(place, plan.place, self.tape.bytes(plan.value))])
-        plan.place = place
-        for value in plan.uses:
-            other = self.plans.get(value)
-            if other is not None and other.place > place:
-                self._earlier(other, place)
+    def _under(self, uses: Iterable[Value]) -> list[Rerun]:
+        """How those among some values are computed again that are, and what these need."""
+        found: dict[Value, Rerun] = {}
+        left = [*uses]
+        while left:
+            value = left.pop()
+            if value in self.plans and value not in found:
+                found[value] = self.plans[value]
+                left += found[value].uses
+        return list(found.values())
 
     def plan(self, value: Value) -> Rerun | None:
         """How a value could be computed again; ``None`` if it could not."""
@@ -186,21 +182,16 @@ class _Choice:
                 place = min(place, other.place)
         steps: list[int] = []
         uses: dict[Value, None] = {}
-        longer: dict[Value, None] = {}
-        if not self._steps(value, place, steps, uses, longer, value, set()):
+        if not self._steps(value, place, steps, uses, value, set()):
             return None
         if any(steps[0] < unseen < place for unseen in tape.unseen):
             return None  # it may have changed what they read
         size = tape.bytes(value)
         change = [(self._rests(value) + 1, place, -size)]
-        change += [(self.last.get(each, tape.makers[each]) + 1, place + 1, tape.bytes(each)) for each in longer]
-        for each in uses:
-            if each in self.plans and self.plans[each].place > place:
-                change.append((place, self.plans[each].place, tape.bytes(each)))
+        change += [(self._until(each) + 1, place + 1, tape.bytes(each)) for each in uses]
+        change += [(place, other.place, tape.bytes(other.value)) for other in self._under(uses)]
         nodes = [tape.nodes[step] for step in steps]
-        if not pointwise(nodes[-1]):
-            between = [sum(map(bytes_of, node.outputs)) for node in nodes[:-1] if not tape.is_view(node)]
-            change.append((place, place + 1, max(between, default=0)))
+        change.append((place, place + 1, int(tape.holds(steps).max()) - size))  # on the way to it
         cost = sum(seconds(node) for node in nodes if not tape.is_view(node))
         return Rerun(value, place, steps, list(uses), change, cost)
 
@@ -210,7 +201,6 @@ class _Choice:
         place: int,
         steps: list[int],
         uses: dict[Value, None],
-        longer: dict[Value, None],
         wanted: Value,
         asked: set[int],
     ) -> bool:
@@ -220,27 +210,28 @@ class _Choice:
         if not tape.passing(root) or tape.makers[value] in steps:
             return True
         made = tape.makers[value]
-        if value is not wanted and (root in self.plans or self.last.get(root, -1) >= place) and root is not wanted:
+        if root is not wanted and (root in self.plans or self._until(root) >= place):
             uses[root] = None
             return root not in tape.inside
         node = tape.nodes[made]
-        if len(steps) < LONGEST and tape.can(node) and made < tape.turn and made not in asked:
-            tried, used, lengthened = list(steps), dict(uses), dict(longer)
+        if len(steps) + len(asked) < LONGEST and tape.can(node) and made not in asked:
+            tried, used = list(steps), dict(uses)
             below = {*asked, made}
-            if all(self._steps(v, place, tried, used, lengthened, wanted, below) for v in needed(node, tape)):
-                grows = sum(tape.bytes(each) for each in lengthened if each not in longer)
+            if all(self._steps(v, place, tried, used, wanted, below) for v in needed(node, tape)):
+                grows = sum(tape.bytes(each) for each in used if each not in uses and self._until(each) < place)
                 if root is wanted or grows < tape.bytes(root):
                     steps[:] = [*tried, made]
                     uses.update(used)
-                    longer.update(lengthened)
-                    return len(steps) <= LONGEST
+                    return True
         if root is wanted or root in tape.inside or root in tape.written or root in tape.pinned:
             return False
-        uses[root] = longer[root] = None
+        uses[root] = None
         return True
 
 
-def _add(held: torch.Tensor, change: Iterable[tuple[int, int, int]]) -> None:
+def _changed(held: torch.Tensor, change: Iterable[tuple[int, int, int]]) -> torch.Tensor:
+    held = held.clone()
     for start, stop, size in change:
         if start < stop:
             held[start:stop] += size
+    return held
