@@ -73,6 +73,8 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
     if start is not None and start.stride(1) != 1:
         return False
     (M, K), N, item, parts = a.shape, b.shape[1], a.element_size(), threads()
+    if not (M and N and K):
+        return False
     turned = a.stride(0) == 1
     depth, lines = TURNED if turned else (DEPTH, LINES)
     depth = min(K, depth)
