@@ -109,31 +109,10 @@ def test_rows_that_share_their_gradient() -> None:
     g = torch.randn(T, 1, H).expand(T, B, H)
     with torch.no_grad():
         out, h, c, note = recurrent.forward(x, w, u, b, d, *states)
-        given: list[Any] = [
-            x,
-            w,
-            u,
-            b,
-            d,
-            zeros,
-            zeros,
-            out,
-            h,
-            c,
-            g,
-            zeros,
-            zeros,
-            False,
-            2,
-            H,
-            1,
-            True,
-            True,
-            False,
-            [],
-            False,
-        ]
-        found = recurrent._Backward((True,) * 7)(*given, note)
+        given: list[Any] = [x, w, u, b, d, zeros, zeros, out, h, c, g, zeros, zeros]
+        given += [False, 2, H, 1, True, True, False, [], False, note]
+        back: Any = recurrent._Backward((True,) * 7)
+        found = back(*given)
     x.requires_grad_()
     wanted = torch.autograd.grad(model(x)[0], [x, w, u, b, d], g)
     for one, other in zip(found, wanted, strict=False):
