@@ -89,6 +89,15 @@ def test_an_empty_sum_is_nought(parts: int) -> None:
     assert large.mm(torch.empty(0, 64), torch.empty(64, 32), out=out[:0]).shape == (0, 32)
 
 
+def test_a_large_result_is_not_held_once_more_for_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room that a thread keeps to work in is bounded, however large a product was."""
+    monkeypatch.setattr(large, "threads", lambda: 2)
+    monkeypatch.setattr(large, "_rooms", threading.local())
+    a, b, out = torch.randn(1200, 1300), torch.randn(1300, 1100), torch.empty(1200, 1100)
+    right(large.mm(a, b, out=out), a.double() @ b.double(), 1300)
+    assert large.room(0).numel() < out.nbytes // 4
+
+
 def test_what_lies_beside_the_result_is_not_touched(parts: int) -> None:
     a, b = torch.randn(301, 600), torch.randn(600, 41)
     room = torch.full((303, 50), 7.0)
