@@ -19,6 +19,7 @@ from .calls import Call
 __all__ = ["call_for"]
 
 aten = torch.ops.aten
+kernel: Any = aten._native_batch_norm_legit_functional.default
 Tensor = torch.Tensor
 
 LEAST = 1 << 18  # elements from which on it is worth more calls
@@ -27,7 +28,7 @@ LINE = 64  # elements of a channel that lie in a line, likewise
 
 def call_for(node: Node) -> Call | None:
     """How a batch normalisation is run in passes; ``None`` for every other node, and where torch's kernel does."""
-    if node.op.forward is not aten._native_batch_norm_legit_functional.default or node.kwargs or node.gaps:
+    if node.op.forward is not kernel or node.kwargs or node.gaps:
         return None
     x, training = node.args[0], node.args[5]
     values: list[Any] = [*node.args[:5], *node.outputs]
@@ -59,6 +60,9 @@ def batch_norm(
     found.add_(off)
     spread = torch.sub(squares, off.square_(), out=squares).clamp_min_(0)
     inverse = torch.add(spread, eps).rsqrt_()
+    if not bool(torch.add(spread, inverse).isfinite().all()):  # torch sums up in double, and `eps` may be nought
+        made: tuple[Tensor, ...] = kernel(x, weight, bias, mean, var, training, momentum, eps)
+        return made
     a = inverse * weight
     b = torch.addcmul(bias, found, a, value=-1)
     torch.addcmul(b.view(lies), x, a.view(lies), out=left)

@@ -49,6 +49,19 @@ def test_a_channel_of_one_number_and_one_that_is_not_finite() -> None:
     assert bool(ours[0][:, 2].isnan().all())
 
 
+@pytest.mark.parametrize(("size", "eps"), [(1e37, 1e-5), (3e38, 1e-5), (1e25, 1e-5), (1e-25, 0.0), (0.0, 0.0)], ids=str)
+def test_what_single_precision_cannot_sum_up_is_torchs(size: float, eps: float) -> None:
+    """Sums that are too large, squares that are too large or too small, and a deviation of nought without `eps`."""
+    torch.manual_seed(0)
+    x = (torch.rand(8, 3, 70) + 0.1) * size
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    found = batch_norms.batch_norm(x, ones, zeros, zeros, ones, True, 0.1, eps)
+    wanted = torch.ops.aten._native_batch_norm_legit_functional(x, ones, zeros, zeros, ones, True, 0.1, eps)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert bool(found[0].isfinite().all())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_program_has_them(backend: str) -> None:
     """In training: the gradients and the running statistics, on inputs other than those recorded."""

@@ -67,6 +67,37 @@ def test_products(shape: tuple[int, int, int], dtype: torch.dtype, parts: int) -
             right(out, wanted + start.double(), K)
 
 
+@pytest.mark.parametrize("K", [1000, 4096, 20000])
+@pytest.mark.parametrize("turned", [False, True])
+def test_long_sums_are_as_exact_as_torchs(K: int, turned: bool, parts: int) -> None:
+    """Also of numbers that are all of one sign, and where what is added to the product is large beside it."""
+    torch.manual_seed(0)
+    b, out = torch.rand(K, 64), torch.empty(96, 64)
+    a = matrix(96, K, torch.float32, turned).abs_()
+    for start in (torch.zeros(64), torch.full((64,), 1e5)):
+        wanted = a.double() @ b.double() + start.double()
+        large.addmm(start, a, b, out=out)
+        ours, torchs = (float((each - wanted).square().mean().sqrt()) for each in (out, torch.addmm(start, a, b)))
+        assert ours < 3 * torchs
+
+
+def test_an_empty_sum_is_nought(parts: int) -> None:
+    out = torch.full((64, 32), 7.0)
+    assert not large.mm(torch.empty(64, 0), torch.empty(0, 32), out=out).any()
+    large.addmm(torch.ones(32), torch.empty(64, 0), torch.empty(0, 32), out=out)
+    assert bool((out == 1.0).all())
+    assert large.mm(torch.empty(0, 64), torch.empty(64, 32), out=out[:0]).shape == (0, 32)
+
+
+def test_a_large_result_is_not_held_once_more_for_each_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room that a thread keeps to work in is bounded, however large a product was."""
+    monkeypatch.setattr(large, "threads", lambda: 2)
+    monkeypatch.setattr(large, "_rooms", threading.local())
+    a, b, out = torch.randn(1200, 1300), torch.randn(1300, 1100), torch.empty(1200, 1100)
+    right(large.mm(a, b, out=out), a.double() @ b.double(), 1300)
+    assert large.room(0).numel() < out.nbytes // 4
+
+
 def test_what_lies_beside_the_result_is_not_touched(parts: int) -> None:
     a, b = torch.randn(301, 600), torch.randn(600, 41)
     room = torch.full((303, 50), 7.0)

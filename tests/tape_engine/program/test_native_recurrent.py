@@ -78,6 +78,47 @@ def test_layers(case: dict[str, Any], parts: int, monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(vars(each)["g"], g, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [{}, {"bidirectional": True, "num_layers": 2}], ids=str)
+def test_one_moment(case: dict[str, Any]) -> None:
+    """Nothing comes before it: the gradient of the recurrent weights is that of the first state alone."""
+    torch.manual_seed(0)
+    model = nn.LSTM(20, 44, **case)
+    layers = model.num_layers * (1 + model.bidirectional)
+    state = torch.randn(layers, 32, 44), torch.randn(layers, 32, 44)
+    x = torch.randn(1, 32, 20)
+    with te.record() as tape:
+        C = loss(model, x, *state)
+    program = tape.program(inputs=(x,), outputs=C, wrt=list(model.parameters()), backend="native")
+    assert ours(program) == (2 * layers, 0)
+    x = torch.randn(1, 32, 20)
+    wanted = torch.autograd.grad(loss(model, x, *state), list(model.parameters()))
+    program.step(x)
+    for each, g in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(vars(each)["g"], g, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_share_their_gradient() -> None:
+    """A gradient that is the same for all rows may lie in memory once."""
+    torch.manual_seed(0)
+    T, B, H = 5, 32, 44
+    model = nn.LSTM(20, H)
+    x = torch.randn(T, B, 20)
+    w, u, b, d = model.parameters()
+    zeros = torch.zeros(B, H)
+    states: list[Any] = [zeros, zeros, False, [], 2, H, 1, True, False, False, True]
+    g = torch.randn(T, 1, H).expand(T, B, H)
+    with torch.no_grad():
+        out, h, c, note = recurrent.forward(x, w, u, b, d, *states)
+        given: list[Any] = [x, w, u, b, d, zeros, zeros, out, h, c, g, zeros, zeros]
+        given += [False, 2, H, 1, True, True, False, [], False, note]
+        back: Any = recurrent._Backward((True,) * 7)
+        found = back(*given)
+    x.requires_grad_()
+    wanted = torch.autograd.grad(model(x)[0], [x, w, u, b, d], g)
+    for one, other in zip(found, wanted, strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_only_what_is_read_is_computed() -> None:
     """Of an input that is data no gradient is wanted: it is not computed, and those of both biases are apart."""
     model = nn.LSTM(20, 44)

@@ -31,6 +31,7 @@ LEAST = 1 << 22  # multiplications from which on it is worth it to share a produ
 NARROW = 24  # columns, and steps of the sum, below which tiles are mostly empty
 PACKED = 1 << 18  # bytes of the right factor that are packed at a time
 DEPTH, LINES = 512, 192  # steps of the sum, and lines of the left factor, at a time
+SUMS = 1 << 22  # bytes of a result up to which threads share its sums: each but the first needs room for all of it
 TURNED = 256, 264  # the same where that lies column by column, and is packed as well
 
 
@@ -73,12 +74,14 @@ def _multiplied(start: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> bool
     if start is not None and start.stride(1) != 1:
         return False
     (M, K), N, item, parts = a.shape, b.shape[1], a.element_size(), threads()
+    if not (M and N and K):
+        return False
     turned = a.stride(0) == 1
     depth, lines = TURNED if turned else (DEPTH, LINES)
     depth = min(K, depth)
     across = min(N, PACKED // (depth * item))
     across = -(-across // 32) * 32
-    by_sum = M * (parts - 1) < K and parts > 1
+    by_sum = M * (parts - 1) < K and M * N * item <= SUMS and parts > 1
     panels = across * depth * item
     sums = M * N * item if by_sum else 0
     tiles = lines * depth * item if turned else 0

@@ -1,6 +1,6 @@
 """Which nodes the kernels take, in which order everything runs, and which work goes by blocks of rows.
 
-Nodes that the kernels cannot do, or that torch does better (large products), stay with torch, in their order. The
+Nodes that the kernels cannot do, or that are a call of their own (large products), stay out, in their order. The
 others gather in segments between them: a segment costs one call from Python, so there should be few.
 """
 

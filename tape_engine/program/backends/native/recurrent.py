@@ -261,7 +261,7 @@ class _Backward:
         T, B, _ = x.shape
         H = size
         gates, cells = _parts(note, T, B, H)
-        by_out = by_out if by_out.stride(2) == 1 else by_out.contiguous()
+        by_out = by_out if by_out.stride(2) == 1 and by_out.stride(1) else by_out.contiguous()
         last = by_out[0 if reverse else -1] + by_h
         by_c = by_c.contiguous()
         swept = x.new_empty(T, B, 4 * H)

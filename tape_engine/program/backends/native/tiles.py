@@ -278,7 +278,7 @@ def panel(width: int, rows: int, vectors: int) -> Any:
             for j in range(vectors):
                 sums[r, j] = of.variable()
                 of.fetch(at(C, rc, r, j), write=True)
-                builder.store(of.load(at(S, rs, r, j), of.where(masks[j], starts)), sums[r, j])
+                builder.store(of.zeros, sums[r, j])
         with repeated(builder, K) as k:
             here = builder.add(B, builder.mul(k, word(PANEL * 64)))
             line = [of.load(builder.add(here, word(j * 64))) for j in range(vectors)]
@@ -286,9 +286,11 @@ def panel(width: int, rows: int, vectors: int) -> Any:
                 x = of.spread(of.element(builder.add(at(A, ra, r, 0), builder.mul(ca, k))))
                 for j in range(vectors):
                     builder.store(of.added(builder.load(sums[r, j]), x, line[j]), sums[r, j])
+        # S comes last: added to each product in turn, its size would be that of the rounding of every one of them
         for r in range(rows):
             for j in range(vectors):
-                of.store(builder.load(sums[r, j]), at(C, rc, r, j), masks[j])
+                start = of.load(at(S, rs, r, j), of.where(masks[j], starts))
+                of.store(builder.fadd(start, builder.load(sums[r, j])), at(C, rc, r, j), masks[j])
 
     return computed
 
