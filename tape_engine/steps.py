@@ -9,12 +9,14 @@ import torch
 
 from .tape import DIFFERENTIABLE, Node, Value, bound
 
-__all__ = ["Needs", "all_steps", "made_for", "order_of", "steps_to"]
+__all__ = ["Needs", "Steps", "all_steps", "made_for", "order_of", "steps_to"]
 
 Tensor = torch.Tensor
 Needs = tuple[bool, ...]  # for each input of a node, whether its gradient is wanted
+Steps = tuple[list[Node], list[Needs]]  # the nodes, and as many needs: less for the collector of cycles than pairs
 
 _by_seq = attrgetter("seq")
+_once: dict[Needs, Needs] = {}  # each as one object: there are few
 
 
 def order_of(node: Node | None) -> list[Node]:
@@ -37,15 +39,16 @@ def order_of(node: Node | None) -> list[Node]:
     return sorted(seen, key=_by_seq)
 
 
-def all_steps(order: Sequence[Node]) -> list[tuple[Node, Needs]]:
+def all_steps(order: Sequence[Node]) -> Steps:
     """Each node through which a gradient passes, with which of its inputs can have one."""
-    steps = []
+    nodes, all_needs = [], []
     for node in order:
         if node.op.differentiable or node.cut:
             needs = tuple([v.dtype in DIFFERENTIABLE and not v.constant for v in node.inputs])
             if True in needs:
-                steps.append((node, needs))
-    return steps
+                nodes.append(node)
+                all_needs.append(_once.setdefault(needs, needs))
+    return nodes, all_needs
 
 
 def made_for(targets: Sequence[Tensor], root: Value, order: Sequence[Node]) -> set[Value]:
@@ -60,9 +63,7 @@ def made_for(targets: Sequence[Tensor], root: Value, order: Sequence[Node]) -> s
     return found
 
 
-def steps_to(
-    asked: set[Value], targets: Sequence[Tensor], order: Sequence[Node], *, closed: bool = False
-) -> list[tuple[Node, Needs]]:
+def steps_to(asked: set[Value], targets: Sequence[Tensor], order: Sequence[Node], *, closed: bool = False) -> Steps:
     """Each node through which a gradient finds its way to a value asked for, with which of its inputs do.
 
     To those `asked` are added the leaves that the tensors of `wrt` hold, or held. A tensor that is not found may
@@ -71,7 +72,7 @@ def steps_to(
     wanted = {id(tensor) for tensor in targets}
     useful: set[Value] = set(asked)
     passed: set[Value] = set()
-    steps = []
+    nodes, all_needs = [], []
     for node in order:
         needs = []
         for value in node.inputs:
@@ -91,7 +92,8 @@ def steps_to(
                     useful.add(made)
             else:
                 useful.update([v for v in made if v.dtype in DIFFERENTIABLE and not v.constant])
-            steps.append((node, tuple(needs)))
+            nodes.append(node)
+            all_needs.append(_once.setdefault(key := tuple(needs), key))
     if not closed and wanted > {id(value.holder) for value in asked}:
         return steps_to(asked, targets, order, closed=True)
-    return steps
+    return nodes, all_needs

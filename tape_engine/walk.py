@@ -7,7 +7,7 @@ contributions to a value that was used several times, and checking that what a r
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -96,7 +96,7 @@ class Sweep:
         try:
             with torch.no_grad(), recording:
                 if self.record or self.structure:
-                    for node, needs in reversed(self._steps):
+                    for node, needs in self._back():
                         self._step(node, needs)
                         self.reached.append((node, self.tape.length))
                 else:
@@ -115,6 +115,11 @@ class Sweep:
             raise
         return self
 
+    def _back(self) -> Iterator[tuple[Node, Needs]]:
+        """The steps, the last recorded first."""
+        nodes, needs = self._steps
+        return zip(reversed(nodes), reversed(needs), strict=True)
+
     def _walk(self, free: bool) -> None:
         """`_step` for each node, with what most of them need written out: it is done for every operation.
 
@@ -125,7 +130,7 @@ class Sweep:
         devices = torch.accelerator.is_available()  # else all tensors are on the CPU, or shapes alone
         intact: set[Kept] = set()  # cells that were looked at: one of a weight is read again and again
         below = False
-        for node, needs in reversed(self._steps):
+        for node, needs in self._back():
             op = node.op
             rule = op.grad
             if rule is None or not node.ordinary:

@@ -4,7 +4,8 @@ Three doors lead onto a tape, and behind each the same function (`writing.write`
 
 - a **named operation** (``te.lin(X, w, b)``) records itself, on the current tape;
 - inside ``with te.record():`` a dispatch mode hears **every torch operation** of the thread. It stands
-  below torch's own autograd and composites: what it hears are ATen overloads;
+  below torch's own autograd and composites: what it hears are ATen overloads. What programs do most is heard
+  above all that as well, by a function mode, and takes a shorter way there (`shortcut`);
 - outside such a block a recorded tensor is a `Recorded`: torch's tensor under another class name, which
   sends the **plain torch operations** applied to it through the same mode onto the global tape, so
   that none of them cuts a gradient in silence.

@@ -85,6 +85,8 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = enter(taken, made)
         node.outputs_tuple = not isinstance(result, Tensor)
         node.gaps = gaps(result)
+        node.ordinary = not (node.outputs_tuple or kwargs or node.cut)
+        node.complex = any(value.dtype.is_complex for value in (*node.inputs, *node.outputs))
         with aliases.unheard():
             node.random = before is not None and not torch.equal(before, torch.get_rng_state())
         if op is cut_op:

@@ -67,11 +67,12 @@ def chain(length: int, rounds: int, *, on_run: Callable[[str], None] = lambda _:
     def spread() -> None:
         te.backward(plain(times(x, w), w), wrt=(x, w))
 
+    frozen = x.clone(), w.clone()  # of its own: a tape goes on listening to its leaves
     with te.record() as tape:
-        C = plain(x, w)
+        C = plain(*frozen)
 
     def program(backend: str) -> te.Program:
-        made: te.Program = tape.program(inputs=(x,), outputs=C, wrt=(x, w), backend=backend)
+        made: te.Program = tape.program(inputs=(frozen[0],), outputs=C, wrt=frozen, backend=backend)
         return made
 
     units = 2 * length + 1

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -147,6 +148,32 @@ def test_one_row_with_a_stride_of_its_own_gives_torch_s_strides() -> None:
     assert tape.nodes[0].outputs[0].strides == made.stride()
 
 
+CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add with alpha": lambda x, y: torch.add(x, y, alpha=3),
+    "x.sub with alpha": lambda x, y: x.sub(y, alpha=0.5),
+    "add of the old form": lambda x, y: torch.add(x, 2, y),
+    "sum in another dtype": lambda x, y: x.sum(dtype=torch.float32),
+    "sum over a dimension": lambda x, y: torch.sum(x, 0),
+    "mean over two": lambda x, y: x.mean((0, 1)),
+    "div that rounds": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "relu into another": lambda x, y: torch.tanh(x, out=torch.empty(3, 3, dtype=torch.float64)),
+    "a number first": lambda x, y: 3 - x * True,
+    "a number of NumPy's": lambda x, y: x * np.float64(1.5),
+    "a complex number": lambda x, y: x * 2j,
+}
+
+
+@pytest.mark.filterwarnings("ignore:This overload of add is deprecated")
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_are_another_overload(name: str) -> None:
+    x, y = torch.rand(3, 3, dtype=torch.float64) + 0.1, torch.rand(3, 3, dtype=torch.float64) + 0.1
+    both_ways(lambda: CALLS[name](x, y))  # at its first call an overload has no plan yet, by which it is ordinary
+    by_short, by_long, one, other = both_ways(lambda: CALLS[name](x, y))
+    assert by_short == by_long
+    assert torch.equal(one, CALLS[name](x, y))
+    assert torch.equal(other, one)
+
+
 def test_a_gradient_passes_as_torch_s_does(short: list[Any]) -> None:
     x, w = torch.randn(4, 4, dtype=torch.float64, requires_grad=True), torch.nn.Parameter(torch.randn(4, 4).double())
 
@@ -278,7 +305,8 @@ def test_autocast_casts() -> None:
     assert tape.nodes[-1].outputs[0].dtype == torch.bfloat16
 
 
-def test_a_tensor_class_of_the_user_is_asked() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tensor_class_of_the_user_is_asked(first: bool) -> None:
     class Loud(Tensor):
         asked: list[str] = []  # noqa: RUF012
 
@@ -289,7 +317,7 @@ def test_a_tensor_class_of_the_user_is_asked() -> None:
 
     x = torch.rand(3).as_subclass(Loud)
     with te.record() as tape:
-        made = torch.ones(3) * x
+        made = x * torch.ones(3) if first else torch.ones(3) * x
     assert type(made) is Loud
     assert Loud.asked.count("mul") == 1
     assert [node.op.name for node in tape.nodes][-1] == "mul"
