@@ -158,7 +158,7 @@ def known() -> dict[Any, Known]:
     """The functions that are known: found when first asked for, and again where a rule was entered since."""
     global _found_at
     if _found_at != Op.rules_entered:
-        listening = _len_torch_function_stack() or _len_torch_dispatch_stack() or _saving_hooks(False)
+        listening: Any = _len_torch_function_stack() or _len_torch_dispatch_stack() or _saving_hooks(False)
         if listening or peek_interpreter_stack() is not None:
             return {}  # whoever listens would hear what is tried
         with torch.inference_mode(False), torch.enable_grad(), _DisableAutocast():
