@@ -17,6 +17,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - ``register_hook`` asks for a call at a gradient: it is torch's own backward that makes it, never a sweep, so it warns.
 - ``one_hot`` asks for the least and the greatest class only to refuse them: no decision of the user's.
 - ``apply_`` and ``map_`` write what a function of Python gives for each element: refused where a gradient would pass.
+- A warning of torch's is shown at the line that called the recorder, which calls torch in its place.
 - A thread that is started in a block is watched: of what it computes the block hears nothing, so it warns.
 - Outside a block ``torch.asarray``, ``torch.tensor([a, b])`` and the like never ask the class of what they are
   given, so they are wrapped for good, from the first time on that a recorded tensor listens.
@@ -34,6 +35,7 @@ import copy
 import functools
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import FunctionType, ModuleType
@@ -49,7 +51,7 @@ from . import compiler
 from .aliases import expose
 from .names import called_by_user
 from .tape import bound, current_tape, rebind
-from .warned import refuse_by_python, warn_of_exit, warn_of_hook, warn_of_list
+from .warned import placed, refuse_by_python, warn_of_exit, warn_of_hook, warn_of_list
 
 __all__ = [
     "by_constructor",
@@ -284,6 +286,7 @@ def _wrapped() -> list[tuple[Any, str, Callable[[Any], Any]]]:
         (_recursive, "try_compile_fn", _scripting),
         (_script, "_get_overloads", _scripting),
         (threading.Thread, "start", _starting),
+        (warnings, "_showwarnmsg", placed),
         *(
             (torch.UntypedStorage, name, functools.partial(_moving, f"x.untyped_storage().{name}(...)"))
             for name in MOVING

@@ -250,7 +250,8 @@ class Hidden:
 _layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[torch.Size, tuple[int, ...]]] = {}
 
 #: Those strides among them, by ``id``, in which elements lie one after the other, as torch lays out what it makes.
-dense: set[int] = set()
+#: They are held, lest another thread's table come to lay other strides where these were.
+dense: dict[int, tuple[int, ...]] = {}
 
 
 def layout_of(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
@@ -270,7 +271,7 @@ def layout_of(tensor: torch.Tensor) -> tuple[torch.Size, tuple[int, ...]]:
         found = _layouts[key] = key
         shape, strides = key
         if shape and 0 not in shape and strides == tuple(itertools.accumulate((1, *shape[:0:-1]), operator.mul))[::-1]:
-            dense.add(id(strides))
+            dense[id(strides)] = strides
     return found
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function
 
 from . import modules
 from .errors import NotRecordedError, TapeWarning, message
-from .names import call_site, user_frame
+from .names import _HERE, call_site, user_frame
 from .tape import Node, Value, bound, describe
 
-__all__ = ["refuse_by_python", "warn_of_exit", "warn_of_hook", "warn_of_list", "warn_of_thread"]
+__all__ = ["placed", "refuse_by_python", "warn_of_exit", "warn_of_hook", "warn_of_list", "warn_of_thread"]
 
 Tensor = torch.Tensor
 
@@ -145,3 +149,54 @@ def warn_of_list(title: str, tensors: Iterable[Tensor], stacklevel: int = 5) -> 
         TapeWarning,
         stacklevel=stacklevel,
     )
+
+
+def placed(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """What shows a warning, so that one of torch's stands where it does without a recording.
+
+    In a block torch is called from a line of this package, and takes that for the line of who called it. So the warning
+    is given anew, at the line that called us, whose module's filters are asked, and which remembers what was shown.
+    """
+
+    def _showwarnmsg(msg: Any) -> None:
+        ours = None
+        if msg.filename.startswith(_HERE) and not issubclass(msg.category, TapeWarning):
+            ours = _frame_at(msg.filename, msg.lineno)
+        caller = None if ours is None else _caller(ours)
+        if ours is None or caller is None:
+            original(msg)
+            return
+        ours.f_globals.get("__warningregistry__", {}).clear()  # else a line of ours would warn once for all callers
+        names = caller.f_globals
+        warnings.warn_explicit(
+            msg.message,
+            msg.category,
+            caller.f_code.co_filename,
+            caller.f_lineno,
+            module=names.get("__name__") or "<unknown>",
+            registry=names.setdefault("__warningregistry__", {}),
+            source=msg.source,
+        )
+
+    return _showwarnmsg
+
+
+def _frame_at(filename: str, line: int) -> FrameType | None:
+    """The innermost frame that stands at a line."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and (frame.f_lineno != line or frame.f_code.co_filename != filename):
+        frame = frame.f_back
+    return frame
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame that is not the engine's, from one of ours outwards."""
+    while frame is not None:
+        if (
+            frame.f_code is handle_torch_function.__code__
+        ):  # called by a function that asks for modes, and then us for it
+            frame = frame.f_back
+        elif not frame.f_code.co_filename.startswith(_HERE):
+            return frame
+        frame = None if frame is None else frame.f_back
+    return None

@@ -19,9 +19,7 @@ from ..plans import BATCH_NORM, plan_of, plans
 from ..tape import (
     Tape,
     Value,
-    address_of,
     bind,
-    bound,
     current_tape,
     rebind,
     unbind,
@@ -31,6 +29,7 @@ from ..tape import (
 from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain
+from .saved import is_unpacking, saved_unheard
 from .shortcut import left_out
 from .state import DETACH, LIFT, VIEW_DTYPE, gaps, state, tensors_in, without_vectors
 from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
@@ -78,8 +77,10 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if plan.writes:
             return record_write(tape, func, plan, args, kwargs)
         if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value
-            value = _saved_by_autograd(args[0], tape) or read(args[0], tape)
+            value = saved_unheard(args[0], tape) or (None if is_unpacking(args[0]) else read(args[0], tape))
             result = call(plan.call, args, kwargs, lazily=False)
+            if value is None:
+                return result  # it is known by what torch makes of it
             bind(result, value, value.node)
             if value.node is not None and value.node.seq == self.recast:
                 value._tensor, self.recast = weakref.ref(result), -1
@@ -117,16 +118,6 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if not tape.strong:
                     decided(tape, node)
         return result
-
-
-def _saved_by_autograd(tensor: Tensor, tape: Tape) -> Value | None:
-    """The value that torch's own backward unpacks, if autograd has saved it unheard."""
-    node = tape.unheard.get(address_of(tensor)) if tape.unheard and bound(tensor) is None else None
-    cell = None if node is None else node.saved[-1]
-    value = None if node is None else node.outputs[0]
-    if cell is None or value is None or address_of(cell.tensor) != address_of(tensor):  # written to since, or freed
-        return None
-    return value if (value.shape, value.strides, value.dtype) == (tensor.shape, tensor.stride(), tensor.dtype) else None
 
 
 class Around(Mode):  # type: ignore[no-untyped-call]

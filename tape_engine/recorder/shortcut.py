@@ -29,6 +29,7 @@ from torch._C import (
     _push_on_torch_function_stack,
 )
 from torch._C import _dispatch_tls_set_dispatch_key_excluded as _exclude
+from torch._C._autograd import _top_saved_tensors_default_hooks as _saving_hooks
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -157,7 +158,8 @@ def known() -> dict[Any, Known]:
     """The functions that are known: found when first asked for, and again where a rule was entered since."""
     global _found_at
     if _found_at != Op.rules_entered:
-        if _len_torch_function_stack() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
+        listening: Any = _len_torch_function_stack() or _len_torch_dispatch_stack() or _saving_hooks(False)
+        if listening or peek_interpreter_stack() is not None:
             return {}  # whoever listens would hear what is tried
         with torch.inference_mode(False), torch.enable_grad(), _DisableAutocast():
             _find()

@@ -18,6 +18,7 @@ from ..names import call_site, local_name, user_frame
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
+from .saved import before_cut, in_backward, unpacked
 from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, call, is_cut, state
 
 __all__ = [
@@ -54,7 +55,7 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         above = None if tensor._base is None else values_by_tensor.get(id(tensor._base))
         if above is not None and above.node is not None and not state.linking:
             return _reread(tensor, above.value.constant, tape)  # a view made outside of a base written to since
-        return _leaf(tensor, tape)
+        return _saved(tensor, tape) or _leaf(tensor, tape)
     value, node = binding.value, binding.node
     if state.linking:
         return value
@@ -79,6 +80,9 @@ def read(tensor: Tensor, tape: Tape) -> Value:
     if tensor.dtype != value.dtype or tensor.shape != value.shape:
         return _leaf(tensor, tape)  # x.data = y
     if tensor.requires_grad and (value.constant or (value.holder is not tensor and not _computed(tensor))):
+        saved = _saved(tensor, tape)
+        if saved is not None:
+            return saved
         # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
         return _leaf(tensor, tape) if node.tape is not tape.token else begin(tensor, value, tape)
     if node.tape is not tape.token:
@@ -96,6 +100,19 @@ def read(tensor: Tensor, tape: Tape) -> Value:
             stand_in.name = value.name or local_name(user_frame(), tensor)
             stand_in.closed = SWEPT
             return stand_in
+    return value
+
+
+def _saved(tensor: Tensor, tape: Tape) -> Value | None:
+    """What torch's own backward reads through `tensor`: the value that autograd had saved."""
+    original = unpacked(tensor)
+    value = None if original is None else read(original, tape)
+    if value is None and in_backward(tensor) and not tensor.is_leaf:
+        value = before_cut(tensor)
+        if value is None:
+            return _leaf(tensor, tape)  # closed, as nobody knows from what it was computed
+    if value is not None:
+        bind(tensor, value, value.node)
     return value
 
 

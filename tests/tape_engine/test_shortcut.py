@@ -433,6 +433,22 @@ def test_a_rule_that_reads_no_output_any_more_takes_the_long_way(short: list[Any
     assert torch.tanh in short
 
 
+def test_hooks_of_the_user_are_not_called_for_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortcut, "_found_at", -1)
+    heard: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        heard.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), te.record():
+        pass
+    assert heard == []
+    with te.record():
+        pass
+    assert shortcut._found_at == registry.Op.rules_entered
+
+
 def test_a_call_that_fails_fails_as_torch_does(short: list[Any]) -> None:
     x, y = torch.rand(2, 3), torch.rand(2, 3)
     with pytest.raises(RuntimeError) as plain:
