@@ -59,6 +59,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     inputs: list[Value] = []
     sources: list[Node | None] = []
     saved: list[Kept | None] = []
+    leaves = tape._leaves
     is_complex = keeps = False
     run = plan.quick if func is None else func
     reads: Sequence[bool] = op.argument_reads
@@ -80,11 +81,12 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
                 unchanged = True
             if not unchanged or value.stale:
                 value = None
-            elif source is None:  # a leaf
-                if value.dtype is not argument.dtype or value.shape != argument.shape:
-                    value = None
-                elif strong:
-                    tape._leaves[id(argument)] = argument
+            elif source is None:  # a leaf; what a block has looked at once it hears the changes of
+                if not (strong and id(argument) in leaves):
+                    if value.dtype is not argument.dtype or value.shape != argument.shape:
+                        value = None
+                    elif strong:
+                        leaves[id(argument)] = argument
             elif (
                 source.tape is not token
                 or value.constant
