@@ -7,7 +7,8 @@ from operator import attrgetter
 
 import torch
 
-from .tape import DIFFERENTIABLE, Node, Value, bound
+from . import recorder
+from .tape import DIFFERENTIABLE, Node, Value, bound, values_by_tensor
 
 __all__ = ["Needs", "Steps", "all_steps", "made_for", "order_of", "steps_to"]
 
@@ -66,8 +67,9 @@ def made_for(targets: Sequence[Tensor], root: Value, order: Sequence[Node]) -> s
 def steps_to(asked: set[Value], targets: Sequence[Tensor], order: Sequence[Node], *, closed: bool = False) -> Steps:
     """Each node through which a gradient finds its way to a value asked for, with which of its inputs do.
 
-    To those `asked` are added the leaves that the tensors of `wrt` hold, or held. A tensor that is not found may
-    lie behind a `closed` value: then the walk goes there, and that value says so.
+    To those `asked` are added the leaves that the tensors of `wrt` hold, or held. Where a `closed` value is computed
+    from one of them, the walk goes there as well, and that value says so; so it does to each where a tensor is not
+    found, which may lie behind it.
     """
     wanted = {id(tensor) for tensor in targets}
     useful: set[Value] = set(asked)
@@ -81,8 +83,8 @@ def steps_to(asked: set[Value], targets: Sequence[Tensor], order: Sequence[Node]
                 need = id(value._tensor()) in wanted and value.differentiable
                 if need:
                     asked.add(value)
-                elif closed and value.closed:
-                    need = True
+                elif value.closed:
+                    need = closed or _leads_to(value, wanted)
                 (useful if need else passed).add(value)
             needs.append(need)
         if True in needs and (node.op.differentiable or node.cut):
@@ -97,3 +99,15 @@ def steps_to(asked: set[Value], targets: Sequence[Tensor], order: Sequence[Node]
     if not closed and wanted > {id(value.holder) for value in asked}:
         return steps_to(asked, targets, order, closed=True)
     return nodes, all_needs
+
+
+def _leads_to(value: Value, wanted: set[int]) -> bool:
+    """Whether a value is known to be computed from a wanted leaf: on a tape that was swept, or by torch alone."""
+    holder = value.holder
+    binding = None if holder is None else values_by_tensor.get(id(holder))
+    if holder is None or value.closed not in (recorder.SWEPT, recorder.OUTSIDE):
+        return False
+    if binding is not None and binding.node is not None:
+        leaves = [v for node in order_of(binding.node) for v in node.inputs if v._node is None]
+        return any(id(leaf._tensor()) in wanted for leaf in leaves)
+    return any(id(leaf) in wanted for leaf in recorder.leaves_of([holder]))

@@ -19,6 +19,7 @@ from __future__ import annotations
 from . import copies as copies
 from . import elsewhere as elsewhere
 from .called import CalledBack, called_again, freezing
+from .contexts import leaves_of
 from .doors import pause, record, scope, stop_gradient
 from .functions import FunctionOp
 from .layouts import demand
@@ -46,6 +47,7 @@ __all__ = [
     "freezing",
     "is_quiet",
     "is_update",
+    "leaves_of",
     "listen_to",
     "opened",
     "pause",

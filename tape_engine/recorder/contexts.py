@@ -29,6 +29,7 @@ __all__ = [
     "by_input",
     "call_in",
     "context_of",
+    "leaves_of",
     "no_gradient_lost",
     "sets_up_apart",
     "values_in",
@@ -271,7 +272,7 @@ def no_gradient_lost(title: str) -> Iterator[None]:
 
 def _watched(tensors: Any, *args: Any, **kwargs: Any) -> None:
     if _inside.title:
-        for leaf in _leaves(tensors):
+        for leaf in leaves_of(tensors):
             held = bound(leaf)
             if isinstance(leaf, torch.nn.Parameter) or (held is not None and held.leaf):
                 raise NotRecordedError(
@@ -286,7 +287,7 @@ def _watched(tensors: Any, *args: Any, **kwargs: Any) -> None:
     _plain_backward(tensors, *args, **kwargs)
 
 
-def _leaves(tensors: Any) -> Iterator[Tensor]:
+def leaves_of(tensors: Any) -> Iterator[Tensor]:
     """The tensors on which torch's own backward from `tensors` would leave a gradient."""
     stack = [tensor.grad_fn for tensor in tensors_in(tensors) if tensor.grad_fn is not None]
     seen = set(stack)

@@ -1673,3 +1673,54 @@ def test_of_a_picture_that_is_data_no_gradient_is_computed(bias: bool, monkeypat
     convolutions = [torch.nn.Conv2d(3, 4, 3, bias=bias), torch.nn.Tanh(), torch.nn.Conv2d(4, 2, 2, bias=bias)]
     _swept(torch.nn.Sequential(*convolutions).double(), rand(2, 3, 6, 6))
     assert masks == [[True, True, bias], [False, True, bias]]
+
+
+# -- what was computed elsewhere, with wrt -----------------------------------------------------------------------
+
+
+def test_a_state_carried_over_from_a_swept_tape_cuts_no_gradient_in_silence() -> None:
+    """As torch: the gradient of the second step passes through the first one as well."""
+    w, x = torch.nn.Parameter(torch.randn(3, 3)), torch.randn(3)
+    with te.record():
+        h = torch.tanh(w @ x)
+        C = h.sum()
+    te.backward(C, wrt=w)
+    with te.record():
+        later = torch.tanh(w @ h)
+        loss = later.sum()
+    with pytest.raises(te.SweptError, match="h, which belongs to a tape that was already swept"):
+        te.backward(loss, wrt=w)
+    with te.record():
+        loss = torch.tanh(w @ h.detach()).sum()
+    te.backward(loss, wrt=w)
+    expected = torch.autograd.grad(torch.tanh(w @ h.detach()).sum(), w)[0]
+    assert torch.allclose(w.g, expected)  # type: ignore[attr-defined]
+
+
+def test_what_a_swept_tape_made_of_other_parameters_is_passed_over() -> None:
+    """As in torch, where the graph behind ``fake`` is gone and nobody asks for it: a critic's step."""
+    w, v, x = torch.nn.Parameter(torch.randn(3, 3)), torch.nn.Parameter(torch.randn(3, 3)), torch.randn(3)
+    with te.record():
+        fake = torch.tanh(w @ x)
+        C = fake.sum()
+    te.backward(C, wrt=w)
+    with te.record():
+        loss = torch.tanh(v @ fake).sum()
+    te.backward(loss, wrt=v)
+    expected = torch.autograd.grad(torch.tanh(v @ fake.detach()).sum(), v)[0]
+    assert torch.allclose(v.g, expected)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("of_the_same", [True, False])
+def test_what_torch_alone_computed_of_what_is_asked_for_is_refused(of_the_same: bool) -> None:
+    w, v = torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(3))
+    y = torch.tanh(w * 2)
+    asked = w if of_the_same else v
+    with te.record():
+        loss = (asked * y).sum()
+    if of_the_same:
+        with pytest.raises(te.TapeError, match="y, which was computed by torch operations outside the recording"):
+            te.backward(loss, wrt=w)
+    else:
+        te.backward(loss, wrt=v)
+        assert torch.allclose(v.g, y)  # type: ignore[attr-defined]
