@@ -26,7 +26,8 @@ from .layouts import demand
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
 from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNFOLLOWED, UNSEEN, current_tape_is_global, is_quiet, opened
-from .writing import ALIAS, is_update, read, rule_to_add, settle
+from .strict import rule_to_add
+from .writing import ALIAS, is_update, read, settle
 
 __all__ = [
     "ALIAS",

@@ -21,6 +21,7 @@ from .mode import Mode, mode_of, quietly
 from .shortcut import Shortcut, left_out
 from .state import current_tape_is_global, detaching, gaps, state, tensors_in, values_alone
 from .streams import Streams
+from .strict import refuse_without_rule
 from .writing import (
     Taken,
     as_constants,
@@ -28,7 +29,6 @@ from .writing import (
     enter,
     join_views,
     read,
-    refuse_without_rule,
     stays_closed,
     undo,
     write,

@@ -17,6 +17,7 @@ from .. import aliases, registry
 from ..plans import MISSING, Plan, plan_of
 from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
 from .state import LIFT, MOVED, UNFOLLOWED, VIEW_DTYPE, tensors_in
+from .strict import refuse_without_rule
 from .writing import (
     AS_COMPLEX,
     AS_REAL,
@@ -27,7 +28,6 @@ from .writing import (
     enter,
     in_units_of,
     read,
-    refuse_without_rule,
     stays_closed,
     turned,
     write,

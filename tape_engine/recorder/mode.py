@@ -32,7 +32,8 @@ from .plain import record_plain
 from .saved import is_unpacking, saved_unheard
 from .shortcut import left_out
 from .state import DETACH, LIFT, VIEW_DTYPE, gaps, state, tensors_in, without_vectors
-from .writing import Taken, call, enter, join_views, read, refuse_without_rule, stays_closed, undo, write
+from .strict import refuse_without_rule
+from .writing import Taken, call, enter, join_views, read, stays_closed, undo, write
 
 __all__ = ["Mode", "mode_of", "quietly", "recording"]
 

@@ -32,7 +32,8 @@ from ..tape import (
     versions_of,
 )
 from .state import gaps, state
-from .writing import ALIAS, call, join_views, outputs_of, read, refuse_without_rule, stays_closed, undo
+from .strict import refuse_without_rule
+from .writing import ALIAS, call, join_views, outputs_of, read, stays_closed, undo
 
 __all__ = ["record_plain"]
 

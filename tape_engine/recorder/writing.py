@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from .. import aliases, modules, registry
-from ..errors import MissingRuleError, NotRecordedError, message
+from ..errors import NotRecordedError, message
 from ..names import call_site, local_name, user_frame
 from ..registry import Op
-from ..tape import Kept, Node, Tape, Value, bind, describe, rebind, values_by_tensor, version_of
+from ..tape import Kept, Node, Tape, Value, bind, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
 from .saved import before_cut, in_backward, unpacked
 from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, call, is_cut, state
@@ -36,8 +36,6 @@ __all__ = [
     "join_views",
     "outputs_of",
     "read",
-    "refuse_without_rule",
-    "rule_to_add",
     "settle",
     "stays_closed",
     "turned",
@@ -375,25 +373,6 @@ class Taken:
         if kind is list or kind is tuple:
             return kind([self.take(each, keep) for each in argument])
         return argument
-
-
-def refuse_without_rule(op: Op, inputs: Sequence[Value]) -> None:
-    """`strict=True`: an operation through which a gradient should pass must have a registered rule."""
-    if op.grad is None and op.differentiable and any(v.differentiable for v in inputs) and not is_cut():
-        raise MissingRuleError(
-            message(
-                f"{op.name} has no registered gradient rule, and this recording is strict.",
-                where=call_site(user_frame()),
-                operands=[(name, describe(v)) for name, v in zip(op.parameters, inputs, strict=False)],
-                fix=rule_to_add(op),
-            )
-        )
-
-
-def rule_to_add(op: Op) -> str:
-    """The lines by which a user would register a rule for `op`."""
-    target = op.name if op.is_named else f"torch.ops.{op.forward}"
-    return f"@te.rule({target}) on def {op.name}_grad(g, out, {', '.join(op.parameters)}): ..."
 
 
 def join_views(
