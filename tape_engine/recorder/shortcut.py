@@ -49,6 +49,7 @@ Tensor = torch.Tensor
 _PYTHON = DispatchKey.Python
 _TENSORS: set[Any] = {Tensor, torch.nn.Parameter}
 _listening: set[Any] = set()
+_DEFAULT = {"inplace": False}  # by which ``torch.nn.functional.relu`` hands on what it was not told
 
 
 def on_listening(*classes: type) -> None:
@@ -66,7 +67,7 @@ class Shortcut(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = self.known.get(func)
-        if found is not None and not kwargs:
+        if found is not None and (not kwargs or kwargs == _DEFAULT):
             arity, plans, by_dims, cast = found
             if (
                 len(args) == arity
@@ -172,6 +173,7 @@ def _find() -> None:
     tried: dict[Any, dict[tuple[type, tuple[int, ...]], Plan | None]] = {}
     for dims in ((2, 2), (2, 1), (1, 1)):
         x, y = [torch.ones([2] * each, dtype=torch.float32, device="cpu", requires_grad=True) for each in dims]
+        _try(tried, torch.nn.functional.relu, x)
         for owner in (torch, Tensor):
             for name in _UNARY:
                 _try(tried, getattr(owner, name, None), x)
@@ -233,7 +235,7 @@ class _Functions(TorchFunctionMode):
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append((func, (*args, *(kwargs or {}))))
+        self.calls.append((func, args if kwargs == _DEFAULT else (*args, *(kwargs or {}))))
         return func(*args, **(kwargs or {}))
 
 

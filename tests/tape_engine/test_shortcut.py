@@ -148,6 +148,23 @@ def test_one_row_with_a_stride_of_its_own_gives_torch_s_strides() -> None:
     assert tape.nodes[0].outputs[0].strides == made.stride()
 
 
+def test_a_relu_module_takes_the_short_way_unless_it_writes(short: list[Any]) -> None:
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    with te.record() as tape:
+        C = torch.nn.ReLU()(x).sum()
+    assert short[0] is torch.nn.functional.relu
+    assert [node.op.name for node in tape.nodes] == ["relu", "sum"]
+    te.backward(C, wrt=x)
+    assert torch.equal(x.g, (x > 0).to(x.dtype))  # type: ignore[attr-defined]
+    del short[:]
+    y = x.detach().clone()
+    with te.record() as tape:
+        torch.nn.ReLU(inplace=True)(y)
+    assert short == []
+    assert torch.equal(y, x.relu())
+    assert tape.nodes[-1].mutates
+
+
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add with alpha": lambda x, y: torch.add(x, y, alpha=3),
     "x.sub with alpha": lambda x, y: x.sub(y, alpha=0.5),
