@@ -54,6 +54,10 @@ TWINS = {aten.conj_physical_.default: aten._conj_physical.default}
 BATCH_NORM = aten.native_batch_norm.default
 BATCH_NORM_TWIN = aten._native_batch_norm_legit_functional.default
 
+#: The arguments of which an overload does not make its result: statistics that it moves on. In training the result,
+#: and the sweep, are made of those of the batch alone.
+UNREAD: dict[Any, tuple[int, ...]] = {BATCH_NORM_TWIN: (3, 4)}
+
 
 #: What gives a tensor the memory of another, or of a storage.
 _set: Any = aten.set_
@@ -211,5 +215,7 @@ _TRAINING = Plan(
     known=True,
     statistics=True,
     call=BATCH_NORM._op,
-    unread=(3, 4),  # what was there before: in training the sweep needs the statistics of the batch alone
+    unread=UNREAD[
+        BATCH_NORM_TWIN
+    ],  # what was there before: in training the sweep needs the statistics of the batch alone
 )

@@ -69,7 +69,8 @@ def backward(
         C: a recorded tensor, of one element unless `seed` is given.
         seed: the gradient of the loss with respect to `C`, of the shape of `C`; one by default.
         wrt: the only tensors (leaves or intermediates) to write ``.g`` on. What they do not need is not
-            computed. One that `C` does not depend on is left without ``.g``.
+            computed. One that `C` does not depend on is left without ``.g``; one on which `C` depends by way of a
+            tape that was swept, too, is refused.
         accumulate: adds to the ``.g`` that is there.
         keep: leaves the tape open; otherwise the sweep closes it (and a new global one starts): it can still
             be swept again, drawn and explained, but no recording goes on from its values. What was swept

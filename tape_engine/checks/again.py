@@ -10,6 +10,7 @@ import torch
 from ..errors import NotRecordedError, OverwrittenError, message
 from ..gradients import refill
 from ..names import call_site, user_frame
+from ..plans import UNREAD
 from ..tape import Kept, Node, Value, ancestors, describe, unwritten
 from ..walk import Sweep
 from .case import DOUBLE, SEED, Case, doubled, reads_of, run
@@ -76,9 +77,13 @@ class Again:
     def _renewed(self, old: Node, place: int, made: dict[Node, Node]) -> Node:
         # what a write under no_grad left behind is there, and what was there before need not be
         given = _available(old) if old.cut and old.mutates else None
+        spared = [old.args[i] for i in UNREAD.get(old.op.forward, ())]
         for value, source in zip(old.inputs, old.sources, strict=True):
+            unread = given is not None or any(value is each for each in spared)
             if source is None:
-                self._leaf(value, unread=given is not None)
+                self._leaf(value, unread=unread)
+            elif value in self._lost and not unread:
+                _contents(value)  # which says so
         inputs = [self.twins[value] for value in old.inputs]
         filled = iter(inputs)
         args = tuple([_renamed(each, filled, self.double) for each in old.args])
@@ -89,7 +94,14 @@ class Again:
         node.cut, node.random = old.cut, old.random
         tensors = [self.held[value] for value in inputs]
         self.random |= old.random
-        results = run(node, tensors, SEED + place)[0] if given is None else given
+        results = list(run(node, tensors, SEED + place)[0] if given is None else given)
+        for i, j in old.mutates if spared else ():
+            if old.inputs[i] in self._lost:  # so what it became is not known from that, but perhaps is still there
+                moved = old.outputs[j].tensor
+                if moved is None or not unwritten(moved):
+                    self._lost.add(old.outputs[j])
+                else:
+                    results[j] = doubled(moved) if self.double else moved.detach()
         outputs = []
         for value, result in zip(old.outputs, results, strict=True):
             tensor = self._as_recorded(result, value)

@@ -662,3 +662,16 @@ def test_what_cannot_be_checked_again_is_an_error() -> None:
     x.data = torch.ones(3)
     with pytest.raises(te.OverwrittenError, match=r"x that the rule of mul reads|x was changed since it was recorded"):
         te.check(C)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_statistics_that_training_has_moved_on_are_checked_as_they_became(twice: bool) -> None:
+    """What they were before is kept by nobody; evaluation reads what they are then."""
+    torch.manual_seed(0)
+    norm, x = torch.nn.BatchNorm1d(3), torch.randn(5, 3)
+    with te.record():
+        y = norm(norm(x) * 2) if twice else norm(x)
+        norm.eval()
+        C = (norm(y * 3 + 1) * torch.arange(3)).square().sum()
+    report = te.check(C)
+    assert report, str(report)
