@@ -184,3 +184,15 @@ def test_a_layer_is_not_parted_from_its_gradient() -> None:
     told = recurrent.calls([layer], lambda value: value, set())
     assert told(layer) is not None
     assert C.numel() == 1
+
+
+@pytest.mark.parametrize("rows", [32, 4])
+def test_auto_is_native_where_a_layer_is_ours(rows: int) -> None:
+    """Few rows are torch's, and so is then the whole program."""
+    model, x = nn.LSTM(32, 64), torch.randn(6, rows, 32)
+    state = torch.zeros(1, rows, 64), torch.zeros(1, rows, 64)
+    with te.record() as tape:
+        C = model(x, state)[0].sum()
+    program = tape.program(inputs=(x,), outputs=C, wrt=list(model.parameters()), backend="auto")
+    text = str(program)
+    assert ("backend native" in text and "1 LSTM layer," in text) == (rows == 32), text

@@ -36,6 +36,7 @@ class Told:
     loops: int = 0
     torch: int = 0
     products: int = 0
+    lstms: int = 0
     seconds: float = 0.0
     bytes: int = 0
     compiled: int = 0
@@ -44,12 +45,13 @@ class Told:
     @property
     def pays(self) -> bool:
         """Whether a replay gains more than the calls of the segments cost."""
-        return self.loops > 0 or self.products > 0 or self.nodes >= PAYS * max(self.segments, 1)
+        return self.loops + self.products + self.lstms > 0 or self.nodes >= PAYS * max(self.segments, 1)
 
     def __str__(self) -> str:
         rows = f", {self.loops} of them by blocks of rows" if self.loops else ""
         made = f"{self.compiled} of {self.kernels} kernels compiled" if self.compiled else f"{self.kernels} kernels"
-        large = f", {self.products} large products" if self.products else ""
+        counts = (self.products, "large product"), (self.lstms, "LSTM layer")
+        large = "".join(f", {count} {what}{'s' * (count > 1)}" for count, what in counts if count)
         return (
             f"{self.nodes} operations in {self.segments} compiled segments{rows}{large}, {self.torch} calls of torch; "
             f"{self.bytes:,} bytes between; {made}, ready in {self.seconds:.2f} s"
@@ -112,6 +114,7 @@ class _Native(_Writer):
         self.taken = {node for part in self.plan.parts for node in part.nodes}
         left = [node for node in self.nodes if node not in self.taken and node not in self.folded]
         self.told.products = sum(self.way(node).function in large_products.FUNCTIONS for node in left)
+        self.told.lstms = sum(self.way(node).function is recurrent.forward for node in left)
         if not (self.always or self.told.pays):
             raise _Poor
         everything = self.nodes
