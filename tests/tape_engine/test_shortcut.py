@@ -103,6 +103,7 @@ def first_that_works(func: Any, arity: int, kind: type, layout: str) -> tuple[tu
 LAYOUTS = ("as it is", "transposed", "a column of a matrix", "expanded", "of one row", "empty")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("func", "known", "kind"), WAYS)
 def test_it_records_what_the_long_way_records(func: Any, known: Any, kind: type, short: list[Any]) -> None:
     for layout in LAYOUTS:

@@ -171,6 +171,7 @@ def drawn(seed: int) -> Callable[..., Tensor]:
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.slow
 def test_random_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """At least what is said to be spared is, something if anything is computed again; and no bit is another."""
     chosen = 0
