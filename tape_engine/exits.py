@@ -436,7 +436,7 @@ def _scripting(original: Any) -> Any:
     """What ``torch.jit.script`` looks a function up by: of a wrapper, what it wraps."""
 
     def scripting(fn: Any, *rest: Any) -> Any:
-        return original(next((each.original for each in _wrappers if each.made is fn), fn), *rest)
+        return original(wrapped.get(fn, fn) if isinstance(fn, FunctionType) else fn, *rest)
 
     return scripting
 

@@ -58,7 +58,6 @@ BATCH_NORM_TWIN = aten._native_batch_norm_legit_functional.default
 #: and the sweep, are made of those of the batch alone.
 UNREAD: dict[Any, tuple[int, ...]] = {BATCH_NORM_TWIN: (3, 4)}
 
-
 #: What gives a tensor the memory of another, or of a storage.
 _set: Any = aten.set_
 SETS = {getattr(_set, name) for name in _set.overloads()}
@@ -215,7 +214,5 @@ _TRAINING = Plan(
     known=True,
     statistics=True,
     call=BATCH_NORM._op,
-    unread=UNREAD[
-        BATCH_NORM_TWIN
-    ],  # what was there before: in training the sweep needs the statistics of the batch alone
+    unread=UNREAD[BATCH_NORM_TWIN],
 )
