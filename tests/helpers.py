@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch._C import DisableTorchFunctionSubclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     Tensor = Any  # torch's own annotations know no `.g`
@@ -110,3 +111,15 @@ def each_tensor(structure: Any) -> list[Tensor]:
     if isinstance(structure, (tuple, list)):
         return [t for item in structure for t in each_tensor(item)]
     return []
+
+
+class Overloads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A dispatch mode of the user's: notes the overloads that it hears, and runs them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.heard: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard.append(func)
+        return func(*args, **(kwargs or {}))

@@ -16,16 +16,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..plans import BATCH_NORM, plan_of, plans
-from ..tape import (
-    Tape,
-    Value,
-    bind,
-    current_tape,
-    rebind,
-    unbind,
-    values_by_tensor,
-    version_of,
-)
+from ..tape import Tape, Value, bind, current_tape, rebind, unbind, values_by_tensor, version_of
 from .decisions import decided
 from .inplace import record_write, unrecorded
 from .plain import record_plain

@@ -19,12 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, stateless
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torch.utils.data import DataLoader, TensorDataset
 
 import tape_engine as te
-from tests.helpers import close, g_of, grad_of, plain
+from tests.helpers import Overloads, close, g_of, grad_of, plain
 
 Tensor = torch.Tensor
 Function = Callable[..., Any]
@@ -1030,18 +1029,6 @@ def test_a_function_mode_hears_in_a_block_what_it_hears_without() -> None:
     assert inside.names == expected.names
 
 
-class _HeardBelow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the overloads that it hears."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 class _Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -1096,7 +1083,7 @@ def _functions(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [_writing, _leaving, _complex, _functions])
 @pytest.mark.parametrize("around", [False, True])
 def test_a_dispatch_mode_hears_what_the_code_runs_and_nothing_else(function: Function, around: bool) -> None:
-    wanted, found = _HeardBelow(), _HeardBelow()
+    wanted, found = Overloads(), Overloads()
     x = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64)
     fresh = plain(x)
     torch.manual_seed(1)
@@ -1111,14 +1098,14 @@ def test_a_dispatch_mode_hears_what_the_code_runs_and_nothing_else(function: Fun
         else:
             with te.record(), found:
                 C = function(x)
-    assert found.names == wanted.names
+    assert found.heard == wanted.heard
     assert torch.equal(plain(C), reference)
     te.backward(C)
 
 
 def test_modes_around_a_block_are_left_as_they_were() -> None:
     x = torch.ones(3)
-    with _HeardBelow() as outer, _HeardBelow() as inner:
+    with Overloads() as outer, Overloads() as inner:
         with te.record():
             h = x * 2
             with pytest.raises(RuntimeError):
@@ -1128,8 +1115,8 @@ def test_modes_around_a_block_are_left_as_they_were() -> None:
         depth = torch._C._len_torch_dispatch_stack()
         C = C * 2  # on the global tape
     assert depth == 2
-    assert inner.names == outer.names
-    assert inner.names[-1] == "aten.mul.Tensor"
+    assert inner.heard == outer.heard
+    assert inner.heard[-1] is torch.ops.aten.mul.Tensor
     te.backward(C)
     close(g_of(x), 4 * (torch.ones(3) * 2).exp() * 3)
 

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tape_engine.plans import QUICK, Plan, plan_of
-from tests.helpers import Tensor, plain
+from tests.helpers import Overloads, Tensor, plain
 
 aten = torch.ops.aten
 
@@ -180,18 +179,6 @@ def test_what_asks_a_value_out_of_the_tensors(overload: Any, guard: bool) -> Non
     assert plan_of(overload).guard is guard
 
 
-class Heard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lists the overloads that it hears."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.overloads: list[OpOverload] = []
-
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.overloads.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "mm": [(3, 3)] * 2,
     "bmm": [(2, 3, 3)] * 2,
@@ -206,16 +193,16 @@ def test_the_quick_way_to_call_an_overload_calls_that_and_nothing_else(overload:
     shapes = SHAPES.get(overload._schema.name.removeprefix("aten::"))
     count = sum(str(argument.type) == "Tensor" for argument in overload._schema.arguments)
     args = [torch.rand(shape) for shape in shapes or [(3, 3)] * count]
-    with Heard() as heard:
+    with Overloads() as heard:
         quick = QUICK[overload](*args)
-    assert heard.overloads == [overload]
+    assert heard.heard == [overload]
     torch.testing.assert_close(quick, overload(*args), rtol=0, atol=0)
 
 
 def test_a_number_in_a_tensors_place_is_no_other_overload() -> None:
     x = torch.rand(3)
     for overload in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor):
-        with Heard() as heard:
+        with Overloads() as heard:
             quick = QUICK[overload](x, 2.5)
-        assert heard.overloads == [overload]
+        assert heard.heard == [overload]
         torch.testing.assert_close(quick, overload(x, 2.5), rtol=0, atol=0)

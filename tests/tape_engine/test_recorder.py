@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tape_engine as te
 from tape_engine.recorder import Recorded
-from tests.helpers import Tensor, agree, close, g_of, grad_of, plain, reference, the
+from tests.helpers import Overloads, Tensor, agree, close, g_of, grad_of, plain, reference, the
 
 F = torch.nn.functional
 
@@ -702,25 +702,16 @@ def test_generators_and_returns_leave_a_block_in_order() -> None:
 
 
 def test_a_user_s_own_modes_hear_the_same_operations() -> None:
-    class Names(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __init__(self) -> None:
-            super().__init__()  # type: ignore[no-untyped-call]
-            self.names: list[str] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     x = rand(4)
-    with Names() as alone:
+    with Overloads() as alone:
         (torch.sin(x) * x).sum()
-    with Names() as outside, te.record() as tape:
+    with Overloads() as outside, te.record() as tape:
         C = (torch.sin(x) * x).sum()
-    assert outside.names == alone.names
+    assert outside.heard == alone.heard
     assert len(tape) == 3
-    with te.record() as tape, Names() as inside:
+    with te.record() as tape, Overloads() as inside:
         C = (torch.sin(x) * x).sum()
-    assert inside.names == alone.names
+    assert inside.heard == alone.heard
     assert len(tape) == 3
     te.backward(C)
     agree([x], reference(lambda x: (torch.sin(x) * x).sum(), x))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tape_engine as te
 from tape_engine import registry
 from tape_engine.recorder import shortcut
 from tape_engine.tape import Node, Value
+from tests.helpers import Overloads
 
 Tensor = torch.Tensor
 
@@ -225,16 +225,6 @@ class Doubled(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         return made + made if func is torch.tanh else made
-
-
-class Overloads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.heard: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.heard.append(func)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tape_engine as te
-from tests.helpers import agree, close, each_tensor, g_of, plain, reference
+from tests.helpers import Overloads, agree, close, each_tensor, g_of, plain, reference
 
 Tensor = torch.Tensor
 F32, F64, C128 = torch.float32, torch.float64, torch.complex128
@@ -103,21 +102,13 @@ def counted(part: str = "tape_engine") -> Iterator[list[int]]:
         sys.settrace(before)
 
 
-class Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Spy(Overloads):  # type: ignore[no-untyped-call]
     """Notes every ATen overload that runs inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[OpOverload] = []
-
-    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
 
     @property
     def names(self) -> list[str]:
         """The names of what ran, without overloads and views."""
-        return [each._schema.name.removeprefix("aten::") for each in self.seen if not is_view(each)]
+        return [each._schema.name.removeprefix("aten::") for each in self.heard if not is_view(each)]
 
 
 def is_view(overload: OpOverload) -> bool:

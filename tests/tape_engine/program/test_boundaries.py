@@ -291,7 +291,7 @@ def test_first_replay_under_autocast() -> None:
         close(program(x), wanted, 1e-5)
         close(program.step(x), wanted, 1e-5)
     spy = ran(lambda: program(x))
-    assert not [o for o in spy.seen if not is_view(o) and not o._schema.is_mutable and out_kernel(o)]
+    assert not [o for o in spy.heard if not is_view(o) and not o._schema.is_mutable and out_kernel(o)]
 
 
 def test_autocast_inside_the_block() -> None:
