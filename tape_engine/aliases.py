@@ -13,6 +13,7 @@ into the region gets a copy of its own, so that a rule still finds what was reco
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .registry import op, sample, spec
-from .tape import Hidden, Kept, Node, Value, bound, exposed, rebind, unwritten, version_of
+from .tape import Hidden, Kept, Node, Value, bound, exposed, looking, on_looking, rebind, unwritten, version_of
 
 __all__ = [
     "Aliases",
@@ -31,6 +32,7 @@ __all__ = [
     "expose",
     "forget_exposed",
     "join",
+    "look",
     "neighbours",
     "overlapping",
     "place_of",
@@ -136,18 +138,26 @@ def write_view_grad(g, out, base, part, size, stride, offset):  # type: ignore[n
 class Aliases:
     """The values that live in one storage: those that a tensor holds now, and those kept for a rule."""
 
-    __slots__ = ("__weakref__", "_drop_at", "foreign", "members")
+    __slots__ = ("__weakref__", "_drop_at", "foreign", "members", "storage")
 
     def __init__(self) -> None:
         self.foreign = False  # whether others have that memory too
+        self.storage = 0  # its address, once it is known
         self.members: list[weakref.ref[Value]] = []
         self._drop_at = 16  # how many there are when the dead ones are next dropped
 
     def add(self, value: Value) -> None:
         """Enters a value; whenever they have doubled, the dead ones are dropped."""
+        value._aliases = self
         self.members.append(weakref.ref(value))
         if len(self.members) >= self._drop_at:
             self._drop_at = max(16, 2 * len(self.alive()))
+
+    def settle(self, storage: int) -> None:
+        """From now on it is found by the address of its storage."""
+        if storage:
+            self.storage = storage
+            _by_storage[storage] = self
 
     def alive(self) -> list[Value]:
         """The members that still matter; the others are dropped."""
@@ -186,14 +196,14 @@ def join(tensor: torch.Tensor, value: Value) -> bool:
     storage = _storage(tensor)
     key = 0 if storage is None else int(storage._cdata)
     if key:
-        group = _by_storage.get(key)
+        group = _by_storage.get(key)  # views that wait will find it there
         if group is None:
-            group = _by_storage[key] = Aliases()
-        value.aliases = group
+            group = Aliases()
+            group.settle(key)
         group.add(value)
     if storage is None or storage.resizable() or tensor.numel() == 0 or tensor.device.type != "cpu":
         return False
-    value.aliases.foreign = True
+    value._aliases.foreign = True
     return True
 
 
@@ -231,6 +241,71 @@ def changed_outside(nodes: Sequence[Node]) -> tuple[Node, Value] | None:
     return None
 
 
+def _group_at(storage: int) -> Aliases | None:
+    """Those that live in the storage at an address."""
+    if looking:
+        join_views()
+    return _by_storage.get(storage)
+
+
+def look(node: weakref.ref[Node], owner: Value) -> bool:
+    """Enters the outputs of `node`, views of `owner`, among its aliases once those are asked for.
+
+    Says whether that may wait: where others have that memory too, its elements are to be looked at now.
+    """
+    group = owner._aliases
+    if group is not None and group.foreign:
+        return False
+    looking.append(node)
+    if len(looking) >= MOST_LOOKING:
+        join_views()
+    return True
+
+
+#: How many views wait to be entered among the aliases of what they look into.
+MOST_LOOKING = 4096
+
+
+def join_views() -> None:
+    """Enters the views that wait, in the order of recording."""
+    with _joining:
+        while looking:
+            ref = looking[0]
+            node = ref()
+            if node is not None:
+                for value in node.outputs:
+                    _enter(value, node.inputs[0])
+            if looking and looking[0] is ref:  # of what it did, a collection of garbage may have done some
+                looking.popleft()
+
+
+_joining = threading.RLock()
+on_looking(join_views)
+
+
+def _enter(value: Value, owner: Value) -> None:
+    """Enters a view that has waited; the tensors may be gone by now, and only some of what rules read be left."""
+    if value.shape and not value.strides:  # of no one storage
+        return
+    group = owner._aliases
+    if group is None or not group.storage:
+        kept = [None if cell is None else cell.tensor for cell in (owner.kept, value.kept)]
+        tensor = next((each for each in (owner.holder, value.holder, *kept) if each is not None), None)
+        storage = 0 if tensor is None else storage_of(tensor)
+        if tensor is not None and not storage:
+            return
+        known = _by_storage.get(storage) if storage else None
+        if known is None:
+            known = Aliases() if group is None else group
+            known.settle(storage)
+        for member in (owner,) if group is None else [v for ref in group.members if (v := ref()) is not None]:
+            if member._aliases is not known:
+                known.add(member)
+        group = known
+    if value._aliases is not group:
+        group.add(value)
+
+
 def share(value: Value, with_whom: Value) -> None:
     """Enters `value` among the aliases of a value that is known to live in the same storage."""
     if with_whom.aliases is None:
@@ -239,7 +314,6 @@ def share(value: Value, with_whom: Value) -> None:
             join(holder, with_whom)
     group: Aliases | None = with_whom.aliases
     if group is not None:
-        value.aliases = group
         group.add(value)
         if group.foreign:
             node, made = value.node, value.holder
@@ -253,7 +327,7 @@ def alone(tensor: torch.Tensor, value: Value) -> bool:
         return False
     group = value.aliases
     if group is None:
-        group = _by_storage.get(storage_of(tensor))
+        group = _group_at(storage_of(tensor))
     if group is not None:
         for ref in group.members:
             member = ref()
@@ -264,7 +338,7 @@ def alone(tensor: torch.Tensor, value: Value) -> bool:
 
 def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The other live tensors that hold a value in the region that `tensor` looks into."""
-    group = _by_storage.get(storage_of(tensor))
+    group = _group_at(storage_of(tensor))
     if group is None:
         return []
     holders = [t for v in group.alive() if (t := v.holder) is not None and bound(t) is v]

@@ -31,6 +31,18 @@ HIDDEN_VIEWS = {
     aten._reshape_alias.default,
 }
 
+#: Overloads that give views of their first argument, whatever they are given: never a copy, nor the argument itself.
+LOOKS = {
+    getattr(getattr(aten, name), overload)
+    for name, overload in (
+        each.split(".")
+        for each in (
+            "t.default transpose.int permute.default view.default _unsafe_view.default expand.default select.int "
+            "slice.Tensor unsqueeze.default squeeze.default squeeze.dim split.Tensor split_with_sizes.default unbind.int"
+        ).split()
+    )
+}
+
 #: Views that mean more than what they compute: cuts, and a tensor made of Python numbers.
 APART = {aten.detach.default, aten.view.dtype, aten.lift_fresh.default}
 
@@ -83,6 +95,7 @@ class Plan:
         writes: the arguments it writes to, by position or keyword.
         outs: those of them that its functional twin does not take (``out=``).
         views: whether its result may share the storage of an argument.
+        looks: whether it gives views of the first argument in any case.
         guard: whether it asks a value out of the tensors.
         random: whether it draws from a generator.
         gives_memory: whether it gives a tensor the memory of another, or of a storage (``set_``).
@@ -117,6 +130,7 @@ class Plan:
     pointwise: bool = False
     unread: tuple[int, ...] = ()
     gives_memory: bool = False
+    looks: bool = False
 
     def draws(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments draws from a generator."""
@@ -170,6 +184,7 @@ def _make(overload: OpOverload) -> Plan:
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,
         gives_memory=overload in SETS,
+        looks=overload in LOOKS,
         order=_order(overload, twin) if written and twin is not None else (),
     )
 

@@ -23,6 +23,7 @@ import itertools
 import operator
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -131,7 +132,7 @@ class Value:
     detached = False
     closed = ""
     name: str | None = None
-    aliases: Any = None
+    _aliases: Any = None
     marks = 0
     rests = 0
     stale = False
@@ -179,6 +180,12 @@ class Value:
     def holder(self) -> torch.Tensor | None:
         """The tensor object that held the value when it was recorded, whatever it holds now."""
         return self._tensor()
+
+    @property
+    def aliases(self) -> Any:
+        if looking:
+            _join_views()
+        return self._aliases
 
     @property
     def kept(self) -> Kept | None:
@@ -239,6 +246,10 @@ class Value:
 
     def __repr__(self) -> str:
         return f"<value {self.name + ' ' if self.name else ''}{describe(self)}>"
+
+
+#: The nodes of views that are not yet among the aliases of what they look into: nobody asks before the next write.
+looking: deque[weakref.ref[Node]] = deque()
 
 
 class Hidden:
@@ -335,7 +346,7 @@ class Node:
         mutates: for each value that the operation wrote over: its place in `inputs`, and in `outputs`
             the place of the value that its tensor held afterwards.
         cut: recorded under ``no_grad``: no gradient passes.
-        ordinary: whether it has one output, given as it is, no keyword arguments, and is not cut, as most have.
+        ordinary: whether its rule is given the outputs as they stand, one or several, and it is not cut, as most are.
         complex: of an ordinary node, whether a value of it is complex.
         random: whether it draws from a generator.
         swept: whether a sweep has passed over it.
@@ -432,6 +443,18 @@ class Node:
             elif isinstance(argument, (list, tuple)):
                 found += [f"{name}[{i}]" for i, each in enumerate(argument) if isinstance(each, Value)]
         return [*found, *("input" for _ in self.inputs[len(found) :])]
+
+    def note_form(self, result: Any) -> None:
+        """Notes in which form the operation returned its outputs: `result`."""
+        if not isinstance(result, torch.Tensor):
+            self.outputs_tuple = True
+            if isinstance(result, (tuple, list)):
+                self.gaps = tuple([i for i, each in enumerate(result) if each is None])
+        several = type(self._outputs) is tuple
+        self.ordinary = not (self.cut or self.gaps) and several is self.outputs_tuple
+        for value in (*self.inputs, *self.outputs):
+            if value.dtype.is_complex:
+                self.complex = True
 
     def returned(self, each: Sequence[Any]) -> Any:
         """Things that stand for the outputs, one each, in the form in which the operation returned those."""
@@ -620,8 +643,15 @@ def _unset(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("tape_engine is not loaded")  # pragma: no cover - the package loads both rooms
 
 
+_join_views: Callable[[], None] = _unset
 _print: Callable[[Tape], str] = _unset
 _freeze: Callable[..., Any] = _unset
+
+
+def on_looking(handler: Callable[[], None]) -> None:
+    """The room of aliases says here how it enters the views that are left in `looking`."""
+    global _join_views
+    _join_views = handler
 
 
 def on_print(handler: Callable[[Tape], str]) -> None:

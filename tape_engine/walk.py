@@ -123,8 +123,8 @@ class Sweep:
     def _walk(self, free: bool) -> None:
         """`_step` for each node, with what most of them need written out: it is done for every operation.
 
-        Most nodes have one output and a rule, read what is intact, and their gradients fit as they are. Where it
-        is `free` to, as no mode listens, it runs our own rules below torch's autograd, which they ask nothing of.
+        Most nodes have a rule, read what is intact, and their gradients fit as they are. Where it is `free` to, as
+        no mode listens, it runs our own rules below torch's autograd, which they ask nothing of.
         """
         pending, gradients, asked, summed = self.pending, self.gradients, self.asked, self._summed
         devices = torch.accelerator.is_available()  # else all tensors are on the CPU, or shapes alone
@@ -139,14 +139,20 @@ class Sweep:
                     _exclude(_AUTOGRAD, False)
                 self._step(node, needs)
                 continue
-            inputs, out = node.inputs, node._outputs
-            assert isinstance(out, Value)
-            g = pending.pop(out, None)
-            if g is None:
-                continue
-            if (out._tensor() is not None) if asked is None else (out in asked):
-                gradients[out] = g
-            given: list[Any] = [*inputs, out]
+            inputs, made = node.inputs, node._outputs
+            g: Any
+            if type(made) is tuple:
+                g = tuple([self._arrive(value) for value in made])
+                if all([each is None for each in g]):
+                    continue
+                given: list[Any] = [*inputs, *made]
+            else:
+                g = pending.pop(made, None)  # type: ignore[arg-type]
+                if g is None:
+                    continue
+                if (made._tensor() is not None) if asked is None else (made in asked):  # type: ignore[union-attr]
+                    gradients[made] = g  # type: ignore[index]
+                given = [*inputs, made]
             for i, kept in enumerate(node.saved):
                 if kept is not None:
                     tensor = kept.tensor
@@ -157,19 +163,26 @@ class Sweep:
                         else:
                             tensor = self._contents(node, kept, given[i])
                     given[i] = tensor
-            read = given.pop()
+            if type(made) is tuple:
+                count = len(inputs)
+                read, given = tuple(given[count:]), given[:count]
+            else:
+                read = given.pop()
+            kwargs = node.kwargs
             if node.args is not inputs:
                 left = iter(given)
                 given = [refill(each, left) for each in node.args]
+                if kwargs:
+                    kwargs = {name: refill(each, left) for name, each in kwargs.items()}
             if op.rule_is_ours is not below and free:
                 below = not below
                 _exclude(_AUTOGRAD, below)
             try:
-                contributions = specialise(rule, needs, not node.complex)(g, read, *given)
+                contributions = specialise(rule, needs, not node.complex)(g, read, *given, **kwargs)
             except TapeError:
                 raise
             except Exception as error:
-                raise _failed(node, [g], error) from error
+                raise _failed(node, [*g] if type(made) is tuple else [g], error) from error
             if type(contributions) is not tuple or len(contributions) != len(inputs):
                 contributions = in_order(contributions, node)
             for value, need, contribution in zip(inputs, needs, contributions):  # noqa: B905 - as long, just asked
@@ -188,6 +201,7 @@ class Sweep:
                 elif value in summed:
                     before.add_(contribution)  # type: ignore[union-attr]
                 else:
+                    before = None  # it counts who else has that
                     self._add(value, contribution, node)
 
     def _step(self, node: Node, needs: Needs) -> None:
@@ -219,10 +233,12 @@ class Sweep:
         if value.closed and not self.structure:
             raise closed_error(value, located(reader))
         before = self.pending.get(value)
+        references = sys.getrefcount(before)
         if before is None:
             self.pending[value] = contribution
-        elif value in self._summed and not self.record:
+        elif not self.record and (value in self._summed or (references == _ALONE and _is_large(before))):
             before.add_(contribution)
+            self._summed.add(value)
         else:
             self.pending[value] = before + contribution
             self._summed.add(value)
@@ -322,6 +338,20 @@ def _count_alone() -> int:
 
 #: What is counted of an object that one dictionary and one name hold; the question may be counted as well.
 _ALONE = _count_alone()
+
+
+#: From how many elements on it is asked whether a gradient may be added to where it lies.
+_LARGE = 1 << 14
+
+
+def _is_large(g: Tensor) -> bool:
+    """Whether a gradient takes much memory, which no other tensor has."""
+    return (
+        g.numel() >= _LARGE
+        and g.layout is torch.strided
+        and g.is_contiguous()
+        and _uses(g.untyped_storage()) == 2  # counted: the tensor itself and the handle
+    )
 
 
 def _uses(storage: torch.UntypedStorage) -> int:

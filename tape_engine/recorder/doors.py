@@ -19,7 +19,7 @@ from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, mode_of, quietly
 from .shortcut import Shortcut, left_out
-from .state import current_tape_is_global, detaching, gaps, state, tensors_in, values_alone
+from .state import current_tape_is_global, detaching, state, tensors_in, values_alone
 from .streams import Streams
 from .strict import refuse_without_rule
 from .writing import (
@@ -83,10 +83,7 @@ def _call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if stays_closed(tape, op, taken.inputs, made):
             return result
         node = enter(taken, made)
-        node.outputs_tuple = not isinstance(result, Tensor)
-        node.gaps = gaps(result)
-        node.ordinary = not (node.outputs_tuple or kwargs or node.cut)
-        node.complex = any(value.dtype.is_complex for value in (*node.inputs, *node.outputs))
+        node.note_form(result)
         with aliases.unheard():
             node.random = before is not None and not torch.equal(before, torch.get_rng_state())
         if op is cut_op:

@@ -74,7 +74,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         return result
     node = enter(taken, made)
     node.random = plan.random
-    node.outputs_tuple = len(made) > 1 or not isinstance(result, Tensor)
+    node.note_form(result if len(made) == 1 else made)
     inputs, first = taken.inputs, len(fresh)
     node.mutates = tuple(
         [(inputs.index(old) if old in inputs else -1, place) for place, old in enumerate(before, start=first)]

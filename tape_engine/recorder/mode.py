@@ -22,7 +22,7 @@ from .inplace import record_write, unrecorded
 from .plain import record_plain
 from .saved import is_unpacking, saved_unheard
 from .shortcut import left_out
-from .state import DETACH, LIFT, VIEW_DTYPE, gaps, state, tensors_in, without_vectors
+from .state import DETACH, LIFT, VIEW_DTYPE, state, tensors_in, without_vectors
 from .strict import refuse_without_rule
 from .writing import Taken, call, enter, join_views, read, stays_closed, undo, write
 
@@ -94,9 +94,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (made or plan.guard) and not stays_closed(tape, plan.op, taken.inputs, made):
             node = enter(taken, made)
             node.random = random
-            if not isinstance(result, Tensor):
-                node.outputs_tuple = True
-                node.gaps = gaps(result)
+            node.note_form(result)
             if plan.views:
                 join_views(node.outputs, made, taken.inputs, taken.tensors)
                 if func is DETACH or func is VIEW_DTYPE:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..aliases import look
 from ..modules import path
 from ..names import _is_user_file, user_frame
 from ..plans import Plan
@@ -28,10 +29,12 @@ from ..tape import (
     forget,
     layout_of,
     next_in_sequence,
+    rebind,
     values_by_tensor,
+    version_of,
     versions_of,
 )
-from .state import gaps, state
+from .state import state
 from .strict import refuse_without_rule
 from .writing import ALIAS, call, join_views, outputs_of, read, stays_closed, undo
 
@@ -154,7 +157,10 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
         value.dtype = result.dtype
         value._tensor = binding
         binding.node = node
-        binding.versions = _UNWRITTEN if func is not None and not views else versions_of(result)
+        if views:
+            binding.versions = version_of(result), version_of(args[0])  # they share a count once torch hands it out
+        else:
+            binding.versions = _UNWRITTEN if func is not None else versions_of(result)
         binding.key = key = id(result)
         values_by_tensor[key] = binding
         value._node = _ref(node)
@@ -174,8 +180,6 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     else:
         made = _tensors(result)
         node.outputs = outputs_of(node, made)
-        node.outputs_tuple = True
-        node.gaps = gaps(result)
         for i, (value, each) in enumerate(zip(node.outputs, made, strict=True)):
             if cut:
                 value.constant = True
@@ -187,7 +191,12 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
         node.cut = True
     elif keeps:
         node.saved = tuple(saved)
-    if views:
+    if not single:
+        node.note_form(result)
+        if views:
+            for each in made:
+                rebind(each, version_of(args[0]))
+    if views and not (plan.looks and look(_ref(node), inputs[0])):
         made = (result,) if single else _tensors(result)
         join_views(node.outputs, made, inputs, [each for each in args if isinstance(each, Tensor)])
     if strong:

@@ -27,7 +27,6 @@ __all__ = [
     "call",
     "current_tape_is_global",
     "detaching",
-    "gaps",
     "is_cut",
     "is_quiet",
     "opened",
@@ -167,8 +166,3 @@ def tensors_in(result: Any) -> list[Tensor]:
     if isinstance(result, (tuple, list)):
         return [tensor for each in result for tensor in tensors_in(each)]
     return []
-
-
-def gaps(result: Any) -> tuple[int, ...]:
-    """The places in a returned tuple where None stands."""
-    return tuple(i for i, each in enumerate(result) if each is None) if isinstance(result, (tuple, list)) else ()
