@@ -256,6 +256,7 @@ def look(node: weakref.ref[Node], owner: Value) -> bool:
     group = owner._aliases
     if group is not None and group.foreign:
         return False
+    owner.viewed = True
     looking.append(node)
     if len(looking) >= MOST_LOOKING:
         join_views()
@@ -325,9 +326,12 @@ def alone(tensor: torch.Tensor, value: Value) -> bool:
     """Whether nothing else is known to live in the storage of `tensor`, which holds `value`, and no rule reads it."""
     if tensor._base is not None or value.kept is not None:
         return False
-    group = value.aliases
-    if group is None:
-        group = _group_at(storage_of(tensor))
+    group = value._aliases
+    if group is None and not value.viewed:
+        group = _by_storage.get(storage_of(tensor))
+        if group is None:  # nor waits there a view of it
+            return True
+    group = value.aliases or _group_at(storage_of(tensor))
     if group is not None:
         for ref in group.members:
             member = ref()

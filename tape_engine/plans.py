@@ -98,6 +98,7 @@ class Plan:
         looks: whether it gives views of the first argument in any case.
         guard: whether it asks a value out of the tensors.
         random: whether it draws from a generator.
+        updates: whether it writes to its first argument and returns that (``add_``), recorded under a known twin.
         gives_memory: whether it gives a tensor the memory of another, or of a storage (``set_``).
         unread: the places of arguments that its rule reads in other calls than these.
         chance: the place of the argument by which it draws (``dropout_p``): with a 0 there it draws nothing.
@@ -131,6 +132,7 @@ class Plan:
     unread: tuple[int, ...] = ()
     gives_memory: bool = False
     looks: bool = False
+    updates: bool = False
 
     def draws(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments draws from a generator."""
@@ -185,6 +187,12 @@ def _make(overload: OpOverload) -> Plan:
         statistics="batch_norm" in overload._schema.name,
         gives_memory=overload in SETS,
         looks=overload in LOOKS,
+        updates=written == [0]
+        and twin is not None
+        and returned == ["Tensor"]
+        and not arguments[0].is_out
+        and not _order(overload, twin)
+        and overload not in SETS,
         order=_order(overload, twin) if written and twin is not None else (),
     )
 

@@ -116,6 +116,7 @@ class Value:
         closed: why no gradient may pass into it (its tape was swept; a write went unseen), or "".
         name: the name under which a module holds it (``net.0.weight``), if any is known.
         aliases: the group of values that share its storage; ``None`` while it is alone there.
+        viewed: whether a view of it was made that may not be among them yet (`looking`).
         marks: how many tapes have its tensor listen for plain operations (leaves only).
         rests: how many frozen tapes have its tensor listen, but only for what torch's own gradient would not show.
         stale: true once a write through an alias made its tensor hold other contents.
@@ -133,6 +134,7 @@ class Value:
     closed = ""
     name: str | None = None
     _aliases: Any = None
+    viewed = False
     marks = 0
     rests = 0
     stale = False

@@ -6,6 +6,7 @@ old contents is copied before; a view's write is carried to its base, and from t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import aliases, registry
+from ..modules import path
+from ..names import user_frame
 from ..plans import MISSING, Plan, plan_of
 from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
-from .state import LIFT, MOVED, UNFOLLOWED, VIEW_DTYPE, tensors_in
+from .state import LIFT, MOVED, UNFOLLOWED, VIEW_DTYPE, is_cut, tensors_in
 from .strict import refuse_without_rule
 from .writing import (
+    ALIAS,
     AS_COMPLEX,
     AS_REAL,
     Taken,
@@ -33,7 +37,7 @@ from .writing import (
     write,
 )
 
-__all__ = ["Sparing", "record_write", "settle", "unrecorded"]
+__all__ = ["Sparing", "record_update", "record_write", "settle", "unrecorded"]
 
 Tensor = torch.Tensor
 
@@ -90,6 +94,48 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         statistics=plan.statistics,
         alone=alone,
     )
+    return result
+
+
+def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
+    """``x.add_(1)``: a write to the first argument, the only tensor; NotImplemented where `record_write` must do it.
+
+    It is that, written out for what nobody else looks into, nor any rule: counters, and masks that were just drawn.
+    """
+    tensor, op = args[0], plan.op
+    if not tape.strong or (op.argument_reads and op.argument_reads[0]):
+        return NotImplemented
+    for argument in args[1:]:
+        if isinstance(argument, (Tensor, list, tuple)):
+            return NotImplemented
+    old = read(tensor, tape)
+    if not aliases.alone(tensor, old):
+        return NotImplemented
+    if tape.strict:
+        refuse_without_rule(op, [old])
+    source = old.node
+    result = call(plan.call, args, {}, lazily=False)
+    cut = is_cut()
+    frame = user_frame()
+    code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
+    node = Node(op, (old, *_completed(args, {}, plan)[1:]), {}, (old,), (source,), code, lasti, path())
+    new = Value(tensor)
+    node._outputs, new._node = new, weakref.ref(node)
+    bind(tensor, new, node)
+    rebind(tensor, version_of(tensor) + 1)
+    node.cut, node.random, node.mutates = cut, plan.random, ((0, 0),)
+    if cut:
+        new.constant = old.constant
+    elif op.reads_output:
+        node.saved = (None, new.keep(ALIAS(tensor)))
+    node.note_form(result)
+    if old.detached:
+        new.detached = True
+    if old._node is None:
+        new.name = old.name
+    if old._aliases is not None:
+        aliases.share(new, old)
+    tape.append(node)
     return result
 
 

@@ -155,6 +155,7 @@ class RecordedParameter(Recorded, torch.nn.Parameter):
 
 #: What a tensor's class becomes while a tape listens to it.
 _LISTENING: dict[type, type] = {Tensor: Recorded, torch.nn.Parameter: RecordedParameter}
+_OWN = {listening: plain for plain, listening in _LISTENING.items()}
 
 
 on_listening(*_LISTENING.values())
@@ -168,7 +169,7 @@ def as_plain(tensor: Tensor) -> Iterator[None]:
     """`tensor` under torch's own class: printed, copied and written to files as what it is."""
     kind = type(tensor)
     with quietly():
-        tensor.__class__ = next(plain for plain, listening in _LISTENING.items() if kind is listening)
+        tensor.__class__ = _OWN[kind]
         try:
             yield
         finally:
@@ -291,14 +292,15 @@ def observe(tensor: Tensor, depth: int = 0) -> None:
 def mark(tensor: Tensor, tape: Tape) -> None:
     """From now on plain torch operations on `tensor` are recorded."""
     value = bound(tensor)
-    if value is None or not value.differentiable:
+    if value is None or value.constant or value.dtype not in DIFFERENTIABLE:
         return
-    exits.hear_functions()
+    marked = tape.token.marked
+    if not marked:
+        exits.hear_functions()
     kind = type(tensor)
     if kind in _LISTENING:
-        tensor.__class__ = _LISTENING[kind]
-    if value.begins and not value.closed and isinstance(tensor, Recorded):
-        marked = tape.token.marked
+        tensor.__class__ = kind = _LISTENING[kind]
+    if (value._node is None or value.begins) and not value.closed and kind in _OWN:
         if not marked:  # whatever happens to the tape and its nodes, the listening ends with them
             weakref.finalize(tape.token, _forget, marked)
         known = marked.get(id(value))
@@ -306,7 +308,7 @@ def mark(tensor: Tensor, tape: Tape) -> None:
             return
         value.marks += 1
         marked[id(value)] = weakref.ref(value)
-        if len(marked) & (len(marked) - 1) == 0:
+        if not tape.strong and len(marked) & (len(marked) - 1) == 0:
             for key in [key for key, ref in marked.items() if ref() is None]:
                 del marked[key]
 
@@ -366,5 +368,5 @@ def _wake(resting: dict[int, weakref.ref[Value]]) -> None:
 def _listen_no_more(value: Value) -> None:
     """Gives the tensor of a leaf its own class back, if nothing listens to it."""
     holder = value.holder
-    if not (value.marks or value.rests) and holder is not None and isinstance(holder, Recorded):
-        holder.__class__ = next(plain for plain, listening in _LISTENING.items() if type(holder) is listening)
+    if not (value.marks or value.rests) and holder is not None and type(holder) in _OWN:
+        holder.__class__ = _OWN[type(holder)]

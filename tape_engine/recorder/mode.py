@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..plans import BATCH_NORM, plan_of, plans
 from ..tape import Tape, Value, bind, current_tape, rebind, unbind, values_by_tensor, version_of
 from .decisions import decided
-from .inplace import record_write, unrecorded
+from .inplace import record_update, record_write, unrecorded
 from .plain import record_plain
 from .saved import is_unpacking, saved_unheard
 from .shortcut import left_out
@@ -66,6 +66,8 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if random and tape.streams is not None and not tape.streams.drawing:
             with tape.streams.draw(args, kwargs):
                 return self.__torch_dispatch__(func, types, args, kwargs)
+        if plan.updates and not kwargs and (result := record_update(tape, plan, args)) is not NotImplemented:
+            return result
         if plan.writes:
             return record_write(tape, func, plan, args, kwargs)
         if func is DETACH and not state.detaching:  # autograd saves an output: it is the same value

@@ -18,6 +18,7 @@ __all__ = ["Streams"]
 
 
 _CPU = torch.device("cpu")
+_DEFAULT = torch.default_generator
 
 
 class Streams:
@@ -48,12 +49,16 @@ class Streams:
 
     def _look(self, generator: torch.Generator | None) -> None:
         known = None if generator is None else self._left.get(id(generator))
+        if known is None or self.moved:
+            return
         with unheard():
-            if known is None or self.moved or torch.equal(known[1], known[0].get_state()):
+            if torch.equal(known[1], known[0].get_state()):
                 return
         self.moved = call_site(user_frame()) or "a line that is not known"
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
+        if not kwargs and len(args) == 2 and type(args[0]) is torch.Tensor and type(args[1]) is float and args[0].is_cpu:
+            return _DEFAULT  # a mask, of ones with a probability
         for each in (*args, *kwargs.values()):
             if isinstance(each, torch.Generator):
                 return each
@@ -64,7 +69,7 @@ class Streams:
             device = torch.device(device)
         if device.type == "cuda":
             return torch.cuda.default_generators[device.index or 0]
-        return torch.default_generator if device.type == "cpu" else None
+        return _DEFAULT if device.type == "cpu" else None
 
 
 class _Draw:

@@ -55,6 +55,17 @@ def read(tensor: Tensor, tape: Tape) -> Value:
             return _reread(tensor, above.value.constant, tape)  # a view made outside of a base written to since
         return _saved(tensor, tape) or _leaf(tensor, tape)
     value, node = binding.value, binding.node
+    if (
+        node is not None
+        and node.tape is tape.token
+        and tape.strong
+        and not (value.stale or value.constant)
+        and (value._tensor is binding or value._tensor() is tensor)
+        and version_of(tensor) in binding.versions
+        and tensor.dtype is value.dtype
+        and tensor.shape == value.shape
+    ):
+        return value  # what the same block has just made
     if state.linking:
         return value
     if value.stale:
@@ -298,11 +309,11 @@ def outputs_of(node: Node, made: Sequence[Tensor]) -> tuple[Value, ...]:
     """The values that the tensors `made` hold from now on, as outputs of `node`."""
     ref = weakref.ref(node)
     outputs = []
-    for index, tensor in enumerate(made):
+    for tensor in made:
         value = _value(tensor)
         value._node = ref
-        if index:
-            value.index = index
+        if outputs:
+            value.index = len(outputs)
         bind(tensor, value, node)
         outputs.append(value)
     return tuple(outputs)
@@ -323,6 +334,9 @@ def undo(tape: Tape, length: int) -> None:
     for node in tape.rewind(length):
         for value in node.outputs:
             value.stale = True
+
+
+_BARE = {int, float, bool, type(None)}  # arguments in which there is no tensor
 
 
 class Taken:
@@ -350,7 +364,14 @@ class Taken:
         take, reads = self.take, op.reads_places(len(args))
         if unread:
             reads = [each and place not in unread for place, each in enumerate(reads)]
-        self.args = tuple([take(a, keep) for a, keep in zip(args, reads, strict=False)])
+        taken = []
+        for argument, keep in zip(args, reads, strict=False):
+            kind = type(argument)
+            if kind in _BARE:
+                taken.append(argument)
+            else:
+                taken.append(take(argument, keep))
+        self.args = tuple(taken)
         self.kwargs = {k: take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
 
     def value_of(self, tensor: Tensor) -> Value:
