@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from .registry import Op, composite, find
 
-__all__ = ["QUICK", "Plan", "plan_of", "plans"]
+__all__ = ["QUICK", "Plan", "plan_of", "plans_by_id"]
 
 aten = torch.ops.aten
 
@@ -38,7 +38,8 @@ LOOKS = {
         each.split(".")
         for each in (
             "t.default transpose.int permute.default view.default _unsafe_view.default expand.default select.int "
-            "slice.Tensor unsqueeze.default squeeze.default squeeze.dim split.Tensor split_with_sizes.default unbind.int"
+            "slice.Tensor unsqueeze.default squeeze.default squeeze.dim split.Tensor split_with_sizes.default "
+            "unbind.int"
         ).split()
     )
 }
@@ -141,17 +142,18 @@ class Plan:
         return len(args) > self.chance and args[self.chance] != 0
 
 
-#: Those made so far, by overload.
+#: Those made so far, by overload; and by its ``id``, as its hash is told by a function of Python.
 plans: dict[OpOverload, Plan] = {}
+plans_by_id: dict[int, Plan] = {}
 
 
 def plan_of(overload: OpOverload, args: tuple[Any, ...] = ()) -> Plan:
     """The plan of an overload; made at its first use."""
     if overload is BATCH_NORM and len(args) > 5 and args[5] and args[3] is not None and args[4] is not None:
         return _TRAINING
-    found = plans.get(overload)
+    found = plans_by_id.get(id(overload))
     if found is None:
-        found = plans[overload] = _make(overload)
+        found = plans[overload] = plans_by_id[id(overload)] = _make(overload)
     return found
 
 

@@ -31,6 +31,7 @@ from .refusals import closed_error
 from .tape import (
     DIFFERENTIABLE,
     Node,
+    Token,
     Value,
     bind,
     bound,
@@ -155,16 +156,16 @@ def _close(order: list[Node]) -> None:
     What a node has written to without a gradient (statistics, counters) is a leaf again: such a tensor lives on in
     its module, and would keep the whole recording alive with it.
     """
-    tokens = set()
+    tokens: set[Token] = set()
     for node in order:
         node.swept = True
-        tokens.add(node.tape)
+        if node.tape is not None:
+            tokens.add(node.tape)
         for _, j in node.mutates:
             value = node.outputs[j]
             holder = value.holder
             if value.constant and holder is not None and bound(holder) is value and not value.stale:
                 recorder.settle(holder, value)
-    tokens.discard(None)
     for token in tokens:
         token.closed_at = next_in_sequence()
         recorder.forget_leaves(token)

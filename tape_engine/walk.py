@@ -143,7 +143,7 @@ class Sweep:
             g: Any
             if type(made) is tuple:
                 g = tuple([self._arrive(value) for value in made])
-                if all([each is None for each in g]):
+                if not any(each is not None for each in g):
                     continue
                 given: list[Any] = [*inputs, *made]
             else:

@@ -97,10 +97,11 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     return result
 
 
-def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
+def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 1) -> Any:
     """``x.add_(1)``: a write to the first argument, the only tensor; NotImplemented where `record_write` must do it.
 
     It is that, written out for what nobody else looks into, nor any rule: counters, and masks that were just drawn.
+    `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
     """
     tensor, op = args[0], plan.op
     if not tape.strong or (op.argument_reads and op.argument_reads[0]):
@@ -122,7 +123,7 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
     new = Value(tensor)
     node._outputs, new._node = new, weakref.ref(node)
     bind(tensor, new, node)
-    rebind(tensor, version_of(tensor) + 1)
+    rebind(tensor, version_of(tensor) + pending)
     node.cut, node.random, node.mutates = cut, plan.random, ((0, 0),)
     if cut:
         new.constant = old.constant

@@ -15,7 +15,7 @@ from torch._C import DisableTorchFunction, DisableTorchFunctionSubclass, _is_tor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..plans import BATCH_NORM, plan_of, plans
+from ..plans import BATCH_NORM, plan_of, plans_by_id
 from ..tape import Tape, Value, bind, current_tape, rebind, unbind, values_by_tensor, version_of
 from .decisions import decided
 from .inplace import record_update, record_write, unrecorded
@@ -50,7 +50,7 @@ class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _is_torch_function_mode_enabled():  # run by torch itself: they hear the user alone
             with DisableTorchFunction():
                 return self.__torch_dispatch__(func, types, args, kwargs)
-        plan = plans.get(func)
+        plan = plans_by_id.get(id(func))
         if plan is not None and plan.plain and not (kwargs or state.deaf) and tape is current_tape():
             return record_plain(tape, plan, args)
         kwargs = kwargs or {}

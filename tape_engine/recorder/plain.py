@@ -36,7 +36,7 @@ from ..tape import (
 )
 from .state import state
 from .strict import refuse_without_rule
-from .writing import ALIAS, call, join_views, outputs_of, read, stays_closed, undo
+from .writing import ALIAS, BARE, call, join_views, outputs_of, read, stays_closed, undo
 
 __all__ = ["record_plain"]
 
@@ -44,6 +44,7 @@ Tensor = torch.Tensor
 
 _WITHOUT: dict[str, Any] = {}  # the keyword arguments of a call that has none
 _UNWRITTEN = (0,)
+_BARE = BARE | {list, tuple}  # no plain operation is given tensors in a list
 _FLOAT = torch.float32
 _contents_of = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 _binding_of = values_by_tensor.get
@@ -53,11 +54,11 @@ _new_node, _new_value = Node.__new__, Value.__new__
 _ref = weakref.ref
 
 
-def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None) -> Any:
+def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None, frame: Any = None) -> Any:
     """The result of ``plan.call(*args)``, recorded on `tape`; `plan` is plain.
 
-    It is called by the mode that hears the call, and that by torch: the user's frame lies beyond. `func` is what the
-    user called, where it is heard above torch's autograd.
+    `func` is what the user called, where it is heard above torch's autograd. `frame` is the user's; if it is not given,
+    this is called by the mode that hears the call, and that by torch: the user's frame lies beyond.
     """
     op, token, strong, length = plan.op, tape.token, tape.strong, len(tape._nodes)
     inputs: list[Value] = []
@@ -70,8 +71,9 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     if len(reads) < len(args):
         reads = op.reads_places(len(args))
     for argument, is_read in zip(args, reads):  # noqa: B905 - told to be strict or not, zip takes longer
-        if type(argument) is not Tensor:
-            if not isinstance(argument, Tensor):
+        kind = type(argument)
+        if kind is not Tensor:
+            if kind in _BARE or not isinstance(argument, Tensor):
                 continue
             if func is None:
                 run = plan.call
@@ -106,7 +108,10 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
         sources.append(source)
         if is_read:
             cell = None if value._kept is None else value._kept()
-            saved.append(value.keep(argument) if cell is None else cell)
+            if cell is None:
+                cell = Kept(argument)
+                value._kept = _ref(cell)
+            saved.append(cell)
             keeps = True
         else:
             saved.append(None)
@@ -127,9 +132,10 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
         return result
 
     read_values = tuple(inputs)
-    frame: Any = _frame(2)
-    if not _is_user_file.get(frame.f_code.co_filename):
-        frame = user_frame(frame)
+    if frame is None:
+        frame = _frame(2)
+        if not _is_user_file.get(frame.f_code.co_filename):
+            frame = user_frame(frame)
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
     call_args = read_values if len(read_values) == len(args) else _refilled(args, inputs)
     node = _new_node(Node)  # what `Node` does, in place
@@ -180,7 +186,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     else:
         made = _tensors(result)
         node.outputs = outputs_of(node, made)
-        for i, (value, each) in enumerate(zip(node.outputs, made, strict=True)):
+        for i, (value, each) in enumerate(zip(node.outputs, made)):  # noqa: B905 - as above
             if cut:
                 value.constant = True
             elif op.reads_output:
@@ -225,4 +231,4 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 def _refilled(args: tuple[Any, ...], inputs: list[Value]) -> tuple[Any, ...]:
     """`args` with values in the place of tensors."""
     values = iter(inputs)
-    return tuple([next(values) if isinstance(argument, Tensor) else argument for argument in args])
+    return tuple([a if type(a) in _BARE or not isinstance(a, Tensor) else next(values) for a in args])

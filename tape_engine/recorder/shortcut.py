@@ -7,12 +7,14 @@ to be one overload of ATen, on the arguments that they are given: they run as th
 mode left out, and are recorded as that overload. All others take the long way.
 
 Which functions those are is not written down but found out, once a process: each is run on a small tensor while both
-modes listen (`_find`). So it holds for the release of torch that is at work.
+modes listen (`_find`). So it holds for the release of torch that is at work. A few that are made of several overloads
+are taken apart here as torch does it below (`parts`).
 """
 
 from __future__ import annotations
 
 import operator
+from sys import _getframe
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from torch._C import (
 from torch._C import _dispatch_tls_set_dispatch_key_excluded as _exclude
 from torch._C._autograd import _top_saved_tensors_default_hooks as _saving_hooks
 from torch._C._functorch import peek_interpreter_stack
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,14 +43,14 @@ from ..exits import wrapped
 from ..plans import Plan, plan_of
 from ..registry import Op
 from ..tape import Tape
+from .parts import Part, are_made_so
 from .plain import record_plain
-from .state import DETACH, state
+from .state import DETACH, TENSORS, state
 
 __all__ = ["Shortcut", "left_out"]
 
 Tensor = torch.Tensor
 _PYTHON = DispatchKey.Python
-_TENSORS: set[Any] = {Tensor, torch.nn.Parameter}
 _listening: set[Any] = set()
 _DEFAULT = {"inplace": False}  # by which ``torch.nn.functional.relu`` hands on what it was not told
 
@@ -55,7 +58,7 @@ _DEFAULT = {"inplace": False}  # by which ``torch.nn.functional.relu`` hands on 
 def on_listening(*classes: type) -> None:
     """The room of plain operations outside a block says here which classes tensors have that listen there."""
     _listening.update(classes)
-    _TENSORS.update(classes)
+    TENSORS.update(classes)
 
 
 class Shortcut(TorchFunctionMode):
@@ -64,14 +67,19 @@ class Shortcut(TorchFunctionMode):
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
         self.known = {} if state.deaf else known()  # a block in the body of an operation hears nothing
+        self.apart = _apart if self.known else {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = self.known.get(func)
-        if found is not None and (not kwargs or kwargs == _DEFAULT):
+        if found is None:
+            parts = self.apart.get(func)
+            if parts is not None and (result := self._in_parts(parts, types, args, kwargs)) is not NotImplemented:
+                return result
+        elif not kwargs or kwargs == _DEFAULT:
             arity, plans, by_dims, cast = found
             if (
                 len(args) == arity
-                and type(args[0]) in _TENSORS
+                and type(args[0]) in TENSORS
                 and (plan := plans.get(type(args[-1]))) is not None
                 and _len_torch_dispatch_stack() == 1  # no other mode is to hear what it is made of,
                 and not _len_torch_function_stack()
@@ -90,6 +98,24 @@ class Shortcut(TorchFunctionMode):
                     _exclude(_PYTHON, False)
         func = wrapped.get(func, func)
         return func(*args, **kwargs) if kwargs else func(*args)
+
+    def _in_parts(self, parts: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a function that is recorded as its parts; NotImplemented where it must take the long way."""
+        if (
+            _len_torch_dispatch_stack() != 1
+            or _len_torch_function_stack()
+            or peek_interpreter_stack() is not None
+            or forward_ad._current_level >= 0
+            or _is_any_autocast_enabled()
+            or not TENSORS.issuperset(types)
+        ):
+            return NotImplemented
+        _exclude(_PYTHON, True)
+        try:
+            with DisableTorchFunctionSubclass():
+                return parts(Part(self.tape, _getframe(2)), *args, **(kwargs or {}))
+        finally:
+            _exclude(_PYTHON, False)
 
     def __enter__(self) -> Shortcut:
         _push_on_torch_function_stack(self)
@@ -141,6 +167,7 @@ class Known(NamedTuple):
 
 
 _known: dict[Any, Known] = {}
+_apart: dict[Any, Any] = {}
 _found_at = -1  # how many rules had been entered then
 
 #: What is tried: a few programs use more, but what is rare may take the long way.
@@ -164,6 +191,7 @@ def known() -> dict[Any, Known]:
             return {}  # whoever listens would hear what is tried
         with torch.inference_mode(False), torch.enable_grad(), _DisableAutocast():
             _find()
+            _apart.update(are_made_so(_overloads_of))
         _found_at = Op.rules_entered
     return _known
 
@@ -194,7 +222,7 @@ def _find() -> None:
             if len({id(plan) for plan in good.values()}) > 1:
                 by_dims = good
             if by_dims is not None or len(good) == len(found):
-                plans.update(dict.fromkeys(_TENSORS if kind is Tensor else (kind,), next(iter(good.values()))))
+                plans.update(dict.fromkeys(TENSORS if kind is Tensor else (kind,), next(iter(good.values()))))
         if plans:
             cast = any(plan.op.name not in _AS_GIVEN for plan in plans.values())
             _known[func] = Known(len(next(iter(ways))[1]), plans, by_dims, cast)
@@ -221,6 +249,17 @@ def _try(tried: dict[Any, dict[tuple[type, tuple[int, ...]], Plan | None]], func
             plan = made
     ways = tried.setdefault(func, {})
     ways[type(given[-1]), tuple(each.ndim if isinstance(each, Tensor) else -1 for each in given)] = plan
+
+
+def _overloads_of(function: Any, *args: Any, **kwargs: Any) -> list[OpOverload]:
+    """The overloads that torch runs for a function."""
+    overloads = _Overloads()
+    try:
+        with overloads:
+            function(*args, **kwargs)
+    except (TypeError, RuntimeError):
+        return []
+    return [overload for overload, _ in overloads.calls]
 
 
 def _same(given: Any, reached: Any) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "OUTSIDE",
     "SWEEP",
     "SWEPT",
+    "TENSORS",
     "UNFOLLOWED",
     "UNSEEN",
     "VIEW_DTYPE",
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 Tensor = torch.Tensor
+
+#: The classes of tensors that are torch's own, and those in their place while a tape listens.
+TENSORS: set[Any] = {Tensor, torch.nn.Parameter}
 
 
 class _State(threading.local):

@@ -57,7 +57,13 @@ class Streams:
         self.moved = call_site(user_frame()) or "a line that is not known"
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
-        if not kwargs and len(args) == 2 and type(args[0]) is torch.Tensor and type(args[1]) is float and args[0].is_cpu:
+        if (
+            not kwargs
+            and len(args) == 2
+            and type(args[0]) is torch.Tensor
+            and type(args[1]) is float
+            and args[0].is_cpu
+        ):
             return _DEFAULT  # a mask, of ones with a probability
         for each in (*args, *kwargs.values()):
             if isinstance(each, torch.Generator):

@@ -25,6 +25,7 @@ __all__ = [
     "ALIAS",
     "AS_COMPLEX",
     "AS_REAL",
+    "BARE",
     "Taken",
     "as_constants",
     "as_stored",
@@ -308,7 +309,7 @@ def write(
 def outputs_of(node: Node, made: Sequence[Tensor]) -> tuple[Value, ...]:
     """The values that the tensors `made` hold from now on, as outputs of `node`."""
     ref = weakref.ref(node)
-    outputs = []
+    outputs: list[Value] = []
     for tensor in made:
         value = _value(tensor)
         value._node = ref
@@ -336,7 +337,8 @@ def undo(tape: Tape, length: int) -> None:
             value.stale = True
 
 
-_BARE = {int, float, bool, type(None)}  # arguments in which there is no tensor
+#: Types of arguments of an overload that are no tensors, and have none in them.
+BARE = {int, float, bool, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 class Taken:
@@ -367,7 +369,7 @@ class Taken:
         taken = []
         for argument, keep in zip(args, reads, strict=False):
             kind = type(argument)
-            if kind in _BARE:
+            if kind in BARE:
                 taken.append(argument)
             else:
                 taken.append(take(argument, keep))
