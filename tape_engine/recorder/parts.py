@@ -11,6 +11,7 @@ that is found out by trying the examples beside each, as `shortcut` finds out wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,12 +81,11 @@ def _linear(part: Part, input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _convolution(
-    part: Part, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: Any = 1,
+    dims: int, part: Part, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: Any = 1,
 ) -> Any:  # fmt: skip
-    if not _alike(input, weight, *(() if bias is None else (bias,))) or input.ndim != weight.ndim:
+    if not _alike(input, weight, *(() if bias is None else (bias,))) or not input.ndim == weight.ndim == dims + 2:
         return NotImplemented
-    dims = input.ndim - 2
     for each in (stride, padding, dilation):
         if type(each) is not tuple or len(each) != dims:
             return NotImplemented
@@ -153,9 +153,9 @@ def _alike(*tensors: Any) -> bool:
 #: By torch's function, how it is taken apart.
 apart: dict[Any, Callable[..., Any]] = {
     torch._C._nn.linear: _linear,
-    torch.conv1d: _convolution,
-    torch.conv2d: _convolution,
-    torch.conv3d: _convolution,
+    torch.conv1d: partial(_convolution, 1),
+    torch.conv2d: partial(_convolution, 2),
+    torch.conv3d: partial(_convolution, 3),
     Tensor.add_: _count,
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
