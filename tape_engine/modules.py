@@ -60,7 +60,7 @@ def _calling(original: Any) -> Any:
         if not here.listening:
             return original(self, *args, **kwargs)
         if not here.depth:
-            here.names = {id(inside): name for name, inside in self.named_modules()}
+            here.names = _names_in(self)
             here.outermost.append(self)
         if self._backward_hooks or self._backward_pre_hooks:
             _backward_hook(self)
@@ -78,6 +78,21 @@ def _calling(original: Any) -> Any:
             del here.path[length:]
 
     return _call_impl
+
+
+def _names_in(outermost: torch.nn.Module) -> dict[int, str]:
+    """The names of the modules inside one, by ``id``: as ``named_modules`` tells them, in fewer steps."""
+    names: dict[int, str] = {}
+    stack = [(outermost, "")]
+    while stack:
+        module, name = stack.pop()
+        if id(module) not in names:
+            names[id(module)] = name
+            inside = module._modules
+            if inside:
+                before = name + "." if name else ""
+                stack += [(each, before + own) for own, each in reversed(inside.items()) if each is not None]
+    return names
 
 
 def listen() -> int:

@@ -134,6 +134,8 @@ class Op:
         differentiable: false where it is declared that no gradient passes (``argmax``, ``eq``).
         broadcasts: whether the sweep may sum a gradient over broadcast dimensions; ``None`` lets it
             where the output's shape is what broadcasting the arguments gives.
+        spent: gives what the rule gives, written where the gradient lies that it is given, which nobody needs any more;
+            None where it cannot (`spends`).
         rule_is_ours: whether that is one of this package, which asks nothing of torch's autograd.
         saves: the names of the rule's parameters whose data it reads; ``None`` without a rule.
         outputs_read: of an operation with several outputs, those that its rule reads (``out[1]``); ``None`` for all.
@@ -158,6 +160,7 @@ class Op:
         self.name = name
         self.grad: Rule | None = None
         self.rule_is_ours = False
+        self.spent: Callable[..., tuple[Any, ...] | None] | None = None
         self._differentiable = True
         self.broadcasts = broadcasts
         self.saves: frozenset[str] | None = None
@@ -208,6 +211,7 @@ class Op:
                 )
             )
         self.grad, self.saves, self.rule_parameters = function, saves, names or ()
+        self.spent = None
         self.rule_is_ours = getattr(function, "__module__", "").startswith(_OURS)
         self.outputs_read = None if names is None else places_read(function, names[1])
         self.differentiable = True
@@ -424,6 +428,22 @@ def rule(
             found.samples = tuple(samples) or found.samples
             found.broadcasts = broadcasts if broadcasts is not None else found.broadcasts
             found.formula = formula or found.formula
+        return function
+
+    return enter
+
+
+def spends(target: Any) -> Callable[[Rule], Rule]:
+    """Registers how a rule's gradient may be written where the gradient lies that it is given.
+
+    The function takes ``(needs, g, out, *args)``, where `needs` tells for each tensor argument whether its gradient is
+    wanted. It returns what the rule returns, in the memory of `g`, or None where it must have other memory: then it
+    has not written to it. It is asked where nobody else has `g`, and all numbers are real.
+    """
+
+    def enter(function: Rule) -> Rule:
+        for found in records(target):
+            found.spent = function
         return function
 
     return enter

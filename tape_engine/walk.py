@@ -177,8 +177,14 @@ class Sweep:
             if op.rule_is_ours is not below and free:
                 below = not below
                 _exclude(_AUTOGRAD, below)
+            contributions: Any = None
             try:
-                contributions = specialise(rule, needs, not node.complex)(g, read, *given, **kwargs)
+                if op.spent is not None and type(made) is not tuple and not node.complex:
+                    contribution = before = None  # one of them may be `g`
+                    if sys.getrefcount(g) == _ALONE - 1 and _may_be_written(g):
+                        contributions = op.spent(needs, g, read, *given, **kwargs)
+                if contributions is None:
+                    contributions = specialise(rule, needs, not node.complex)(g, read, *given, **kwargs)
             except TapeError:
                 raise
             except Exception as error:
@@ -236,7 +242,7 @@ class Sweep:
         references = sys.getrefcount(before)
         if before is None:
             self.pending[value] = contribution
-        elif not self.record and (value in self._summed or (references == _ALONE and _is_large(before))):
+        elif not self.record and (value in self._summed or (references == _ALONE and _may_be_written(before))):
             before.add_(contribution)
             self._summed.add(value)
         else:
@@ -340,16 +346,17 @@ def _count_alone() -> int:
 _ALONE = _count_alone()
 
 
-#: From how many elements on it is asked whether a gradient may be added to where it lies.
+#: From how many elements on it is asked whether a gradient may be written to where it lies.
 _LARGE = 1 << 14
 
 
-def _is_large(g: Tensor) -> bool:
-    """Whether a gradient takes much memory, which no other tensor has."""
+def _may_be_written(g: Tensor) -> bool:
+    """Whether a gradient that nothing in Python refers to besides is large, and nobody else's at all."""
     return (
         g.numel() >= _LARGE
         and g.layout is torch.strided
         and g.is_contiguous()
+        and g._use_count() == 1  # type: ignore[attr-defined]  # torch itself may hold it
         and _uses(g.untyped_storage()) == 2  # counted: the tensor itself and the handle
     )
 

@@ -29,14 +29,13 @@ from ..tape import (
     forget,
     layout_of,
     next_in_sequence,
-    rebind,
     values_by_tensor,
     version_of,
     versions_of,
 )
 from .state import state
 from .strict import refuse_without_rule
-from .writing import ALIAS, BARE, call, join_views, outputs_of, read, stays_closed, undo
+from .writing import ALIAS, BARE, call, join_views, read, stays_closed, undo
 
 __all__ = ["record_plain"]
 
@@ -184,24 +183,34 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
                 if func is not None and result.requires_grad:
                     tape.unheard[address_of(result)] = node  # autograd has saved it, if it does
     else:
-        made = _tensors(result)
-        node.outputs = outputs_of(node, made)
-        for i, (value, each) in enumerate(zip(node.outputs, made)):  # noqa: B905 - as above
+        made, ref = _tensors(result), _ref(node)
+        outputs: list[Value] = []
+        for each in made:
+            binding = Binding(each, forget)  # as above
+            binding.value = value = _new_value(Value)
+            value.shape, value.strides = layout_of(each)
+            value.dtype, value.device = each.dtype, each.device
+            value._tensor, value._node = binding, ref
+            if outputs:
+                value.index = len(outputs)
+            binding.node = node
+            binding.versions = (version_of(each), version_of(args[0])) if views else versions_of(each)
+            binding.key = key = id(each)
+            values_by_tensor[key] = binding
+            outputs.append(value)
             if cut:
                 value.constant = True
             elif op.reads_output:
-                wanted = op.reads_output_at(i, len(made))
+                wanted = op.reads_output_at(value.index, len(made))
                 saved.append(value.keep(ALIAS(each), own=True) if wanted else None)
                 keeps = True
+        node.outputs = tuple(outputs)
     if cut:
         node.cut = True
     elif keeps:
         node.saved = tuple(saved)
     if not single:
         node.note_form(result)
-        if views:
-            for each in made:
-                rebind(each, version_of(args[0]))
     if views and not (plan.looks and look(_ref(node), inputs[0])):
         made = (result,) if single else _tensors(result)
         join_views(node.outputs, made, inputs, [each for each in args if isinstance(each, Tensor)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..registry import rule, sample, spec
+from ..registry import rule, sample, spec, spends
 from .common import Tensor, aten, keep_where, kernels, rule_name, unary
 
 _kink = spec(5, values=[-1.0, -0.5, 0.0, 0.5, 1.0])
@@ -22,6 +22,11 @@ _pair = [sample(spec(3, 4), spec(3, 4)), sample(spec(), spec())]
 )
 def relu_grad(g, out, x):
     return kernels.threshold_backward(g, out, 0)
+
+
+@spends(aten.relu.default)
+def relu_spent(needs, g, out, x):
+    return (kernels.threshold_backward(g, out, 0, grad_input=g),)
 
 
 @rule(aten.threshold.default, samples=[*unary(-2, 2, 0.1, 0.7, complex=False), sample(_kink, 0.0, 1.0)])
@@ -75,6 +80,11 @@ def rrelu_with_noise_grad(g, out, x, noise, lower=0.125, upper=1 / 3, training=F
 @rule(aten.gelu.default, formula="gelu(x)", samples=[*unary(complex=False), *unary(approximate="tanh", complex=False)])
 def gelu_grad(g, out, x, *, approximate="none"):
     return kernels.gelu_backward(g, x, approximate=approximate)
+
+
+@spends(aten.gelu.default)
+def gelu_spent(needs, g, out, x, *, approximate="none"):
+    return (kernels.gelu_backward(g, x, approximate=approximate, grad_input=g),)
 
 
 @rule(aten.gelu_backward.default, samples=[*_pair, sample(spec(3, 4), spec(3, 4), approximate="tanh")])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..registry import declare, rule, sample, spec
+from ..registry import declare, rule, sample, spec, spends
 from .common import C128, Tensor, aten, binary, conj, is_tensor, keep_where, rule_name, unary
 
 # -- sums, products, quotients -----------------------------------------------------------------------
@@ -58,6 +58,14 @@ def rsub_scalar_grad(g, out, a, b, alpha=1):
 @rule(aten.mul.Tensor, broadcasts=True, formula="a · b", samples=[*binary(), sample(spec(2, 3), 2.0)])
 def mul_grad(g, out, a, b):
     return g * conj(b), g * a.conj() if is_tensor(b) else None
+
+
+@spends(aten.mul.Tensor)
+def mul_spent(needs, g, out, a, b):
+    other = b if needs[0] else a
+    if all(needs[:2]) is (len(needs) > 1) or (is_tensor(other) and other.dtype != g.dtype):
+        return None
+    return (g.mul_(other), None) if needs[0] else (None, g.mul_(other))
 
 
 @rule(aten.mul.Scalar, formula="a · b", samples=[*unary(-2, 2, 3.0), sample(spec(2, dtype=C128), 1 + 2j)])

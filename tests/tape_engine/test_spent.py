@@ -1,0 +1,244 @@
+"""Large gradients are written to where they lie, where nobody else has them: never where somebody does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tape_engine as te
+from tape_engine import walk
+from tape_engine.registry import find
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+SIZE = 160  # of matrices with more elements than `walk._LARGE`
+
+assert SIZE * SIZE > walk._LARGE
+
+
+def large() -> Tensor:
+    return torch.randn(SIZE, SIZE)
+
+
+# -- rules that write to the gradient that they are given ------------------------------------------------------
+
+#: Calls of operations whose rules may do so, with which gradients are wanted, and whether it can.
+SPENT: dict[str, tuple[Any, Callable[[], tuple[Any, ...]], dict[str, Any], tuple[bool, ...], bool]] = {
+    "relu": (aten.relu.default, lambda: (large(),), {}, (True,), True),
+    "gelu": (aten.gelu.default, lambda: (large(),), {}, (True,), True),
+    "gelu, tanh": (aten.gelu.default, lambda: (large(),), {"approximate": "tanh"}, (True,), True),
+    "mul, left": (aten.mul.Tensor, lambda: (large(), large()), {}, (True, False), True),
+    "mul, right": (aten.mul.Tensor, lambda: (large(), large()), {}, (False, True), True),
+    "mul, both": (aten.mul.Tensor, lambda: (large(), large()), {}, (True, True), False),
+    "mul, number": (aten.mul.Tensor, lambda: (large(), 3.0), {}, (True,), True),
+    "mul, row": (aten.mul.Tensor, lambda: (large(), torch.randn(SIZE)), {}, (True, False), True),
+    "mul, to a row": (aten.mul.Tensor, lambda: (torch.randn(SIZE), large()), {}, (True, False), True),
+    "mul, mask": (aten.mul.Tensor, lambda: (large(), large() > 0), {}, (True, False), False),
+    "mul, float64": (
+        aten.mul.Tensor,
+        lambda: (large(), torch.tensor(2.0, dtype=torch.float64)),
+        {},
+        (True, False),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPENT)
+def test_a_rule_that_spends_its_gradient_gives_what_it_gives_otherwise(name: str) -> None:
+    overload, make, kwargs, needs, can = SPENT[name]
+    op, args = find(overload), make()
+    out = overload(*args, **kwargs)
+    g = torch.randn_like(out)
+    before = g.clone()
+    assert op.grad is not None
+    assert op.spent is not None
+    expected = op.grad(g, out, *args, **kwargs)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    found = op.spent(needs, g, out, *args, **kwargs)
+    if not can:
+        assert found is None
+        assert torch.equal(g, before)
+        return
+    assert found is not None
+    for need, ours, rule_s in zip(needs, found, expected, strict=False):
+        if need:
+            assert torch.equal(ours, rule_s)
+            assert ours.data_ptr() == g.data_ptr()
+
+
+def test_another_rule_for_the_operation_does_not_spend() -> None:
+    op = find(aten.relu.default)
+    grad, spent = op.grad, op.spent
+    try:
+        te.rule(aten.relu.default)(lambda g, out, x: g * 2)
+        assert op.spent is None
+    finally:
+        assert grad is not None
+        te.rule(aten.relu.default)(grad)
+        op.spent = spent
+
+
+# -- programs -------------------------------------------------------------------------------------------------
+
+
+@te.op
+def kept(x: Tensor) -> Tensor:
+    return (x * x / 2).clone()
+
+
+@kept.rule
+def kept_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return x  # where g is 1: the tensor itself that the tape keeps
+
+
+CONSTANT = torch.ones(SIZE, SIZE)
+
+
+@te.op
+def constant(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@constant.rule
+def constant_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return CONSTANT
+
+
+@te.op
+def passed(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@passed.rule
+def passed_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g
+
+
+@te.op
+def seen(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@seen.rule
+def seen_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g.view(-1).view(g.shape)  # another tensor on the same memory
+
+
+#: Of two matrices, a number: `plain` for torch, where it has other operations for ours.
+PROGRAMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor] | None]] = {
+    "residual": (lambda x, w: ((x + torch.relu(x @ w)) ** 2).sum(), None),
+    "gradient shared by a sum": (lambda x, w: (lambda y: (torch.relu(y) + y + F.gelu(y)).sum())(x * w), None),
+    "twice the same": (lambda x, w: (lambda y: torch.relu(y + y) * 3.0)(x @ w).sum(), None),
+    "sums and products": (lambda x, w: x.sum() + (x * w).sum() + torch.relu(x).mean(), None),
+    "expanded": (lambda x, w: (x.sum(0, keepdim=True).expand(SIZE, SIZE) * w).sum() + x.sum(), None),
+    "transposed": (lambda x, w: (torch.relu(x.t()).t() @ w + F.gelu(x)).sum(), None),
+    "views": (lambda x, w: torch.relu(x.view(-1)).sum() + (x.reshape(SIZE // 2, -1) * 2.0).sum() + (x * w).sum(), None),
+    "mask": (lambda x, w: F.gelu((x @ w) * (w > 0).float() * 2.0).sum(), None),
+    "a saved tensor": (lambda x, w: kept(x * w).sum() + (x * w).sum(), lambda x, w: ((x * w) ** 2 / 2 + x * w).sum()),
+    "a saved tensor, read after": (
+        lambda x, w: (lambda y: (kept(y) + torch.relu(y) * 2.0).sum())(x * w),
+        lambda x, w: (lambda y: (y * y / 2 + torch.relu(y) * 2.0).sum())(x * w),
+    ),
+    "a constant": (
+        lambda x, w: (lambda y: constant(torch.relu(y)).sum() + constant(y).sum() + y.sum())(x * w),
+        lambda x, w: (lambda y: torch.relu(y).sum() + y.sum() + y.sum())(x * w),
+    ),
+    "passed on": (
+        lambda x, w: (lambda y: (passed(torch.relu(y)) + passed(y) + y * 2.0).sum())(x * w),
+        lambda x, w: (lambda y: (torch.relu(y) + y + y * 2.0).sum())(x * w),
+    ),
+    "seen through a view": (
+        lambda x, w: (lambda y: (torch.relu(seen(y)) * 2.0 + seen(y) + torch.relu(y)).sum())(x * w),
+        lambda x, w: (lambda y: (torch.relu(y) * 2.0 + y + torch.relu(y)).sum())(x * w),
+    ),
+}
+
+
+@pytest.mark.parametrize("all_of_them", [False, True], ids=["wrt", "every .g"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_have_torch_s_gradients_as_often_as_they_are_swept(name: str, all_of_them: bool) -> None:
+    torch.manual_seed(0)
+    function, plain = PROGRAMS[name]
+    x, w = large(), large() / SIZE
+    leaves = [each.clone().requires_grad_() for each in (x, w)]
+    expected = torch.autograd.grad((plain or function)(*leaves), leaves)
+    copies = [each.clone() for each in (x, w)]
+    with te.record() as tape:
+        C = function(x, w)
+    values = [value for value in tape.values if value.tensor is not None]
+    contents = [value.tensor.clone() for value in values if value.tensor is not None]
+    for _ in range(2):
+        te.backward(C, wrt=None if all_of_them else [x, w], keep=True)
+        for ours, theirs in zip((x.g, w.g), expected, strict=True):  # type: ignore[attr-defined]
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for now, then in zip((x, w), copies, strict=True):
+        assert torch.equal(now, then)
+    for value, then in zip(values, contents, strict=True):
+        assert torch.equal(value.tensor, then)  # type: ignore[arg-type]
+    assert torch.equal(CONSTANT, torch.ones(SIZE, SIZE))
+
+
+def test_a_seed_stays_as_it_is() -> None:
+    x, seed = large(), large()
+    before = seed.clone()
+    with te.record():
+        y = torch.relu(x)
+    te.backward(y, seed, wrt=[x])
+    assert torch.equal(seed, before)
+    assert torch.equal(x.g, before * (x > 0))  # type: ignore[attr-defined]
+
+
+def test_intermediate_gradients_are_each_their_own() -> None:
+    x, w = large(), large() / SIZE
+    with te.record():
+        h = x @ w
+        a = torch.relu(h)
+        b = a * 2.0
+        C = (b + h).sum()
+    te.backward(C)
+    ones = torch.ones(SIZE, SIZE)
+    assert torch.equal(b.g, ones)  # type: ignore[attr-defined]
+    assert torch.equal(a.g, ones * 2)  # type: ignore[attr-defined]
+    assert torch.equal(h.g, ones + 2 * (h > 0))  # type: ignore[attr-defined]
+
+
+def test_what_a_function_of_torch_has_saved_is_not_written_to() -> None:
+    class Saving(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * x / 2
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            (x,) = ctx.saved_tensors
+            return x  # type: ignore[no-any-return]
+
+    x = large()
+    with te.record():
+        h = x * 2.0
+        C = (Saving.apply(torch.relu(h)) + h).sum()  # type: ignore[no-untyped-call]
+    for _ in range(2):
+        te.backward(C, wrt=[x], keep=True)
+        torch.testing.assert_close(x.g, 4 * x * (x > 0) + 2)  # type: ignore[attr-defined]
+
+
+def test_memory_is_written_to_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    may = walk._may_be_written
+
+    def may_be_written(g: Tensor) -> bool:
+        asked.append(may(g))
+        return asked[-1]
+
+    monkeypatch.setattr(walk, "_may_be_written", may_be_written)
+    x, w = large(), large() / SIZE
+    with te.record():
+        C = ((x + torch.relu(x @ w) * 2.0) ** 2).sum()
+    te.backward(C, wrt=[x, w])
+    assert asked == [False, True, True]  # x has the gradient of the product as well, relu its own, and x again
