@@ -129,8 +129,35 @@ def seen_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
     return g.view(-1).view(g.shape)  # another tensor on the same memory
 
 
+@te.op
+def ones(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@ones.rule
+def ones_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+    return g.new_ones(()).expand(SIZE, SIZE).detach()  # nobody else's, and of one element
+
+
+def in_between(see: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A program in which a gradient arrives at two values, and one of them is added to before the other is passed."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        a, b = x * 1.0, w * 2.0
+        r = torch.relu(a) * 2.0
+        return ((see(a) + b) ** 2).sum() + (r * r).sum()
+
+    return function
+
+
 #: Of two matrices, a number: `plain` for torch, where it has other operations for ours.
 PROGRAMS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor] | None]] = {
+    "one gradient of two": (in_between(lambda a: a), None),
+    "one gradient of two, seen through a view": (in_between(seen), in_between(lambda a: a)),
+    "an element for all": (
+        lambda x, w: (lambda y: (ones(torch.relu(y)) + ones(y) + torch.relu(y)).sum())(x * w),
+        lambda x, w: (lambda y: (torch.relu(y) + y + torch.relu(y)).sum())(x * w),
+    ),
     "residual": (lambda x, w: ((x + torch.relu(x @ w)) ** 2).sum(), None),
     "gradient shared by a sum": (lambda x, w: (lambda y: (torch.relu(y) + y + F.gelu(y)).sum())(x * w), None),
     "twice the same": (lambda x, w: (lambda y: torch.relu(y + y) * 3.0)(x @ w).sum(), None),
@@ -214,14 +241,14 @@ def test_what_a_function_of_torch_has_saved_is_not_written_to() -> None:
             return x * x / 2
 
         @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, g: Tensor) -> Tensor:
             (x,) = ctx.saved_tensors
             return x  # type: ignore[no-any-return]
 
     x = large()
     with te.record():
         h = x * 2.0
-        C = (Saving.apply(torch.relu(h)) + h).sum()
+        C = (Saving.apply(torch.relu(h)) + h).sum()  # type: ignore[no-untyped-call]
     for _ in range(2):
         te.backward(C, wrt=[x], keep=True)
         torch.testing.assert_close(x.g, 4 * x * (x > 0) + 2)  # type: ignore[attr-defined]
@@ -241,3 +268,36 @@ def test_memory_is_written_to_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> 
         C = ((x + torch.relu(x @ w) * 2.0) ** 2).sum()
     te.backward(C, wrt=[x, w])
     assert asked == [True, True]  # relu's, which it has alone, and the sum at x; the product's is that of x as well
+
+
+def test_what_torch_s_own_graph_holds_is_not_written_to() -> None:
+    graphs = []
+
+    @te.op
+    def graphed(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @graphed.rule
+    def graphed_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            held = torch.ones(SIZE, SIZE, requires_grad=True) * 1.0
+            graphs.append(held * held)  # which saves `held`
+        return held
+
+    x = large()
+    with te.record():
+        h = x * 2.0
+        C = (graphed(torch.relu(h)) + h).sum()
+    te.backward(C, wrt=[x])
+    torch.testing.assert_close(x.g, 2.0 * (x > 0) + 2)  # type: ignore[attr-defined]
+    graphs[0].sum().backward()  # torch says so if what it has saved was written to
+
+
+def test_a_conjugate_is_not_left_out() -> None:
+    x, w = torch.complex(large(), large()), torch.complex(large(), large())
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(((leaf * w) ** 2).abs().sum(), leaf)
+    with te.record():
+        C = ((x * w) ** 2).abs().sum()
+    (found,) = te.grad(C, [x])
+    torch.testing.assert_close(found, expected)
