@@ -32,6 +32,7 @@ ROOMS = (
     "tape",
     "names",
     "listing",
+    "places",
     "aliases",
     "warned",
     "compiler",

@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from ..aliases import overlapping
+from ..places import overlapping
 from ..tape import Value
 
 __all__ = ["buffer", "laid", "overlapping", "own", "placed", "rotating", "strides_of"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..aliases import read_view, write_view
+from ..places import read_view, write_view
 from ..tape import Node, Tape, Value
 
 __all__ = ["DESCRIBED", "LIFT", "SAME", "STEPPED", "VIEWS", "Frozen", "sized_by_elements"]

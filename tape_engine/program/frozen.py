@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..aliases import write_view
 from ..errors import NotRecordedError, ShapeError, message
 from ..names import call_site, local_name, located, names_of, user_frame
+from ..places import write_view
 from ..recorder import SWEEP, SWEPT, UNFOLLOWED, UNSEEN, freezing, quietly, read, recording
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
 from ..walk import Sweep

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..aliases import extent
+from ..places import extent
 from ..tape import Value
 from .buffers import overlapping, strides_of
 

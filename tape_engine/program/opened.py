@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..aliases import extent
 from ..exits import close_exits, open_exits
+from ..places import extent
 from ..recorder import CalledBack, FunctionOp, called_again, recording
 from ..recorder.apart import Apart
 from ..tape import Node, Tape, Value, bind, bound, pop_tape, push_tape

@@ -16,7 +16,8 @@ import torch
 
 from ..registry import Op
 from ..tape import Node, Tape
-from .writing import Taken, write
+from .taken import Taken
+from .writing import write
 
 __all__ = ["decided", "observe_from", "record_tolist"]
 

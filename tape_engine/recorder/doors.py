@@ -22,17 +22,8 @@ from .shortcut import Shortcut, left_out
 from .state import current_tape_is_global, detaching, state, tensors_in, values_alone
 from .streams import Streams
 from .strict import refuse_without_rule
-from .writing import (
-    Taken,
-    as_constants,
-    begin,
-    enter,
-    join_views,
-    read,
-    stays_closed,
-    undo,
-    write,
-)
+from .taken import Taken, enter
+from .writing import as_constants, begin, join_views, read, stays_closed, undo, write
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]
 

@@ -29,7 +29,8 @@ from .inplace import Sparing, settle
 from .listening import Recorded, listen
 from .mode import quietly
 from .state import ONCE, current_tape_is_global, is_cut, state, tensors_in
-from .writing import ALIAS, Taken, join_views, read, stays_closed, undo, write
+from .taken import Taken
+from .writing import ALIAS, join_views, read, stays_closed, undo, write
 
 __all__ = ["FunctionOp", "operands_note"]
 

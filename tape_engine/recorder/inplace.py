@@ -17,19 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import aliases, registry
 from ..modules import path
 from ..names import user_frame
+from ..places import read_view, write_view
 from ..plans import MISSING, Plan, plan_of
 from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
 from .state import LIFT, MOVED, UNFOLLOWED, VIEW_DTYPE, is_cut, tensors_in
 from .strict import refuse_without_rule
+from .taken import Taken, enter
 from .writing import (
     ALIAS,
     AS_COMPLEX,
     AS_REAL,
-    Taken,
     as_constants,
     as_stored,
     call,
-    enter,
     in_units_of,
     read,
     stays_closed,
@@ -295,7 +295,7 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
     if reals is not stored:
         part = write(tape, AS_REAL, (part,), {}, [part], [None], [reals]).outputs[0]
     place = aliases.place_of(reals, target)
-    node = write(tape, aliases.write_view, (old, part, *place), {}, [old, part], [None, None], [made], cut=cut)
+    node = write(tape, write_view, (old, part, *place), {}, [old, part], [None, None], [made], cut=cut)
     if not tape.strong:
         old.ended = node.seq
     if cut:
@@ -318,7 +318,7 @@ def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Val
     past = held is not None and (of_base.constant or detached or held.detached) and not held.constant
     # A write through a detached alias, or seen by one, changes the contents; the gradient passes over it, as in torch.
     inputs = [of_base, held] if past and held is not None else [of_base]
-    node = write(tape, aliases.read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)
+    node = write(tape, read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)
     if past:
         node.mutates = ((1, 0),)
     node.outputs[0].constant = held is not None and held.constant
@@ -338,7 +338,7 @@ def _write_off(tape: Tape, part: Tensor, of_part: Value, wide: Tensor, detached:
     assert held is not None
     past = (of_part.constant or detached or held.detached) and not held.constant
     place = aliases.place_of(part, wide)
-    node = write(tape, aliases.write_view, (held, of_part, *place), {}, [held, of_part], [None, None], [wide], cut=past)
+    node = write(tape, write_view, (held, of_part, *place), {}, [held, of_part], [None, None], [wide], cut=past)
     if past:
         node.mutates = ((0, 0),)
     node.outputs[0].constant, node.outputs[0].detached = held.constant, held.detached

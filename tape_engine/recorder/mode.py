@@ -24,7 +24,8 @@ from .saved import is_unpacking, saved_unheard
 from .shortcut import left_out
 from .state import DETACH, LIFT, VIEW_DTYPE, state, tensors_in, without_vectors
 from .strict import refuse_without_rule
-from .writing import Taken, call, enter, join_views, read, stays_closed, undo, write
+from .taken import Taken, enter
+from .writing import call, join_views, read, stays_closed, undo, write
 
 __all__ = ["Mode", "mode_of", "quietly", "recording"]
 

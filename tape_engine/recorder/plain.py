@@ -35,7 +35,8 @@ from ..tape import (
 )
 from .state import state
 from .strict import refuse_without_rule
-from .writing import ALIAS, BARE, call, join_views, read, stays_closed, undo
+from .taken import BARE
+from .writing import ALIAS, call, join_views, read, stays_closed, undo
 
 __all__ = ["record_plain"]
 

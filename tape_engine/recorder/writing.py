@@ -1,7 +1,7 @@
 """Reading values off tensors, and writing nodes onto a tape: what the three doors have in common.
 
-`read` tells which value a tensor holds, `Taken` puts values in the place of the tensors of a call, `write`
-makes the node and binds its outputs.
+`read` tells which value a tensor holds, `Taken` (`taken`) puts values in the place of the tensors of a call, and
+`write` makes the node and binds its outputs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from .. import aliases, modules, registry
 from ..errors import NotRecordedError, message
 from ..names import call_site, local_name, user_frame
+from ..places import read_view
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
@@ -25,13 +26,10 @@ __all__ = [
     "ALIAS",
     "AS_COMPLEX",
     "AS_REAL",
-    "BARE",
-    "Taken",
     "as_constants",
     "as_stored",
     "begin",
     "call",
-    "enter",
     "in_units_of",
     "is_update",
     "join_views",
@@ -210,7 +208,7 @@ def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     if not aliases.covers(base, part := aliases.in_reals(raw, base)):
         return _leaf(tensor, tape, closed=UNSEEN)
     place = aliases.place_of(part, base)
-    value = write(tape, aliases.read_view, (whole, *place), {}, [whole], [None], [part]).outputs[0]
+    value = write(tape, read_view, (whole, *place), {}, [whole], [None], [part]).outputs[0]
     if part is not raw:
         value = write(tape, AS_COMPLEX, (value,), {}, [value], [None], [raw]).outputs[0]
     value = turned(tape, value, tensor, base, tensor)
@@ -320,12 +318,6 @@ def outputs_of(node: Node, made: Sequence[Tensor]) -> tuple[Value, ...]:
     return tuple(outputs)
 
 
-def enter(taken: Taken, made: Sequence[Tensor]) -> Node:
-    """Records the call whose arguments were `taken`, and which made the tensors `made`."""
-    t = taken
-    return write(t.tape, t.op, t.args, t.kwargs, t.inputs, t.kept, made, sources=t.sources, cut=is_cut())
-
-
 #: An alias of a tensor. Torch's own method: that of Tensor is wrapped while a block is open.
 ALIAS = torch._C.TensorBase.detach
 
@@ -335,67 +327,6 @@ def undo(tape: Tape, length: int) -> None:
     for node in tape.rewind(length):
         for value in node.outputs:
             value.stale = True
-
-
-#: Types of arguments of an overload that are no tensors, and have none in them.
-BARE = {int, float, bool, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format}
-
-
-class Taken:
-    """The arguments of a call with values in the place of tensors.
-
-    Attributes:
-        args, kwargs: the arguments.
-        inputs: the values, in order.
-        sources: the nodes that made them, ``None`` for leaves.
-        tensors: the tensors that hold them.
-        kept: the cells of those that the rule reads, made before the call: it may write to them.
-        complex: whether one of them is complex.
-    """
-
-    __slots__ = ("args", "complex", "inputs", "kept", "kwargs", "length", "op", "sources", "tape", "tensors")
-
-    def __init__(self, op: Op, tape: Tape, args: Any, kwargs: dict[str, Any], unread: tuple[int, ...] = ()) -> None:
-        self.op = op
-        self.tape, self.length = tape, tape.length
-        self.complex = False
-        self.inputs: list[Value] = []
-        self.sources: list[Node | None] = []
-        self.tensors: list[Tensor] = []
-        self.kept: list[Kept | None] = []
-        take, reads = self.take, op.reads_places(len(args))
-        if unread:
-            reads = [each and place not in unread for place, each in enumerate(reads)]
-        taken = []
-        for argument, keep in zip(args, reads, strict=False):
-            kind = type(argument)
-            if kind in BARE:
-                taken.append(argument)
-            else:
-                taken.append(take(argument, keep))
-        self.args = tuple(taken)
-        self.kwargs = {k: take(a, op.reads_argument(k)) for k, a in kwargs.items()} if kwargs else kwargs
-
-    def value_of(self, tensor: Tensor) -> Value:
-        """The value of a tensor that the call writes to, which it may have been given as an argument or not."""
-        places = [i for i, given in enumerate(self.tensors) if given is tensor]
-        return self.inputs[places[0]] if places else read(tensor, self.tape)
-
-    def take(self, argument: Any, keep: bool) -> Any:
-        """`argument` with values in the place of tensors; those are noted."""
-        if isinstance(argument, Tensor):
-            value = read(argument, self.tape)
-            self.inputs.append(value)
-            self.sources.append(None if value._node is None else value._node())
-            self.tensors.append(argument)
-            self.kept.append(value.keep(argument) if keep else None)
-            if value.dtype.is_complex:
-                self.complex = True
-            return value
-        kind = type(argument)
-        if kind is list or kind is tuple:
-            return kind([self.take(each, keep) for each in argument])
-        return argument
 
 
 def join_views(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tape_engine as te
-from tape_engine import aliases
+from tape_engine import aliases, places
 from tests.helpers import Tensor, agree, close, g_of, grad_of, plain, reference
 
 F = torch.nn.functional
@@ -1195,30 +1195,6 @@ def test_writes_through_a_detached_alias(f: Callable[[Tensor], Tensor]) -> None:
     close(mine.g, wanted, 1e-12)
 
 
-@pytest.mark.parametrize(
-    ("shape", "size", "stride", "offset"),
-    [
-        ((4, 3), (2, 3), (3, 1), 3),
-        ((4, 3), (3,), (4,), 0),
-        ((5,), (3, 2), (1, 1), 1),
-        ((4,), (), (), 2),
-        ((3,), (0,), (1,), 0),
-        ((2, 3), (3, 2), (1, 3), 0),
-    ],
-)
-def test_read_view_and_write_view(shape: Any, size: Any, stride: Any, offset: int) -> None:
-    base = rand(*shape)
-    got = aliases.read_view.forward(base, size, stride, offset)
-    assert torch.equal(got, base.as_strided(size, stride, offset))
-    part = rand(*size)
-    if len(set(aliases.positions(size, stride, offset, base.device).tolist())) == part.numel():
-        written = aliases.write_view.forward(base, part, size, stride, offset)
-        wanted = plain(base)
-        wanted.as_strided(size, stride, offset).copy_(part)
-        assert torch.equal(written, wanted)
-        assert written.stride() == base.stride()
-
-
 def test_overlap_is_never_missed() -> None:
     base = torch.arange(24.0).reshape(4, 6)
     views = [
@@ -1241,7 +1217,7 @@ def test_overlap_is_never_missed() -> None:
 
 
 def _offsets(t: Tensor) -> list[int]:
-    return aliases.positions(tuple(t.shape), t.stride(), 0, t.device).tolist()
+    return places.positions(tuple(t.shape), t.stride(), 0, t.device).tolist()
 
 
 # -- a complex view of real memory -------------------------------------------------------------------

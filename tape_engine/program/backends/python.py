@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from ...aliases import write_view
 from ...names import code_line, located, where
+from ...places import write_view
 from ...tape import Node, Value
 from .. import batch_norms, products
 from ..buffers import laid, own

@@ -20,8 +20,8 @@ import torch
 from torch._ops import OpOverload
 
 from ... import registry
-from ...aliases import read_view, write_view
 from ...ops import lin, mse, relu
+from ...places import read_view, write_view
 from ...plans import GUARDS
 from ...recorder.doors import cut_op, guard_ops
 from ...registry import Op

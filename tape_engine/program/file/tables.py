@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...aliases import extent
+from ...places import extent
 from ...registry import Op
 from ...tape import Told, Value
 from .allowed import Table

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ...aliases import overlapping, positions
 from ...names import expression
+from ...places import overlapping, positions
 from ...tape import Node, Told, Value
 from ..data import DESCRIBED, VIEWS, Frozen
 from .dead import drop_dead

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...aliases import write_view
+from ...places import write_view
 from ...tape import Node, Value
 from ..buffers import overlapping
 

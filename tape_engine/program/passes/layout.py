@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...aliases import read_view, write_view
+from ...places import read_view, write_view
 from ...tape import Node, Value
 from ..data import Frozen
 
