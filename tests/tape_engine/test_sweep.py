@@ -1724,3 +1724,88 @@ def test_what_torch_alone_computed_of_what_is_asked_for_is_refused(of_the_same: 
     else:
         te.backward(loss, wrt=v)
         assert torch.allclose(v.g, y)  # type: ignore[attr-defined]
+
+
+# -- nodes of several outputs ------------------------------------------------------------------------------
+
+
+def test_a_rule_of_several_outputs_is_not_asked_where_no_gradient_arrives() -> None:
+    asked = []
+
+    @te.op
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x * 3
+
+    @two.rule
+    def two_grad(g: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        asked.append(g)
+        return g[0] * 2 + g[1] * 3
+
+    @te.op
+    def lost(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        return a + b + x
+
+    @lost.rule
+    def lost_grad(g: Tensor, out: Tensor, a: Tensor, b: Tensor, x: Tensor) -> tuple[Any, ...]:
+        return None, None, g
+
+    x = rand(3)
+    with te.record():
+        C = lost(*two(x), x).sum()
+    te.backward(C, wrt=x)
+    assert not asked
+    assert torch.equal(x.g, torch.ones(3, dtype=torch.float64))
+
+
+def test_a_none_among_the_outputs_is_one_among_their_gradients() -> None:
+    @te.op
+    def three(x: Tensor) -> tuple[Any, ...]:
+        return x * 2, None, x * 3
+
+    @three.rule
+    def three_grad(g: tuple[Any, ...], out: tuple[Any, ...], x: Tensor) -> Tensor:
+        assert g[1] is out[1] is None
+        found: Tensor = g[0] * 2 + g[2] * 3
+        return found
+
+    x = rand(3)
+    with te.record():
+        a, _, b = three(x)
+        C = (a * a + b).sum()
+    te.backward(C, wrt=x)
+    close(x.g, 8 * x + 3, 1e-12)
+
+
+def test_a_list_of_one_output_is_given_to_its_rule_as_such() -> None:
+    @te.op
+    def listed(x: Tensor) -> tuple[Tensor]:
+        return (x * 2,)
+
+    @listed.rule
+    def listed_grad(g: tuple[Tensor], out: tuple[Tensor], x: Tensor) -> Tensor:
+        (only,), (made,) = g, out
+        assert made.shape == x.shape
+        return only * 2
+
+    x = rand(3)
+    with te.record():
+        (y,) = listed(x)
+        C = (y * y).sum()
+    te.backward(C, wrt=x)
+    close(x.g, 8 * x, 1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tensors_given_by_keyword_reach_a_rule_of_several_outputs(masked: bool) -> None:
+    q, k, v, mask = rand(1, 2, 5, 4), rand(1, 2, 5, 4), rand(1, 2, 5, 4), rand(5, 5)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        made: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if masked else None, scale=0.7)
+        return (made**2).sum()
+
+    expected = reference(function, q, k, v, mask)[: 3 + masked]
+    with te.record():
+        C = function(q, k, v, mask)
+    te.backward(C)
+    for each, g in zip((q, k, v, mask), expected, strict=False):
+        close(each.g, g, 1e-9)
