@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -23,18 +24,26 @@ def nothing_open() -> Iterator[None]:
     assert modules._listeners == 0, "module calls are still listened to"
 
 
+#: Every operation as it was before the first test that met it, by ``id``: copied once, as there are many of both.
+_as_it_was: dict[int, tuple[registry.Op, dict[str, Any]]] = {}
+
+
 @pytest.fixture(autouse=True)
 def rules_as_they_were() -> Iterator[None]:
     """Takes the named operations that a test makes off the table, and puts back the rules that it replaces."""
     named = list(registry._named)
-    before = [(each, dict(vars(each))) for each in registry.ops()]
+    before = list(registry.ops())
+    for each in before:
+        if id(each) not in _as_it_was:
+            _as_it_was[id(each)] = each, dict(vars(each))
     yield
     registry._named[:] = named
-    known = {id(each) for each, _ in before}
+    known = {id(each) for each in before}
     for target, each in list(registry._by_target.items()):
         if id(each) not in known and each.grad is not None:
             del registry._by_target[target]
-    for each, attributes in before:
+    for each in before:
+        attributes = _as_it_was[id(each)][1]
         if vars(each) != attributes:
             vars(each).clear()
             vars(each).update(attributes)
