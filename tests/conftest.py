@@ -29,9 +29,10 @@ def fresh() -> Iterator[None]:
     before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
     yield
     after = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
-    torch.set_default_dtype(before[0])
-    torch.set_grad_enabled(before[1])
-    torch.use_deterministic_algorithms(before[2])
+    if after != before:  # else nothing is set: the last of these loads torch's compiler, which takes seconds
+        torch.set_default_dtype(before[0])
+        torch.set_grad_enabled(before[1])
+        torch.use_deterministic_algorithms(before[2])
     assert after == before, "the test (or what it tested) left torch's switches changed"
 
 
