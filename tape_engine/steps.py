@@ -28,7 +28,7 @@ def order_of(node: Node | None) -> list[Node]:
     stack = [node]
     while stack:
         here = stack.pop()
-        if (here.cut and not here.mutates) or not here.op.differentiable:
+        if not (here.mutates if here.cut else here.op.differentiable):
             continue
         inputs = here.inputs
         for i, source in enumerate(here.sources):

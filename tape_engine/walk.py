@@ -7,6 +7,7 @@ contributions to a value that was used several times, and checking that what a r
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -353,12 +354,20 @@ _LARGE = 1 << 14
 def _may_be_written(g: Tensor) -> bool:
     """Whether a gradient that nothing in Python refers to besides is large, and nobody else's at all."""
     return (
-        g.numel() >= _LARGE
+        type(g) is Tensor  # another may hold a tensor of its own within
+        and g.numel() >= _LARGE
         and g.layout is torch.strided
         and g.is_contiguous()
+        and not g.is_inference()
+        and not weakref.getweakrefcount(g)  # a cache of the rule's, say
         and g._use_count() == 1  # type: ignore[attr-defined]  # torch itself may hold it
-        and _uses(g.untyped_storage()) == 2  # counted: the tensor itself and the handle
+        and _is_ours(g.untyped_storage())
     )
+
+
+def _is_ours(storage: torch.UntypedStorage) -> bool:
+    """Whether one tensor alone has that storage, and it alone that memory: not NumPy, a file or another process."""
+    return _uses(storage) == 2 and storage.resizable()  # counted: the tensor itself and the handle
 
 
 def _uses(storage: torch.UntypedStorage) -> int:

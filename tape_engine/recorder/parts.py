@@ -107,7 +107,7 @@ def _batch_norm(
 ) -> Any:
     if training is not True or type(momentum) is not float or type(eps) is not float:
         return NotImplemented
-    if not _alike(input, mean, var, weight, bias) or input.ndim < 2 or input.numel() == input.shape[1]:
+    if not _alike(input, mean, var, weight, bias) or input.ndim < 2 or input.numel() == input.shape[1] or eps <= 0:
         return NotImplemented
     channels = input.shape[1:2]
     for each in (mean, var, weight, bias):
@@ -121,6 +121,8 @@ def _layer_norm(part: Part, input: Any, shape: Any, weight: Any, bias: Any, eps:
         return NotImplemented
     if not input.shape[-len(shape) :] == shape == weight.shape == bias.shape:
         return NotImplemented
+    if any(type(each) is not int for each in shape):  # True equals 1, and torch takes neither that nor 1.0
+        return NotImplemented
     return part(aten.native_layer_norm.default, torch.native_layer_norm, input, [*shape], weight, bias, eps)[0]
 
 
@@ -130,7 +132,9 @@ def _cross_entropy(
 ) -> Any:  # fmt: skip
     if not (weight is size_average is reduce is None) or label_smoothing != 0 or type(ignore_index) is not int:
         return NotImplemented
-    if not _alike(input) or input.ndim != 2 or type(target) not in TENSORS or reduction not in _REDUCTIONS:
+    if not _alike(input) or input.ndim != 2 or type(target) not in TENSORS or not -(1 << 63) <= ignore_index < 1 << 63:
+        return NotImplemented
+    if type(reduction) is not str or reduction not in _REDUCTIONS:
         return NotImplemented
     if target.dtype is not torch.int64 or not target.is_cpu or target.shape != input.shape[:1]:
         return NotImplemented
@@ -141,6 +145,8 @@ def _cross_entropy(
 
 def _alike(*tensors: Any) -> bool:
     """Whether these are ordinary tensors of one dtype, one of the usual ones, on the CPU, with elements."""
+    if type(tensors[0]) not in TENSORS:
+        return False
     dtype = tensors[0].dtype
     if dtype not in _DTYPES:
         return False

@@ -24,6 +24,7 @@ from torch._C import (
     DispatchKey,
     _DisableAutocast,
     _get_function_stack_at,
+    _get_tracing_state,
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
@@ -107,6 +108,8 @@ class Shortcut(TorchFunctionMode):
             or peek_interpreter_stack() is not None
             or forward_ad._current_level >= 0
             or _is_any_autocast_enabled()
+            or _get_tracing_state() is not None  # what is traced is the function, whole
+            or _saving_hooks(False) is not None  # what the user's hooks do is heard by the long way alone
             or not TENSORS.issuperset(types)
         ):
             return NotImplemented

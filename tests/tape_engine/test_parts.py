@@ -284,9 +284,19 @@ FAILING: dict[str, Callable[[], Any]] = {
     "conv2d, dimensions": lambda: F.conv2d(leaf(1, 3, 4), leaf(2, 3, 3), None, (1,), (0,), (1,), 1),
     "conv1d of images": lambda: F.conv1d(leaf(1, 3, 4, 4), leaf(2, 3, 3, 3), None, (1, 1), (0, 0), (1, 1), 1),
     "conv2d, bias": lambda: F.conv2d(leaf(1, 3, 4, 4), leaf(2, 3, 3, 3), leaf(3), (1, 1), (0, 0), (1, 1), 1),
+    "batch_norm, eps": lambda: F.batch_norm(
+        leaf(4, 3), torch.zeros(3), torch.ones(3), leaf(3), leaf(3), True, 0.1, -1.0
+    ),
+    "batch_norm, a list": lambda: F.batch_norm([1.0], torch.zeros(1), torch.ones(1), leaf(1), leaf(1), True),  # type: ignore[arg-type]
     "batch_norm, one row": lambda: F.batch_norm(leaf(1, 3), torch.zeros(3), torch.ones(3), leaf(3), leaf(3), True),
     "batch_norm, channels": lambda: F.batch_norm(leaf(4, 3), torch.zeros(2), torch.ones(2), leaf(3), leaf(3), True),
     "layer_norm, shape": lambda: F.layer_norm(leaf(4, 3), (2,), leaf(2), leaf(2)),
+    "layer_norm, None": lambda: F.layer_norm(None, (3,), leaf(3), leaf(3)),  # type: ignore[arg-type]
+    "layer_norm, a bool": lambda: F.layer_norm(leaf(4, 1), (True,), leaf(1), leaf(1)),
+    "layer_norm, a float": lambda: F.layer_norm(leaf(4, 3), (3.0,), leaf(3), leaf(3)),  # type: ignore[arg-type]
+    "cross_entropy, a list": lambda: F.cross_entropy([[1.0]], torch.tensor([0])),  # type: ignore[arg-type]
+    "cross_entropy, ignoring much": lambda: F.cross_entropy(leaf(3, 4), labels(3, 4), ignore_index=2**70),
+    "cross_entropy, a list of reductions": lambda: F.cross_entropy(leaf(3, 4), labels(3, 4), reduction=["mean"]),  # type: ignore[arg-type]
     "cross_entropy, class": lambda: F.cross_entropy(leaf(3, 4), torch.tensor([0, 1, 4])),
     "cross_entropy, counts": lambda: F.cross_entropy(leaf(3, 4), torch.tensor([0, 1])),
     "cross_entropy, reduction": lambda: F.cross_entropy(leaf(3, 4), torch.tensor([0, 1, 2]), reduction="most"),
@@ -300,6 +310,33 @@ def test_a_call_that_fails_fails_as_torch_does(name: str) -> None:
     with te.record(), pytest.raises(type(expected.value)) as raised:
         FAILING[name]()
     assert str(raised.value).splitlines()[0] == str(expected.value).splitlines()[0]
+
+
+def test_what_a_hook_on_saved_tensors_does_is_replayed() -> None:
+    x, w, count = torch.randn(2, 3), leaf(4, 3), torch.zeros(())
+
+    def pack(saved: Tensor) -> Tensor:
+        count.add_(1.0)
+        return saved
+
+    with te.record() as tape, torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        y = F.linear(x, w)
+    packed = count.item()
+    assert packed > 0
+    tape.program(inputs=(x,), outputs=y)(x)
+    assert count.item() == 2 * packed
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_function_that_is_traced_is_traced_whole(short: list[Any]) -> None:
+    layer, x = nn.Linear(3, 4), torch.randn(2, 3)
+    expected = str(torch.jit.trace(layer, (x,)).graph)  # type: ignore[no-untyped-call]
+    assert not short
+    with te.record():
+        traced = torch.jit.trace(nn.Sequential(layer, nn.Linear(4, 4)), (x,))  # type: ignore[no-untyped-call]
+    assert NotImplemented in short
+    assert "aten::linear" in expected
+    assert str(traced.inlined_graph).count("aten::linear") == 2
 
 
 def test_a_release_that_takes_it_apart_otherwise_takes_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1756,3 +1756,23 @@ def test_training_batch_norm_keeps_nothing_of_its_running_statistics() -> None:
     close(g_of(layer.weight), plain.weight.grad, 1e-5)
     close(g_of(layer.bias), plain.bias.grad, 1e-5)
     close(layer.running_var, plain.running_var, 0)
+
+
+def test_a_write_under_no_grad_to_what_no_rule_reads_is_passed_over() -> None:
+    x = torch.randn(3)
+    with te.record():
+        y = x + 1
+        with torch.no_grad():
+            y.mul_(2)
+        C = (y * 3).sum()
+    te.backward(C, wrt=x)
+    assert torch.equal(x.g, torch.full((3,), 3.0))  # type: ignore[attr-defined]
+
+
+def test_a_counter_goes_by_its_name() -> None:
+    norm = torch.nn.BatchNorm1d(3)
+    with te.record() as tape:
+        norm(norm(torch.randn(4, 3)))
+    counts = [node for node in tape.nodes if node.op.name == "add"]
+    assert [node.inputs[0].name for node in counts] == ["num_batches_tracked"] * 2
+    assert int(norm.num_batches_tracked) == 2

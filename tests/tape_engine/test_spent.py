@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -301,3 +302,93 @@ def test_a_conjugate_is_not_left_out() -> None:
         C = ((x * w) ** 2).abs().sum()
     (found,) = te.grad(C, [x])
     torch.testing.assert_close(found, expected)
+
+
+# -- memory that others have, though torch counts one tensor of it ----------------------------------------------
+
+OTHERS_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "NumPy's": lambda x: torch.from_numpy(x.numpy()),
+    "DLPack's": torch.from_dlpack,  # type: ignore[attr-defined]
+    "a class's": lambda x: Wrapping(x),
+}
+
+
+class Wrapping(Tensor):
+    """A tensor that does with another, which it holds, what is asked of it."""
+
+    held: Any
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapping:
+        made: Wrapping = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.held = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        made = func(*[each.held if isinstance(each, Wrapping) else each for each in args], **(kwargs or {}))
+        return Wrapping(made) if isinstance(made, Tensor) else made
+
+
+@pytest.mark.parametrize("name", OTHERS_MEMORY)
+@pytest.mark.parametrize("added", [False, True])
+def test_memory_of_others_is_not_written_to(name: str, added: bool) -> None:
+    own = torch.full((SIZE, SIZE), 2.0)
+
+    @te.op
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    @doubled.rule
+    def doubled_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        return OTHERS_MEMORY[name](own)
+
+    x = large()
+    with te.record():
+        C = doubled(x).sum() + doubled(x).sum() if added else doubled(torch.relu(x)).sum()
+    (g,) = te.grad(C, (x,))
+    assert g is not None
+    g = g.held if isinstance(g, Wrapping) else g
+    assert torch.equal(own, torch.full_like(own, 2.0))
+    assert torch.equal(g, torch.full_like(x, 4.0) if added else (x > 0) * 2.0)
+
+
+def test_what_a_rule_remembers_weakly_is_not_written_to() -> None:
+    cache: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+
+    @te.op
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    @doubled.rule
+    def doubled_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        found = cache.get("two")
+        if found is None:
+            found = cache["two"] = torch.full_like(x, 2.0)
+        return found
+
+    x, y = large(), large()
+    with te.record():
+        C = doubled(torch.relu(x)).sum() + doubled(torch.relu(y)).sum()
+    for g, each in zip(te.grad(C, (x, y)), (x, y), strict=True):
+        assert g is not None
+        assert torch.equal(g, (each > 0) * 2.0)
+
+
+def test_an_inference_tensor_of_a_rule_is_not_written_to() -> None:
+    @te.op
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+    @doubled.rule
+    def doubled_grad(g: Tensor, out: Tensor, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return g * 2
+
+    x = large()
+    with te.record():
+        h = torch.relu(x)
+        C = doubled(h).sum() + doubled(h).sum() + doubled(torch.relu(x)).sum()
+    (g,) = te.grad(C, (x,))
+    assert g is not None
+    assert torch.equal(g, (x > 0) * 6.0)

@@ -1726,6 +1726,24 @@ def test_what_torch_alone_computed_of_what_is_asked_for_is_refused(of_the_same: 
         assert torch.allclose(v.g, y)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("write", ["zero_", "fill_", "uniform_", "bernoulli_", "gt_"])
+def test_a_gradient_passes_over_a_write_under_no_grad_that_has_none(write: str) -> None:
+    def computed(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        h = x * 2
+        with torch.no_grad():
+            getattr(h, write)(*([0.5] if write in ("fill_", "gt_") else []))
+        return (h * x).sum()
+
+    x = rand(3).requires_grad_()
+    (expected,) = torch.autograd.grad(computed(x), x)
+    with te.record():
+        C = computed(x)
+    (g,) = te.grad(C, (x,))
+    assert g is not None
+    assert torch.equal(g, expected)
+
+
 # -- nodes of several outputs ------------------------------------------------------------------------------
 
 
