@@ -180,7 +180,7 @@ class Sweep:
                 _exclude(_AUTOGRAD, below)
             contributions: Any = None
             try:
-                if op.spent is not None and type(made) is not tuple and not node.complex:
+                if op.spent is not None and g.numel() >= _LARGE and not node.complex:
                     contribution = before = None  # one of them may be `g`
                     if sys.getrefcount(g) == _ALONE - 1 and _may_be_written(g):
                         contributions = op.spent(needs, g, read, *given, **kwargs)
@@ -354,8 +354,8 @@ _LARGE = 1 << 14
 def _may_be_written(g: Tensor) -> bool:
     """Whether a gradient that nothing in Python refers to besides is large, and nobody else's at all."""
     return (
-        type(g) is Tensor  # another may hold a tensor of its own within
-        and g.numel() >= _LARGE
+        g.numel() >= _LARGE
+        and type(g) is Tensor  # another may hold a tensor of its own within
         and g.layout is torch.strided
         and g.is_contiguous()
         and not g.is_inference()
