@@ -315,13 +315,15 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
 def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Value | None, detached: bool) -> None:
     """Records what `other`, which is no view of `base`, holds after a write to that."""
     place = aliases.place_of(other, base)
-    past = held is not None and (of_base.constant or detached or held.detached) and not held.constant
+    above = None if other._base is None else bound(other._base)
+    constant = held is not None and (held.constant or (above is not None and above.constant))  # a view of one is one
+    past = held is not None and (of_base.constant or detached or held.detached) and not constant
     # A write through a detached alias, or seen by one, changes the contents; the gradient passes over it, as in torch.
     inputs = [of_base, held] if past and held is not None else [of_base]
     node = write(tape, read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)
     if past:
         node.mutates = ((1, 0),)
-    node.outputs[0].constant = held is not None and held.constant
+    node.outputs[0].constant = constant
     node.outputs[0].detached = held is not None and held.detached
     aliases.share(node.outputs[0], of_base)
 

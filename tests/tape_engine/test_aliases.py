@@ -1405,3 +1405,23 @@ def test_a_view_that_torch_gives_another_grad_fn_after_a_write(view: Callable[[T
     close(g_of(x), torch.autograd.grad((view(torch.complex(x, x)) * plain(seen)).sum(), x)[0])
     with pytest.raises(te.NotRecordedError, match="computed by torch operations outside"), te.record():
         te.backward((before * 2).sum())
+
+
+@pytest.mark.parametrize("write", ["relu_", "exp_", "sin_"])
+@pytest.mark.parametrize(
+    "look", [lambda d: d.reshape(-1), lambda d: d[0], lambda d: d.t()[1:], lambda d: d.view(4)[1:]]
+)
+def test_a_view_of_a_detached_alias_is_a_constant_after_a_write_too(look: Any, write: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        h = x * 1.0
+        v = look(h.detach())
+        getattr(h, write)()
+        return (h * 2).sum() + (v * 3).sum()
+
+    x = rand(2, 2)
+    wanted = reference(f, x)[0]
+    mine = plain(x)
+    with te.record():
+        C = f(mine)
+    te.backward(C)
+    close(mine.g, wanted, 1e-12)
