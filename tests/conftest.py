@@ -6,6 +6,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -72,6 +73,12 @@ THOROUGH = (
     "viz/test_layout.py",
     "viz/test_style.py",
 )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves the thorough suites unread where they would be left out: to make up their cases takes long as well."""
+    thorough = collection_path.as_posix().endswith(THOROUGH)
+    return True if thorough and config.getoption("markexpr") == "not slow" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
