@@ -237,11 +237,8 @@ def alone(tensor: torch.Tensor, value: Value) -> bool:
     """Whether nothing else is known to live in the storage of `tensor`, which holds `value`, and no rule reads it."""
     if tensor._base is not None or value.kept is not None:
         return False
-    group = value._aliases
-    if group is None and not value.viewed:
-        group = _by_storage.get(storage_of(tensor))
-        if group is None:  # nor waits there a view of it
-            return True
+    if value._aliases is None and not value.viewed and storage_of(tensor) not in _by_storage:
+        return True  # nor waits there a view of it
     group = value.aliases or _group_at(storage_of(tensor))
     if group is not None:
         for ref in group.members:

@@ -92,6 +92,7 @@ class Plan:
     """The recorder's treatment of one overload.
 
     Attributes:
+        overload: what it is the plan of, held as long as that.
         op: the record under which it is entered: its own, or that of its functional twin.
         writes: the arguments it writes to, by position or keyword.
         outs: those of them that its functional twin does not take (``out=``).
@@ -134,6 +135,7 @@ class Plan:
     gives_memory: bool = False
     looks: bool = False
     updates: bool = False
+    overload: OpOverload | None = None
 
     def draws(self, args: tuple[Any, ...]) -> bool:
         """Whether a call with these arguments draws from a generator."""
@@ -142,8 +144,7 @@ class Plan:
         return len(args) > self.chance and args[self.chance] != 0
 
 
-#: Those made so far, by overload; and by its ``id``, as its hash is told by a function of Python.
-plans: dict[OpOverload, Plan] = {}
+#: Those made so far, by the ``id`` of the overload, whose hash is told by a function of Python.
 plans_by_id: dict[int, Plan] = {}
 
 
@@ -153,7 +154,7 @@ def plan_of(overload: OpOverload, args: tuple[Any, ...] = ()) -> Plan:
         return _TRAINING
     found = plans_by_id.get(id(overload))
     if found is None:
-        found = plans[overload] = plans_by_id[id(overload)] = _make(overload)
+        found = plans_by_id[id(overload)] = _make(overload)
     return found
 
 
@@ -188,6 +189,7 @@ def _make(overload: OpOverload) -> Plan:
         defaults=tuple(a.default_value if a.has_default_value() else MISSING for a in arguments if not a.kwarg_only),
         statistics="batch_norm" in overload._schema.name,
         gives_memory=overload in SETS,
+        overload=overload,
         looks=overload in LOOKS,
         updates=written == [0]
         and twin is not None
