@@ -22,7 +22,20 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .places import Place, extent, offset_of, overlapping, positions, stride_of
-from .tape import Hidden, Kept, Node, Value, bound, exposed, looking, on_looking, rebind, unwritten, version_of
+from .tape import (
+    Hidden,
+    Kept,
+    Node,
+    Value,
+    bound,
+    exposed,
+    looking,
+    on_looking,
+    rebind,
+    unwritten,
+    values_by_tensor,
+    version_of,
+)
 
 __all__ = [
     "Aliases",
@@ -34,12 +47,15 @@ __all__ = [
     "join",
     "look",
     "neighbours",
+    "parted",
+    "parted_from",
     "place_of",
     "protect",
     "refresh",
     "same_storage",
     "sample_of",
     "share",
+    "stale_views",
     "unheard",
 ]
 
@@ -49,10 +65,11 @@ __all__ = [
 class Aliases:
     """The values that live in one storage: those that a tensor holds now, and those kept for a rule."""
 
-    __slots__ = ("__weakref__", "_drop_at", "foreign", "members", "storage")
+    __slots__ = ("__weakref__", "_drop_at", "dropped", "foreign", "members", "storage")
 
     def __init__(self) -> None:
         self.foreign = False  # whether others have that memory too
+        self.dropped = False  # whether views were dropped that are to be read off their base again
         self.storage = 0  # its address, once it is known
         self.members: list[weakref.ref[Value]] = []
         self._drop_at = 16  # how many there are when the dead ones are next dropped
@@ -72,10 +89,23 @@ class Aliases:
 
     def alive(self) -> list[Value]:
         """The members that still matter; the others are dropped."""
-        found = [v for ref in self.members if (v := ref()) is not None and (v.kept or v.tensor is not None)]
+        found = []
+        for ref in self.members:
+            value = ref()
+            if value is not None:
+                if value.kept or value.tensor is not None:
+                    found.append(value)
+                elif value.stale:
+                    self.dropped = True
         if len(found) < len(self.members):
             self.members = [weakref.ref(v) for v in found]
         return found
+
+    def join_count(self, others: Aliases) -> None:
+        """Has those of another storage know of these, and these of those: torch counts their writes together."""
+        mine, theirs = self.alive(), others.alive()
+        self.members += [weakref.ref(v) for v in theirs if v not in mine]
+        others.members += [weakref.ref(v) for v in mine if v not in theirs]
 
 
 _by_storage: weakref.WeakValueDictionary[int, Aliases] = weakref.WeakValueDictionary()
@@ -254,7 +284,32 @@ def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:
     if group is None:
         return []
     holders = [t for v in group.alive() if (t := v.holder) is not None and bound(t) is v]
-    return [t for t in holders if t is not tensor and overlap(t, tensor)]
+    return [t for t in holders if t is not tensor and same_storage(t, tensor) and overlap(t, tensor)]
+
+
+def parted(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a view, to torch, of one that has other memory since (``x.data = y``)."""
+    return tensor._base is not None and not same_storage(tensor, tensor._base)
+
+
+def parted_from(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The live tensors that torch takes for views of the same base as `tensor`, or for that, and have other memory."""
+    group = _group_at(storage_of(tensor))
+    root = tensor if tensor._base is None else tensor._base
+    if group is None:
+        return []
+    holders = [t for v in group.alive() if (t := v.holder) is not None and bound(t) is v]
+    return [t for t in holders if (t is root or t._base is root) and not same_storage(t, tensor)]
+
+
+def stale_views(tensor: torch.Tensor, value: Value) -> list[torch.Tensor]:
+    """The live views of `tensor`, which holds `value`, that are to be read off it again; or of what it is a view of."""
+    group: Aliases | None = value.aliases
+    if group is None or not (group.alive(), group.dropped)[1]:
+        return []
+    root = tensor if tensor._base is None else tensor._base
+    found = [t for each in list(values_by_tensor.values()) if each.value.stale and (t := each()) is not None]
+    return [t for t in found if t._base is root]
 
 
 def place_of(view: torch.Tensor, base: torch.Tensor) -> Place:
@@ -341,9 +396,9 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
     storage = storage_of(tensor)
     group = [value] if value.aliases is None else value.aliases.alive()
     for cell in [found for v in group if (found := v.kept) is not None]:
-        if storage_of(cell.tensor) != storage or not cell.intact:
+        if not cell.intact:
             continue
-        if overlap(cell.tensor, tensor):
+        if storage_of(cell.tensor) == storage and overlap(cell.tensor, tensor):
             with unheard(cell.tensor):
                 cell.replace(cell.tensor.detach().clone(memory_format=torch.preserve_format))
         else:
@@ -352,7 +407,7 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         holder = other.tensor
         if holder is None or holder is tensor:
             continue
-        if unwritten(holder) and not overlap(holder, tensor):
+        if unwritten(holder) and not (storage_of(holder) == storage and overlap(holder, tensor)):
             spared.append((None, holder))
     return spared
 

@@ -44,6 +44,10 @@ def _way_around(value: Value) -> str:
         return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
     if value.closed == recorder.SWEEP:
         return "pass record=True to that sweep"
+    if value.closed == recorder.RESHAPED:
+        return "give the new contents to a tensor of their own, or a reshape of them to this one"
+    if value.closed == recorder.PARTED:
+        return "copy the elements instead: x.copy_(y)"
     if value.closed == recorder.MOVED:
         return "copy the elements instead: x.copy_(...), or take a view"
     if value.closed == recorder.UNFOLLOWED:

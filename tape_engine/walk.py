@@ -218,8 +218,11 @@ class Sweep:
             return
         if node.cut:
             for i, j in node.mutates:  # as in torch: under no_grad a gradient passes over a write
-                if i >= 0 and g[j] is not None:
-                    self._add(node.inputs[i], g[j], node)  # type: ignore[arg-type]
+                contribution, shape = g[j], node.inputs[i].shape
+                if i >= 0 and contribution is not None:
+                    if contribution.shape != shape:  # as in torch, too: unsqueeze_, say
+                        contribution = contribution.sum_to_size(shape)
+                    self._add(node.inputs[i], contribution, node)
             return
         for value, need, contribution in zip(node.inputs, needs, self._apply(node, g, needs), strict=True):
             if need and contribution is not None:

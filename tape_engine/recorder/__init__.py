@@ -25,7 +25,21 @@ from .functions import FunctionOp
 from .layouts import demand
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
-from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNFOLLOWED, UNSEEN, current_tape_is_global, is_quiet, opened
+from .state import (
+    MOVED,
+    ONCE,
+    OUTSIDE,
+    PARTED,
+    RESHAPED,
+    SWEEP,
+    SWEPT,
+    UNFOLLOWED,
+    UNKNOWN,
+    UNSEEN,
+    current_tape_is_global,
+    is_quiet,
+    opened,
+)
 from .strict import rule_to_add
 from .writing import ALIAS, is_update, read, settle
 
@@ -34,9 +48,12 @@ __all__ = [
     "MOVED",
     "ONCE",
     "OUTSIDE",
+    "PARTED",
+    "RESHAPED",
     "SWEEP",
     "SWEPT",
     "UNFOLLOWED",
+    "UNKNOWN",
     "UNSEEN",
     "CalledBack",
     "FunctionOp",

@@ -23,7 +23,7 @@ from .state import current_tape_is_global, detaching, state, tensors_in, values_
 from .streams import Streams
 from .strict import refuse_without_rule
 from .taken import Taken, enter
-from .writing import as_constants, begin, join_views, read, stays_closed, undo, write
+from .writing import as_constants, begin, join_views, read, reshaped, stays_closed, undo, write
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]
 
@@ -262,6 +262,8 @@ def _record_set(original: Any, tensor: Tensor, other: Tensor) -> None:
     with quietly():
         tape = current_tape()
         old, new = read(tensor, tape), read(other, tape)
+        for view in aliases.stale_views(tensor, old):
+            read(view, tape)  # off the memory that it looks into, while that is what `tensor` has
         aliases.protect(tensor, old)  # a rule that needs the old contents looks for them in `tensor`
         original(tensor, other)
         if (old.shape, old.dtype) == (new.shape, new.dtype):
@@ -269,8 +271,13 @@ def _record_set(original: Any, tensor: Tensor, other: Tensor) -> None:
             node.mutates = ((0, 0),)
         else:
             node = write(tape, cut_op, (new,), {}, [new], [None], [tensor], cut=True)
-        node.outputs[0].constant = old.constant
-        aliases.share(node.outputs[0], new)
+        made = node.outputs[0]
+        made.constant, made.detached = old.constant, True
+        if not node.mutates:
+            reshaped(node, 0, old)
+        aliases.share(made, new)
+        if old.aliases not in (None, made.aliases):
+            made.aliases.join_count(old.aliases)
 
 
 def _record_parameter(original: Any, cls: Any, data: Tensor, *rest: Any) -> Any:

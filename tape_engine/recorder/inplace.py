@@ -20,7 +20,7 @@ from ..names import user_frame
 from ..places import read_view, write_view
 from ..plans import MISSING, Plan, plan_of
 from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
-from .state import LIFT, MOVED, UNFOLLOWED, VIEW_DTYPE, is_cut, tensors_in
+from .state import LIFT, MOVED, PARTED, UNFOLLOWED, VIEW_DTYPE, is_cut, tensors_in
 from .strict import refuse_without_rule
 from .taken import Taken, enter
 from .writing import (
@@ -32,6 +32,7 @@ from .writing import (
     call,
     in_units_of,
     read,
+    reshaped,
     stays_closed,
     turned,
     write,
@@ -76,6 +77,10 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         for tensor in written:
             rebind(tensor, version_of(tensor) + 1)
         return result
+    if plan.outs and is_cut():
+        for tensor, old in zip(written, before, strict=True):
+            if old.differentiable and old not in taken.inputs:
+                taken.note(tensor, old)  # which the twin is not given, and the gradient passes over the write to it
     node = enter(taken, made)
     node.random = plan.random
     node.note_form(result if len(made) == 1 else made)
@@ -93,7 +98,12 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         spared,
         statistics=plan.statistics,
         alone=alone,
+        restrides=plan.restrides,
     )
+    if node.cut and (plan.outs or plan.restrides):
+        for place, (tensor, old) in enumerate(zip(written, before, strict=True), start=first):
+            if (old.shape, old.dtype) != (tensor.shape, tensor.dtype) and not node.outputs[place].stale:
+                reshaped(node, place, old)
     return result
 
 
@@ -186,13 +196,14 @@ def settle(
     statistics: bool = False,
     pending: int = 1,
     alone: bool = False,
+    restrides: bool = False,
 ) -> None:
     """Follows the writes of `node` to all that look into the memory of the tensors `written`.
 
     Their values are the outputs of `node` at `places`; `before` is what they held before, `wholes` what their bases
     held, ``None`` for a tensor that is no view. `spared` is what `aliases.protect` returned before the writes, and
     `pending` how many of them torch has yet to count: inside the dispatcher, one. `alone` says that nobody else looks
-    into that memory: then `wholes` and `spared` are empty.
+    into that memory: then `wholes` and `spared` are empty. What `restrides` alone (``t_``) changes no contents.
     """
     untouched: set[int] = set()
     if spared:
@@ -210,8 +221,33 @@ def settle(
         if not alone or old.aliases is not None:
             aliases.share(new, old)
         rebind(tensor, version_of(tensor) + pending)
-        if not alone:
+        if alone:
+            continue
+        if not node.cut:
+            _part(tensor, pending)
+        if restrides and node.cut:
+            for other in aliases.neighbours(tensor):
+                held = bound(other)
+                if other._base is tensor and held is not None:
+                    held.stale = True  # as in torch: a view of what that is now, whose gradient passes over the change
+                rebind(other, version_of(other) + pending)
+            new.stale = tensor._base is not None  # likewise
+        else:
             _spread(tape, tensor, new, wholes[k], untouched, node.cut, pending)
+
+
+def _part(tensor: Tensor, pending: int) -> None:
+    """After a write to `tensor`, closes what torch takes for a view of it, or it for a view of, in other memory.
+
+    Torch's gradient goes by what was written, and the contents do not.
+    """
+    for other in aliases.parted_from(tensor):
+        held = bound(other)
+        if held is not None and held.differentiable:
+            lost = Value(other)
+            lost.closed = PARTED
+            bind(other, lost, None)
+            rebind(other, version_of(other) + pending)
 
 
 def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -238,7 +274,7 @@ def _spread(
     neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
     base, of_base = tensor, new
     detached = (new if whole is None else whole).detached
-    if whole is not None and tensor._base is not None:
+    if whole is not None and tensor._base is not None and not aliases.parted(tensor):
         target, old = in_units_of(tensor, tensor._base, whole, tape)
         if aliases.covers(target, aliases.in_reals(as_stored(tensor, target), target)):
             base = tensor._base
@@ -248,20 +284,20 @@ def _spread(
         if other.dtype not in seen and other._base is not base:
             seen[other.dtype] = _recast(tape, base, of_base, other.dtype) or (base, of_base)
     wider = [t for t in neighbours if t is not base and t._base is None and _holds(t, seen[t.dtype][0])]
+    bases = {id(t) for t in (base, *neighbours)}
     for other in neighbours:
         if other is base:
             continue
         held = bound(other)
-        if other._base is base:
+        begun = held is not None and not held.constant and _begun(held, other._base)
+        if other._base is not None and id(other._base) in bases and not (begun or aliases.parted(other)):
             if held is not None:
-                held.stale = True  # read off the base when it is next needed
+                held.stale = True  # read off the base, which is followed here too, when it is next needed
             rebind(other, version_of(other) + pending)
             continue
         part, of_part = seen[other.dtype]
-        if aliases.covers(part, other) and as_stored(other, part) is other:
-            _read_off(tape, part, of_part, other, held, detached)
-        elif held is not None and any(other._base is each for each in wider):
-            held.stale = True  # as are the views of what is wider than what was written to
+        if aliases.covers(part, other) and as_stored(other, part) is other and not (held is not None and held.stale):
+            _read_off(tape, part, of_part, other, held, detached or begun)
         elif any(other is each for each in wider):
             _write_off(tape, part, of_part, other, detached)
         else:
@@ -269,6 +305,20 @@ def _spread(
             lost.closed, lost.constant = UNFOLLOWED, held is not None and held.constant
             bind(other, lost, None)
         rebind(other, version_of(other) + pending)
+
+
+def _begun(value: Value, base: Tensor | None) -> bool:
+    """Whether a view of `base` was made under ``no_grad``, or of such a view: its gradient does not go on to the base.
+
+    It ends there, or, where the base requires one, begins there anew, as torch has it.
+    """
+    while value.holder is not base and (node := value.node) is not None:
+        if value.constant or node.cut:
+            return value.constant or value.begins
+        if not node.inputs or value._aliases is None or node.inputs[0]._aliases is not value._aliases:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def _recast(tape: Tape, base: Tensor, of_base: Value, dtype: torch.dtype) -> tuple[Tensor, Value] | None:

@@ -20,7 +20,7 @@ from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
 from .saved import before_cut, in_backward, unpacked
-from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, call, is_cut, state
+from .state import DETACH, OUTSIDE, PARTED, RESHAPED, SWEPT, UNSEEN, call, is_cut, state
 
 __all__ = [
     "ALIAS",
@@ -35,6 +35,7 @@ __all__ = [
     "join_views",
     "outputs_of",
     "read",
+    "reshaped",
     "settle",
     "stays_closed",
     "turned",
@@ -135,14 +136,33 @@ def _looked(node: Node | None) -> int:
 
 def is_update(value: Value, node: Node | None) -> bool:
     """Whether a value is what writes under ``no_grad`` made of a leaf: the leaf itself, as torch sees it."""
-    if node is None or not node.cut:
-        return False
+    return node is not None and node.cut and _updated(value, node).leaf
+
+
+def _updated(value: Value, node: Node | None) -> Value:
+    """What the gradient of a value meets when it has passed over all writes under ``no_grad``."""
     while node is not None and node.cut:
         place = next((i for i, j in node.mutates if j == value.index), -1)
         if place < 0:
-            return False
+            break
         value, node = node.inputs[place], node.sources[place]
-    return value.leaf
+    return value
+
+
+def reshaped(node: Node, place: int, old: Value) -> None:
+    """What `node` made at `place` under ``no_grad`` is of another shape or dtype than `old`, which its tensor held.
+
+    A leaf begins again. What was computed gets the gradient of the new contents, as torch has it: where that fits.
+    """
+    new, met = node.outputs[place], _updated(old, old.node)
+    extra = len(new.shape) - len(old.shape)
+    fits = extra >= 0 and all(a in (b, 1) for a, b in zip(old.shape, new.shape[extra:], strict=True))
+    if fits and old.dtype == new.dtype and not (met.begins or met.leaf):
+        return
+    node.mutates = tuple([pair for pair in node.mutates if pair[1] != place])
+    if not (met.begins or met.leaf):
+        new.constant = not old.differentiable or met.node is None or met.node.rule == "none"
+        new.closed = "" if new.constant else RESHAPED
 
 
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
@@ -194,6 +214,7 @@ def begin(tensor: Tensor, value: Value, tape: Tape) -> Value:
     """What `tensor` holds as the beginning of a gradient: made of `value`, so that a replay makes it too."""
     begun = write(tape, _DETACH, (value,), {}, [value], [None], [tensor], cut=True).outputs[0]
     begun.constant = False
+    begun.detached = value.detached or value.holder is not tensor  # nn.Parameter(x): an alias of x
     begun.name = value.name
     aliases.share(begun, value)
     return begun
@@ -203,6 +224,8 @@ def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     """The value of a view whose base was written to: read off what the base holds now."""
     if tensor._base is None:
         return _leaf(tensor, tape, closed=UNSEEN)
+    if aliases.parted(tensor):
+        return _leaf(tensor, tape, closed=PARTED)
     base, whole = in_units_of(tensor, tensor._base, read(tensor._base, tape), tape)
     raw = as_stored(tensor, base)
     if not aliases.covers(base, part := aliases.in_reals(raw, base)):
