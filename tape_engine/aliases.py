@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .places import Place, extent, offset_of, overlapping, positions, stride_of
+from .places import Place, extent, offset_of, overlapping, positions, stride_of, within
 from .tape import (
     Hidden,
     Kept,
@@ -351,8 +351,10 @@ def in_reals(part: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def contains(wide: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether `wide`, which leaves out no place between its first element and its last, has all those of `part`."""
-    return _dense(wide) and not overlapping(tuple(wide.shape), stride_of(wide)) and covers(wide, part)
+    """Whether `wide`, of which no two elements lie in one place, is known to have every element of `part`."""
+    if overlapping(tuple(wide.shape), stride_of(wide)) or not covers(wide, part):
+        return False
+    return _dense(wide) or within(place_of(part, wide), tuple(wide.shape), stride_of(wide))
 
 
 def expose(tensor: torch.Tensor) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from . import recorder
 from .errors import NotRecordedError, OverwrittenError, SweptError, TapeError, message
 from .names import located
 from .tape import Node, Value, describe
 
-__all__ = ["closed_error", "overwritten_error"]
+__all__ = ["closed_error", "overwritten_error", "reshaped_error"]
 
 
 def overwritten_error(node: Node, value: Value) -> OverwrittenError:
@@ -19,6 +21,18 @@ def overwritten_error(node: Node, value: Value) -> OverwrittenError:
             where=located(node),
             operands=[(value.name or "value", describe(value))],
             fix="write to it inside te.record(), or to a copy of it: .clone()",
+        )
+    )
+
+
+def reshaped_error(value: Value, holder: torch.Tensor) -> NotRecordedError:
+    """What says that a leaf was read in two shapes, and has no one gradient."""
+    name = value.name or "a leaf"
+    return NotRecordedError(
+        message(
+            f"{name} was read, given another shape, and read again: its gradient has no one shape.",
+            operands=[(f"{name}, before", describe(value)), (f"{name}, now", describe(holder))],
+            fix=f"leave {name} as it is, and reshape what is computed from it",
         )
     )
 
@@ -44,6 +58,8 @@ def _way_around(value: Value) -> str:
         return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
     if value.closed == recorder.SWEEP:
         return "pass record=True to that sweep"
+    if value.closed == recorder.OVERLAPPED:
+        return "write to a copy of it: .clone()"
     if value.closed == recorder.RESHAPED:
         return "give the new contents to a tensor of their own, or a reshape of them to this one"
     if value.closed == recorder.PARTED:

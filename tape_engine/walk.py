@@ -22,7 +22,7 @@ from .aliases import changed_outside
 from .errors import RuleError, TapeError, message
 from .gradients import borrowed, fitted, in_order, refill
 from .names import located
-from .refusals import closed_error, overwritten_error
+from .refusals import closed_error, overwritten_error, reshaped_error
 from .specialise import specialise
 from .steps import Needs, all_steps, made_for, order_of, steps_to
 from .tape import (
@@ -240,7 +240,7 @@ class Sweep:
         return g
 
     def _add(self, value: Value, contribution: Tensor, reader: Node) -> None:
-        if value.closed and not self.structure:
+        if value.closed and not (self.structure and value.node is None):
             raise closed_error(value, located(reader))
         before = self.pending.get(value)
         references = sys.getrefcount(before)
@@ -311,7 +311,9 @@ class Sweep:
                 found[id(holder)] = (holder, g)
             elif now is not None and recorder.is_update(now, now.node):
                 found[id(holder)] = (holder, g)  # the gradient passed over the write, and met what was there
-            elif now is not None and now.leaf:  # one leaf, written to in between: both readings count
+            elif now is not None and now.begins:  # one leaf, written to in between: both readings count
+                if g.shape != holder.shape:
+                    raise reshaped_error(value, holder)
                 found[id(holder)] = (holder, found[id(holder)][1] + g)
         return list(found.values())
 

@@ -14,7 +14,7 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 
 from .. import recorder
-from ..aliases import storage_of
+from ..aliases import same_storage, storage_of
 from ..errors import NotRecordedError, message
 from ..names import located
 from ..recorder import Recorded, demand, listen_to, read, recording, scope
@@ -77,9 +77,11 @@ def run_recorded(frozen: Frozen, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
                 _run(node, held)
             outputs = _own([held[value] for value in frozen.outputs], [*inputs, *targets.values()])
             for leaf, after in frozen.writes:
-                tensor = targets[leaf]
+                tensor, content = targets[leaf], held[after]
                 with torch.no_grad() if tensor.requires_grad else nullcontext():
-                    tensor.copy_(held[after])
+                    tensor.copy_(
+                        content.clone() if content is not tensor and same_storage(content, tensor) else content
+                    )
     except BaseException:
         tape.rewind(length)
         raise

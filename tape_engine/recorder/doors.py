@@ -13,13 +13,14 @@ import torch
 from .. import aliases, exits, heap, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
+from ..places import offset_of, stride_of
 from ..registry import Op
 from ..tape import Node, Tape, Value, bound, current_tape, pop_tape, push_tape
 from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, mode_of, quietly
 from .shortcut import Shortcut, left_out
-from .state import current_tape_is_global, detaching, state, tensors_in, values_alone
+from .state import PARTED, current_tape_is_global, detaching, state, tensors_in, values_alone
 from .streams import Streams
 from .strict import refuse_without_rule
 from .taken import Taken, enter
@@ -265,6 +266,7 @@ def _record_set(original: Any, tensor: Tensor, other: Tensor) -> None:
         for view in aliases.stale_views(tensor, old):
             read(view, tape)  # off the memory that it looks into, while that is what `tensor` has
         aliases.protect(tensor, old)  # a rule that needs the old contents looks for them in `tensor`
+        before = stride_of(tensor), offset_of(tensor)
         original(tensor, other)
         if (old.shape, old.dtype) == (new.shape, new.dtype):
             node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
@@ -275,6 +277,8 @@ def _record_set(original: Any, tensor: Tensor, other: Tensor) -> None:
         made.constant, made.detached = old.constant, True
         if not node.mutates:
             reshaped(node, 0, old)
+        if tensor._base is not None and old.differentiable and before != (stride_of(tensor), offset_of(tensor)):
+            made.closed = PARTED  # torch goes by where it lies now, in a base that does not have its memory
         aliases.share(made, new)
         if old.aliases not in (None, made.aliases):
             made.aliases.join_count(old.aliases)
@@ -298,7 +302,9 @@ def _record_cut(tensor: Tensor) -> None:
     with quietly():
         tape = current_tape()
         taken = Taken(cut_op, tape, (tensor,), {})
-        write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
+        made = write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0]
+        made.constant = True
+        aliases.share(made, taken.inputs[0])  # whose contents a rule may read: a write that follows must find it
 
 
 def _note_unfollowed(what: str) -> None:

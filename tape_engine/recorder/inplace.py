@@ -16,11 +16,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import aliases, registry
 from ..modules import path
-from ..names import user_frame
-from ..places import read_view, write_view
+from ..names import call_site, user_frame
+from ..places import overlapping, read_view, write_view
 from ..plans import MISSING, Plan, plan_of
-from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
-from .state import LIFT, MOVED, PARTED, UNFOLLOWED, VIEW_DTYPE, is_cut, tensors_in
+from ..tape import (
+    Binding,
+    Kept,
+    Node,
+    Tape,
+    Value,
+    bind,
+    bound,
+    dense,
+    rebind,
+    unbind,
+    values_by_tensor,
+    version_of,
+)
+from .state import LIFT, MOVED, OVERLAPPED, PARTED, UNFOLLOWED, VIEW_DTYPE, is_cut, tensors_in
 from .strict import refuse_without_rule
 from .taken import Taken, enter
 from .writing import (
@@ -102,7 +115,9 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     )
     if node.cut and (plan.outs or plan.restrides):
         for place, (tensor, old) in enumerate(zip(written, before, strict=True), start=first):
-            if (old.shape, old.dtype) != (tensor.shape, tensor.dtype) and not node.outputs[place].stale:
+            if tensor._base is not None and old.shape != tensor.shape:
+                node.outputs[place].stale = True  # as in torch: a view of its base, in its new shape
+            elif (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
                 reshaped(node, place, old)
     return result
 
@@ -114,7 +129,7 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
     `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
     """
     tensor, op = args[0], plan.op
-    if not tape.strong or (op.argument_reads and op.argument_reads[0]):
+    if not tape.strong or plan.restrides or (op.argument_reads and op.argument_reads[0]):
         return NotImplemented
     for argument in args[1:]:
         if isinstance(argument, (Tensor, list, tuple)):
@@ -124,6 +139,8 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
         return NotImplemented
     if tape.strict:
         refuse_without_rule(op, [old])
+    if _overlapping(old):
+        return NotImplemented
     source = old.node
     result = call(plan.call, args, {}, lazily=False)
     cut = is_cut()
@@ -211,6 +228,9 @@ def settle(
         untouched = {id(tensor) for _, tensor in spared}
     for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
+        if node.op.forward not in _IN_ORDER and _overlapping(old):
+            tape.unfollowed = "a write to elements several of which lie in one place", call_site(user_frame())
+            new.closed = "" if node.cut else OVERLAPPED
         if not tape.strong:  # which lets go of the node, if nobody reads what it wrote
             old.ended = node.seq
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
@@ -234,6 +254,20 @@ def settle(
             new.stale = tensor._base is not None  # likewise
         else:
             _spread(tape, tensor, new, wholes[k], untouched, node.cut, pending)
+
+
+#: What writes the elements one after the other, and reads none of them: where several lie in one place, the last stays.
+_IN_ORDER = {
+    torch.ops.aten.copy.default,
+    torch.ops.aten.fill.Scalar,
+    torch.ops.aten.fill.Tensor,
+    torch.ops.aten.zero.default,
+}
+
+
+def _overlapping(value: Value) -> bool:
+    """Whether several elements of a value may lie in one place of memory."""
+    return id(value.strides) not in dense and overlapping(value.shape, value.strides)
 
 
 def _part(tensor: Tensor, pending: int) -> None:
@@ -276,7 +310,7 @@ def _spread(
     detached = (new if whole is None else whole).detached
     if whole is not None and tensor._base is not None and not aliases.parted(tensor):
         target, old = in_units_of(tensor, tensor._base, whole, tape)
-        if aliases.covers(target, aliases.in_reals(as_stored(tensor, target), target)):
+        if aliases.contains(target, aliases.in_reals(as_stored(tensor, target), target)):
             base = tensor._base
             of_base = _write_base(tape, tensor, new, target, old, cut, pending)
     seen = {base.dtype: (base, of_base)}
@@ -296,7 +330,7 @@ def _spread(
             rebind(other, version_of(other) + pending)
             continue
         part, of_part = seen[other.dtype]
-        if aliases.covers(part, other) and as_stored(other, part) is other and not (held is not None and held.stale):
+        if aliases.contains(part, other) and as_stored(other, part) is other and not (held is not None and held.stale):
             _read_off(tape, part, of_part, other, held, detached or begun)
         elif any(other is each for each in wider):
             _write_off(tape, part, of_part, other, detached)
@@ -381,7 +415,7 @@ def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Val
 def _holds(wide: Tensor, part: Tensor) -> bool:
     """Whether `wide` has every place of `part`, which is not one of its views, so that a write there is one to it."""
     same = wide.dtype == part.dtype and as_stored(wide, part) is wide
-    return same and bound(wide) is not None and not aliases.covers(part, wide) and aliases.contains(wide, part)
+    return same and bound(wide) is not None and not aliases.contains(part, wide) and aliases.contains(wide, part)
 
 
 def _write_off(tape: Tape, part: Tensor, of_part: Value, wide: Tensor, detached: bool) -> None:

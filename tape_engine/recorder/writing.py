@@ -228,7 +228,7 @@ def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
         return _leaf(tensor, tape, closed=PARTED)
     base, whole = in_units_of(tensor, tensor._base, read(tensor._base, tape), tape)
     raw = as_stored(tensor, base)
-    if not aliases.covers(base, part := aliases.in_reals(raw, base)):
+    if not aliases.contains(base, part := aliases.in_reals(raw, base)):
         return _leaf(tensor, tape, closed=UNSEEN)
     place = aliases.place_of(part, base)
     value = write(tape, read_view, (whole, *place), {}, [whole], [None], [part]).outputs[0]
