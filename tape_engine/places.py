@@ -49,7 +49,7 @@ def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
         if length > 1:
             if step < span:
                 return True
-            span = step * length
+            span += step * (length - 1)  # from the first of those so far to behind the last
     return False
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from . import recorder
-from .errors import NotRecordedError, OverwrittenError, SweptError, TapeError, message
+from .errors import NotRecordedError, OverwrittenError, RuleError, SweptError, TapeError, message
 from .names import located
 from .tape import Node, Value, describe
 
-__all__ = ["closed_error", "overwritten_error", "reshaped_error"]
+__all__ = ["closed_error", "failed_error", "overwritten_error", "reshaped_error"]
 
 
 def overwritten_error(node: Node, value: Value) -> OverwrittenError:
@@ -35,6 +35,23 @@ def reshaped_error(value: Value, holder: torch.Tensor) -> NotRecordedError:
             fix=f"leave {name} as it is, and reshape what is computed from it",
         )
     )
+
+
+def failed_error(node: Node, g: list[torch.Tensor | None], error: Exception) -> RuleError:
+    """What is raised when the rule of `node` raised `error`."""
+    title = getattr(node.op.grad, "__name__", "borrowed rule")
+    return RuleError(
+        message(
+            f"the rule {title} of {node.op.name} raised {type(error).__name__}: {error}",
+            where=located(node),
+            operands=_described(node, g),
+        )
+    )
+
+
+def _described(node: Node, g: list[torch.Tensor | None]) -> list[tuple[str, str]]:
+    rows = [("g", describe(each)) for each in g if each is not None]
+    return rows + [(name, describe(v)) for name, v in zip(node.input_names, node.inputs, strict=True)]
 
 
 def closed_error(value: Value, where: str | None) -> TapeError:

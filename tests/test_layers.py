@@ -33,6 +33,7 @@ ROOMS = (
     "names",
     "listing",
     "places",
+    "regions",
     "aliases",
     "warned",
     "compiler",

@@ -14,10 +14,10 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 
 from .. import recorder
-from ..aliases import same_storage, storage_of
 from ..errors import NotRecordedError, message
 from ..names import located
 from ..recorder import Recorded, demand, listen_to, read, recording, scope
+from ..regions import same_storage, storage_of
 from ..tape import Node, Value, bound, current_tape
 from .buffers import laid
 from .data import LIFT, Frozen
@@ -116,6 +116,22 @@ def _run(node: Node, held: dict[Value, Tensor]) -> None:
         if value.shape != tensor.shape:
             check_shape(tensor, value.shape, located(node))
         held[value] = tensor
+    if node.cut and node.mutates:
+        _pass_over(node, made, held)
+
+
+def _pass_over(node: Node, made: list[Tensor], held: dict[Value, Tensor]) -> None:
+    """Has the gradient pass over a write under ``no_grad``, recorded again, as it did when it was recorded first."""
+    value = bound(made[0])
+    again = None if value is None else value.node
+    if again is None or not again.cut or len(again.outputs) != len(node.outputs):
+        return
+    for old in node.inputs[len(again.inputs) :]:  # what is no argument: a tensor that the write was to
+        read_again = read(_content(old, held), current_tape())
+        again.inputs, again.sources = (*again.inputs, read_again), (*again.sources, read_again.node)
+    again.mutates = node.mutates
+    for mine, theirs in zip(again.outputs, node.outputs, strict=True):
+        mine.constant = theirs.constant
 
 
 def _content(value: Value, held: dict[Value, Tensor]) -> Tensor:

@@ -42,7 +42,7 @@ from .state import (
     opened,
 )
 from .strict import rule_to_add
-from .writing import ALIAS, is_update, read, settle
+from .writing import ALIAS, read, settle, updated
 
 __all__ = [
     "ALIAS",
@@ -66,7 +66,6 @@ __all__ = [
     "forget_leaves",
     "freezing",
     "is_quiet",
-    "is_update",
     "leaves_of",
     "listen_to",
     "opened",
@@ -80,4 +79,5 @@ __all__ = [
     "scope",
     "settle",
     "stop_gradient",
+    "updated",
 ]

@@ -13,18 +13,18 @@ import torch
 from .. import aliases, exits, heap, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
-from ..places import offset_of, stride_of
 from ..registry import Op
 from ..tape import Node, Tape, Value, bound, current_tape, pop_tape, push_tape
 from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, mode_of, quietly
+from .moved import set_data
 from .shortcut import Shortcut, left_out
-from .state import PARTED, current_tape_is_global, detaching, state, tensors_in, values_alone
+from .state import current_tape_is_global, detaching, state, tensors_in, values_alone
 from .streams import Streams
 from .strict import refuse_without_rule
 from .taken import Taken, enter
-from .writing import as_constants, begin, join_views, read, reshaped, stays_closed, undo, write
+from .writing import as_constants, begin, join_views, read, stays_closed, undo, write
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]
 
@@ -256,32 +256,11 @@ for _op in guard_ops.values():
 
 
 def _record_set(original: Any, tensor: Tensor, other: Tensor) -> None:
-    """``x.data = y``: x holds what y holds, and the gradient of x passes over that, as in torch."""
     if bound(tensor) is None and bound(other) is None:
         original(tensor, other)
         return
     with quietly():
-        tape = current_tape()
-        old, new = read(tensor, tape), read(other, tape)
-        for view in aliases.stale_views(tensor, old):
-            read(view, tape)  # off the memory that it looks into, while that is what `tensor` has
-        aliases.protect(tensor, old)  # a rule that needs the old contents looks for them in `tensor`
-        before = stride_of(tensor), offset_of(tensor)
-        original(tensor, other)
-        if (old.shape, old.dtype) == (new.shape, new.dtype):
-            node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
-            node.mutates = ((0, 0),)
-        else:
-            node = write(tape, cut_op, (new,), {}, [new], [None], [tensor], cut=True)
-        made = node.outputs[0]
-        made.constant, made.detached = old.constant, True
-        if not node.mutates:
-            reshaped(node, 0, old)
-        if tensor._base is not None and old.differentiable and before != (stride_of(tensor), offset_of(tensor)):
-            made.closed = PARTED  # torch goes by where it lies now, in a base that does not have its memory
-        aliases.share(made, new)
-        if old.aliases not in (None, made.aliases):
-            made.aliases.join_count(old.aliases)
+        set_data(current_tape(), original, tensor, other)
 
 
 def _record_parameter(original: Any, cls: Any, data: Tensor, *rest: Any) -> Any:
@@ -293,9 +272,6 @@ def _record_parameter(original: Any, cls: Any, data: Tensor, *rest: Any) -> Any:
             tape = current_tape()
             begin(made, read(data, tape), tape)
     return made
-
-
-_COPY = registry.find(torch.ops.aten.copy.default)
 
 
 def _record_cut(tensor: Tensor) -> None:
