@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .places import extent, offset_of, stride_of
 from .regions import overlap, same_storage, storage_in, storage_of
 from .tape import (
     Hidden,
@@ -344,12 +345,12 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
     spared: list[tuple[Kept | None, torch.Tensor]] = []
     storage = storage_of(tensor)
     group = [value] if value.aliases is None else value.aliases.counted()
-    for cell in [found for v in group if (found := v.kept) is not None]:
+    for each, cell in [(v, found) for v in group if (found := v.kept) is not None]:
         if not cell.intact:
             continue
         if storage_of(cell.tensor) == storage and overlap(cell.tensor, tensor):
             with unheard(cell.tensor):
-                cell.replace(cell.tensor.detach().clone(memory_format=torch.preserve_format))
+                cell.replace(_copy(cell.tensor.detach(), each.asked))
         else:
             spared.append((cell, cell.tensor))
     for other in group:
@@ -359,6 +360,15 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         if unwritten(holder) and not (storage_of(holder) == storage and overlap(holder, tensor)):
             spared.append((None, holder))
     return spared
+
+
+def _copy(tensor: torch.Tensor, asked: bool) -> torch.Tensor:
+    """A copy of `tensor`; where the code has asked how it lies, one that begins where it does: ``as_strided`` counts so."""
+    offset = int(offset_of(tensor))
+    if not (asked and offset):
+        return tensor.clone(memory_format=torch.preserve_format)
+    room = tensor.new_empty(offset + extent(tuple(tensor.shape), stride_of(tensor)))
+    return room.as_strided(tensor.shape, stride_of(tensor), offset).copy_(tensor)
 
 
 def refresh(spared: list[tuple[Kept | None, torch.Tensor]], pending: int = 1) -> None:
