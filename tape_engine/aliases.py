@@ -363,7 +363,7 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
 
 
 def _copy(tensor: torch.Tensor, asked: bool) -> torch.Tensor:
-    """A copy of `tensor`; where the code has asked how it lies, one that begins where it does: ``as_strided`` counts so."""
+    """A copy of `tensor`; where the code has asked how it lies, one that begins where it does, as strides count."""
     offset = int(offset_of(tensor))
     if not (asked and offset):
         return tensor.clone(memory_format=torch.preserve_format)

@@ -20,7 +20,7 @@ from ..recorder import Recorded, demand, listen_to, read, recording, scope
 from ..regions import same_storage, storage_of
 from ..tape import Node, Value, bound, current_tape
 from .buffers import laid
-from .data import LIFT, Frozen
+from .data import DETACH, LIFT, Frozen
 from .guards import check_guard, check_shape
 from .passes import laid_out
 
@@ -100,14 +100,18 @@ def _own(outputs: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def _run(node: Node, held: dict[Value, Tensor]) -> None:
-    contents = iter([_content(value, held) for value in node.inputs])
+    given = [_content(value, held) for value in node.inputs]
+    contents = iter(given)
     args = _refilled(node.args, contents)
     kwargs = {name: _refilled(each, contents) for name, each in node.kwargs.items()}
     if node.op.forward is LIFT:
         held[node.outputs[0]] = args[0].clone()
         return
     with torch.no_grad() if node.cut else nullcontext():
-        result = (node.op if node.op.is_named and node.result is None else node.op.forward)(*args, **kwargs)
+        if node.op.forward is DETACH:
+            result: Any = recorder.detaching(DETACH, args[0])  # the user's own, and no alias of autograd's
+        else:
+            result = (node.op if node.op.is_named and node.result is None else node.op.forward)(*args, **kwargs)
     if node.result is not None:
         check_guard(result, node.result, located(node))
         return
@@ -116,6 +120,9 @@ def _run(node: Node, held: dict[Value, Tensor]) -> None:
         if value.shape != tensor.shape:
             check_shape(tensor, value.shape, located(node))
         held[value] = tensor
+        again = bound(tensor)
+        if value.constant and again is not None and not any(tensor is each for each in given):
+            again.constant = True
     if node.cut and node.mutates:
         _pass_over(node, made, held)
 

@@ -38,6 +38,7 @@ from .state import (
     UNKNOWN,
     UNSEEN,
     current_tape_is_global,
+    detaching,
     is_quiet,
     opened,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "called_again",
     "current_tape_is_global",
     "demand",
+    "detaching",
     "forget_leaves",
     "freezing",
     "is_quiet",

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import aliases, exits
+from .. import aliases, exits, regions
 from ..errors import TapeWarning, message
 from ..names import call_site, user_frame
-from ..registry import Op
+from ..registry import Op, find
 from ..tape import Node, Tape, Value, bind, bound, current_tape, describe, unbind, unwritten
 from .called import is_freezing, record_call
 from .contexts import Call, Run, Saved, by_input, call_in, context_of, no_gradient_lost, sets_up_apart
@@ -280,6 +280,15 @@ def _follow_writes(
         None if t._base is None else wholes[id(t)] if id(t) in wholes else read(t._base, tape) for _, t in written
     ]
     settle(tape, node, [i for i, _ in written], [t for _, t in written], before, all_wholes, spared, pending=0)
+    for tensor in dirty if node.cut else ():  # of which torch returns a detached alias
+        alias = next((i for i, t in enumerate(made) if regions.same_storage(t, tensor) and t.shape == tensor.shape), -1)
+        if alias < 0 or made[alias] is tensor:
+            continue
+        old, new = taken.value_of(tensor), node.outputs[alias]
+        new.detached = True
+        copied = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
+        copied.mutates = ((0, 0),)
+        settle(tape, copied, [0], [tensor], [old], [wholes.get(id(tensor))], [*spared, (None, made[alias])], pending=0)
 
 
 def _keep(run: Run, node: Node, taken: Taken, made: list[Tensor]) -> None:
@@ -379,6 +388,7 @@ def _gradients(g: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     return by_input(found, args)
 
 
+_COPY = find(torch.ops.aten.copy.default)
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
 

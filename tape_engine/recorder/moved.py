@@ -55,10 +55,12 @@ def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
     made.constant, made.detached = old.constant, True
     if not node.mutates:
         reshaped(node, 0, old)
-    if tensor._base is not None and old.differentiable and before != (stride_of(tensor), offset_of(tensor)):
-        made.closed = PARTED  # torch goes by where it lies now, in a base that does not have its memory
     aliases.share(made, new)
     aliases.count_together(made, old)
+    if before != (stride_of(tensor), offset_of(tensor)):  # torch goes by where a view lies now, and its base
+        if tensor._base is not None and old.differentiable:
+            made.closed = PARTED
+        _close([view for view in aliases.parted_from(tensor) if view._base is tensor], 0)
 
 
 def given_memory(tape: Tape, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -110,6 +112,11 @@ def part(tensor: Tensor, node: Node, pending: int) -> None:
     apart = aliases.parted_from(tensor)
     if apart and not any(v.leaf and v.differentiable for each in ancestors(node) for v in each.inputs):
         return  # nor is there a gradient
+    _close(apart, pending)
+
+
+def _close(apart: list[Tensor], pending: int) -> None:
+    """Has no gradient pass into what `apart` hold."""
     for other in apart:
         held = bound(other)
         if held is not None and held.differentiable:
