@@ -112,7 +112,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
             if tensor._base is not None and old.shape != tensor.shape:
                 node.outputs[place].stale = True  # as in torch: a view of its base, in its new shape
             elif (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
-                reshaped(node, place, old)
+                reshaped(node, place, old, tensor)
     return result
 
 

@@ -50,11 +50,12 @@ def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
         node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
         node.mutates = ((0, 0),)
     else:
-        node = write(tape, _DETACH, (new,), {}, [new], [None], [tensor], cut=True)
+        node = write(tape, _DETACH, (new,), {}, [new, old], [None, None], [tensor], cut=True)
+        node.mutates = ((1, 0),)
     made = node.outputs[0]
     made.constant, made.detached = old.constant, True
-    if not node.mutates:
-        reshaped(node, 0, old)
+    if node.op is _DETACH:
+        reshaped(node, 0, old, tensor)
     aliases.share(made, new)
     aliases.count_together(made, old)
     if before != (stride_of(tensor), offset_of(tensor)):  # torch goes by where a view lies now, and its base

@@ -150,20 +150,22 @@ def updated(value: Value, node: Node | None) -> Value:
     return value
 
 
-def reshaped(node: Node, place: int, old: Value) -> None:
-    """What `node` made at `place` under ``no_grad`` is of another shape or dtype than `old`, which its tensor held.
+def reshaped(node: Node, place: int, old: Value, tensor: Tensor) -> None:
+    """What `node` made at `place` under ``no_grad``, and `tensor` holds, is of another shape or dtype than `old`, which its tensor held.
 
     A leaf begins again. What was computed gets the gradient of the new contents, as torch has it: where that fits.
     """
     new, met = node.outputs[place], updated(old, old.node)
     extra = len(new.shape) - len(old.shape)
     fits = extra >= 0 and all(a in (b, 1) for a, b in zip(old.shape, new.shape[extra:], strict=True))
-    if fits and old.dtype == new.dtype and not (met.begins or met.leaf):
+    if fits and old.dtype == new.dtype and not met.begins:
         return
-    node.mutates = tuple([pair for pair in node.mutates if pair[1] != place])
-    if not (met.begins or met.leaf):
+    if not met.begins:
         new.constant = not old.differentiable or met.node is None or met.node.rule == "none"
-        new.closed = "" if new.constant else RESHAPED
+        if not new.constant:
+            new.closed, new.name = RESHAPED, old.name or local_name(user_frame(), tensor)
+            return  # on the way to what it was, a sweep finds it
+    node.mutates = tuple([pair for pair in node.mutates if pair[1] != place])
 
 
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:

@@ -101,7 +101,7 @@ def a_view_made_under_no_grad(x: Tensor, w: Tensor) -> Tensor:
     with torch.no_grad():
         v = y.view(-1)
     u = v[2:]
-    y.data.add_(0.3)
+    v.data.add_(0.3)
     return weighed(y, v, u)
 
 
@@ -235,7 +235,7 @@ def as_strided_of_what_is_written_to_since(x: Tensor, w: Tensor) -> Tensor:
     y = x * w
     v = y[1:]
     s = v.as_strided((2,), (1,), 4)
-    y.mul_(2)
+    y.data.mul_(2)
     return weighed(y, s * w[0, :2])
 
 
