@@ -151,7 +151,7 @@ def updated(value: Value, node: Node | None) -> Value:
 
 
 def reshaped(node: Node, place: int, old: Value, tensor: Tensor) -> None:
-    """What `node` made at `place` under ``no_grad``, and `tensor` holds, is of another shape or dtype than `old`, which its tensor held.
+    """What `node` made at `place` under ``no_grad``, and `tensor` holds, has not the shape or dtype of `old` before it.
 
     A leaf begins again. What was computed gets the gradient of the new contents, as torch has it: where that fits.
     """

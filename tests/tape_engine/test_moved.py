@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_contents_of_another_shape_leave_no_gradient_to_what_was_computed() -> N
 
 
 def test_a_parameter_of_another_shape_begins_again() -> None:
-    p = torch.nn.Parameter(rand())
+    p: Any = torch.nn.Parameter(rand())
     with te.record():
         p.data = torch.ones(2, dtype=torch.float64)
         C = (p * p).sum()
@@ -139,7 +140,7 @@ def test_the_rest_of_a_storage_may_be_read_after_its_views_have_moved() -> None:
 
 def test_training_by_data_alone_is_training() -> None:
     start = rand()
-    p: Tensor = torch.nn.Parameter(plain(start))
+    p: Any = plain(start).requires_grad_()
     q = plain(start).requires_grad_()
     for _ in range(3):
         with te.record():
