@@ -75,6 +75,8 @@ UNASKED = ("asarray", "as_tensor", "tensor")
 #: Methods by which a constructor of tensors asks for the numbers of what stands in a list.
 NUMBERS = ("__float__", "__index__", "__complex__")
 
+numbers = {getattr(Tensor, name) for name in NUMBERS}
+
 #: Methods that ask for a call at a gradient of torch's own.
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 
@@ -585,7 +587,9 @@ def hear_functions() -> None:
             Tensor.set_ = _setting_memory(Tensor.set_)  # type: ignore[method-assign]
             Tensor.as_subclass = _recasting(Tensor.as_subclass)  # type: ignore[method-assign]
             for name in NUMBERS:  # for good, as Python goes through all classes of tensors when one of these is set
-                setattr(Tensor, name, _known_as(Tensor, name, getattr(Tensor, name), _number(getattr(Tensor, name))))
+                made = _wrapper(Tensor, name, _number).made
+                setattr(Tensor, name, made)
+                numbers.add(made)  # by which torch knows it from now on
             _dlpack.to_dlpack = _capsuling(_dlpack.to_dlpack)
 
 
