@@ -20,7 +20,7 @@ the few methods by which that happens are wrapped; the wrappers are taken off wi
 - A warning of torch's is shown at the line that called the recorder, which calls torch in its place.
 - A thread that is started in a block is watched: of what it computes the block hears nothing, so it warns.
 - Outside a block ``torch.asarray``, ``torch.tensor([a, b])`` and the like never ask the class of what they are
-  given, so they are wrapped for good, from the first time on that a recorded tensor listens; and so are the numbers.
+  given, so they are wrapped for good, from the first time on that a recorded tensor listens.
 - ``x.set_(y)`` and writes to a storage give a tensor other contents: a program is refused then.
 - A function of ``torch.compile`` runs as it was written (`compiler`): of what it compiles to, no mode hears the
   operations.
@@ -74,8 +74,6 @@ UNASKED = ("asarray", "as_tensor", "tensor")
 
 #: Methods by which a constructor of tensors asks for the numbers of what stands in a list.
 NUMBERS = ("__float__", "__index__", "__complex__")
-
-numbers = {getattr(Tensor, name) for name in NUMBERS}
 
 #: Methods that ask for a call at a gradient of torch's own.
 HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
@@ -284,6 +282,7 @@ def _wrapped() -> list[tuple[Any, str, Callable[[Any], Any]]]:
         (Tensor, "__reduce_ex__", _reducing),
         (Tensor, "set_", functools.partial(_moving, "x.set_(...)")),
         *((Tensor, name, functools.partial(_by_python, name)) for name in BY_PYTHON),
+        *((Tensor, name, _number) for name in NUMBERS),
         (_recursive, "try_compile_fn", _scripting),
         (_script, "_get_overloads", _scripting),
         (threading.Thread, "start", _starting),
@@ -410,14 +409,11 @@ def _told(original: Any, args: Any, kwargs: Any) -> Any:
         _telling.told = False
 
 
-def by_constructor(depth: int) -> bool:
-    """Whether torch itself asks for a number of a tensor, unheard by every mode, for the first time in this call.
-
-    The call is that of the frame so many above this.
-    """
+def by_constructor() -> bool:
+    """Whether torch itself asks for a number of a tensor, unheard by every mode, for the first time in this call."""
     if not _is_excluded(_PYTHON) or _telling.told:
         return False
-    frame = sys._getframe(depth)
+    frame = sys._getframe(2)
     before, _telling.last = _telling.last, (frame.f_code, frame.f_lasti, current_tape().length)
     return bool(before != _telling.last)
 
@@ -425,7 +421,7 @@ def by_constructor(depth: int) -> bool:
 def _number(original: Any) -> Any:
     def number(self: Tensor) -> Any:
         if _is_excluded(_PYTHON) and not _telling.told and _heard():
-            first = by_constructor(2)
+            first = by_constructor()
             with DisableTorchFunction():
                 _guard(self, "elements")
                 if first:
@@ -586,10 +582,6 @@ def hear_functions() -> None:
                 setattr(torch, name, _known_as(torch, name, original, _asking(f"torch.{name}", original)))
             Tensor.set_ = _setting_memory(Tensor.set_)  # type: ignore[method-assign]
             Tensor.as_subclass = _recasting(Tensor.as_subclass)  # type: ignore[method-assign]
-            for name in NUMBERS:  # for good, as Python goes through all classes of tensors when one of these is set
-                made = _wrapper(Tensor, name, _number).made
-                setattr(Tensor, name, made)
-                numbers.add(made)  # by which torch knows it from now on
             _dlpack.to_dlpack = _capsuling(_dlpack.to_dlpack)
 
 

@@ -63,8 +63,8 @@ class Recorded(Tensor):
             asked = func in asks and not (state.quiet or state.paused) and current_tape_is_global()
             if asked and called_by_user():
                 note_asked(args[0])
-            if func in exits.numbers and not state.deaf and exits.by_constructor(3):
-                warn_of_list("a constructor", args[:1], stacklevel=4)  # a wrapper of ours stands between
+            if func in _NUMBERS and not state.deaf and exits.by_constructor():
+                warn_of_list("a constructor", args[:1], stacklevel=3)
             if state.quiet or state.paused or func in _PLAIN or not current_tape_is_global():
                 return func(*args, **kwargs)
             if func in _EXITS:
@@ -215,6 +215,7 @@ _EXITS = {getattr(Tensor, name) for name in exits.LEAVING}
 _PLAIN -= _EXITS
 
 
+_NUMBERS = {getattr(Tensor, name) for name in exits.NUMBERS}
 _NEW = {Tensor.new, Tensor.new_tensor}
 _BY_PYTHON = {getattr(Tensor, name) for name in exits.BY_PYTHON}
 
