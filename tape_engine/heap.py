@@ -28,21 +28,16 @@ __all__ = ["hold_heap", "settle_heap"]
 #: Just below the largest size that the C library learns from, in bytes.
 LARGEST = (32 << 20) - (8 << 10)
 
-#: No gap between blocks in use should be as large, and the C library still takes it from its heap, in bytes.
+#: Few gaps between blocks in use are as large, and the C library still takes it from its heap, in bytes.
 PROBE = 24 << 20
+
+#: How many blocks are taken, until one is new memory.
+TRIES = 32
 
 #: So large that the C library joins it, freed, with what is free around it, and does not put it by for the next one.
 LEFT = 4096
 
 _settled = False
-
-
-def settle_heap() -> None:
-    """Makes and frees one large block, once a process; its pages are never touched."""
-    global _settled
-    if not _settled:
-        _settled = True
-        torch.UntypedStorage(LARGEST)  # type: ignore[no-untyped-call]
 
 
 def _library() -> Any:
@@ -65,7 +60,32 @@ def _library() -> Any:
 
 
 _libc = _library()
-_top: Any = None if _libc is None else _libc.sbrk
+_top: Any = None if _libc is None else _libc.sbrk  # where the heap ends; blocks by themselves lie beyond
+
+
+def settle_heap() -> None:
+    """Makes and frees one large block, once a process; its pages are never touched."""
+    global _settled
+    if not _settled:
+        _settled = True
+        if _libc is not None:
+            _libc.free(_fresh(LARGEST))
+
+
+def _fresh(size: int) -> Any:
+    """The address of a block that is new memory: by itself, or at the end of the heap, which it has moved.
+
+    What lies free in the heap, or at its end, is taken first, and tells and holds nothing.
+    """
+    taken = []
+    for _ in range(TRIES):
+        end = _top(0)
+        taken.append(_libc.malloc(size))
+        if taken[-1] is None or taken[-1] > end or _top(0) != end:
+            break
+    for each in taken[:-1]:
+        _libc.free(each)
+    return taken[-1]
 
 
 class _Pin:
@@ -75,7 +95,7 @@ class _Pin:
         self.leaf = weakref.ref(leaf, _let_go)
         self.free = _libc.free
         # A large block lies above all others; what is left of it once it is made small still does.
-        self.address = _libc.realloc(_libc.malloc(PROBE), LEFT)
+        self.address = _libc.realloc(_fresh(PROBE), LEFT)
         self.end = _top(0)
 
     def __del__(self) -> None:

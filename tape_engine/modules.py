@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -29,7 +31,8 @@ class _Here(threading.local):
 _here = _Here()
 _lock = threading.Lock()
 _listeners = 0
-_original: Any = None  # torch's own, while a recording is open
+_codes: tuple[Any, Any] = None, None  # of ``Module._call_impl``: torch's own, and that while a recording is open
+_unhear: Callable[[], None] = print
 _backward_hook: Callable[[torch.nn.Module], None] = print
 _aside: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -49,13 +52,10 @@ def on_asking(aside: Callable[[], AbstractContextManager[None]]) -> None:
     _aside = aside
 
 
-def _calling(original: Any) -> Any:
-    """``Module._call_impl``, which runs a module with its hooks, in a scope of its own.
+def _in_scope(original: Any) -> Any:
+    """``Module._call_impl``, which runs a module with its hooks, in a scope of its own."""
 
-    Torch's own global hooks would do, but with any of them each call takes the long way round, some 20 µs of it.
-    """
-
-    def _call_impl(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def calling(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         here = _here
         if not here.listening:
             return original(self, *args, **kwargs)
@@ -77,7 +77,37 @@ def _calling(original: Any) -> Any:
                 here.depth -= 1
             del here.path[length:]
 
-    return _call_impl
+    return calling
+
+
+def _code_in_scope(own: FunctionType) -> CodeType:
+    """The code of a function that does what `own`, ``Module._call_impl``, does, in a scope."""
+
+    def _call_impl(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calling: Any = "in scope"
+        return calling(self, *args, **kwargs)
+
+    calling = _in_scope(FunctionType(own.__code__, own.__globals__, own.__name__))
+    constants = [calling if each == "in scope" else each for each in _call_impl.__code__.co_consts]
+    return _call_impl.__code__.replace(co_consts=tuple(constants))
+
+
+def _hear() -> None:
+    """From now on modules run in scopes, until `_unhear` is called.
+
+    Torch's own global hooks would do, but with any of them each call takes the long way round, some 20 µs of it. And
+    a method that is set makes Python go through all classes of modules: so the function stays, and has another code.
+    """
+    global _codes, _unhear
+    own: Any = torch.nn.Module._call_impl
+    if type(own) is FunctionType and not (own.__closure__ or own.__defaults__ or own.__kwdefaults__):
+        if own.__code__ is not _codes[0]:
+            _codes = own.__code__, _code_in_scope(own)
+        _unhear = partial(setattr, own, "__code__", _codes[0])
+        own.__code__ = _codes[1]
+    else:  # somebody has wrapped it
+        _unhear = partial(setattr, torch.nn.Module, "_call_impl", own)
+        torch.nn.Module._call_impl = _in_scope(own)  # type: ignore[method-assign]
 
 
 def _names_in(outermost: torch.nn.Module) -> dict[int, str]:
@@ -97,12 +127,11 @@ def _names_in(outermost: torch.nn.Module) -> dict[int, str]:
 
 def listen() -> int:
     """Begins to follow module calls on this thread; may be nested. Returns what `stop_listening` takes."""
-    global _listeners, _original
+    global _listeners
     with _lock:
         _listeners += 1
         if _listeners == 1:
-            _original = torch.nn.Module._call_impl
-            torch.nn.Module._call_impl = _calling(_original)  # type: ignore[method-assign]
+            _hear()
     _here.listening += 1
     return len(_here.path)
 
@@ -119,7 +148,7 @@ def stop_listening(length: int) -> None:
     with _lock:
         _listeners -= 1
         if _listeners == 0:
-            torch.nn.Module._call_impl = _original  # type: ignore[method-assign]
+            _unhear()
 
 
 def open_scope(name: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._C import DisableTorchFunction
 
-from . import heap, recorder
+from . import collector, heap, recorder
 from .errors import (
     DTypeError,
     NotRecordedError,
@@ -106,6 +106,7 @@ def backward(
             _as_given([g for _, g in writes])
         if not (record or keep):
             _close(found.order)
+        collector.let_go()
         if writes:
             heap.hold_heap(writes[-1][0])  # a leaf, as those come last
 
@@ -142,6 +143,7 @@ def grad(
             _as_given([g for g in results if g is not None])
         if not (record or keep):
             _close(sweep.order)
+        collector.let_go()
         if by_tensor:
             heap.hold_heap(by_tensor[-1][0])
         return results

@@ -30,6 +30,7 @@ ROOMS = (
     "heap",
     "modules",
     "tape",
+    "collector",
     "names",
     "listing",
     "places",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import aliases, exits, heap, modules, registry
+from .. import aliases, collector, exits, heap, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
@@ -116,6 +116,7 @@ class record:
 
     def __enter__(self) -> Tape:
         heap.settle_heap()
+        collector.hold_off()
         aliases.forget_exposed()
         tape = Tape(strong=True, strict=self.strict)
         tape.streams = Streams()
@@ -136,6 +137,7 @@ class record:
         with _taken_off(mode):
             mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         pop_tape(tape)
+        collector.wait_for(tape.token)
         exits.close_exits()
         modules.stop_listening(length)
         with quietly():

@@ -11,10 +11,13 @@ that is found out by trying the examples beside each, as `shortcut` finds out wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from torch._C import DispatchKey
+from torch._C import _dispatch_tls_set_dispatch_key_excluded as _exclude
 from torch._ops import OpOverload
 
 from ..names import user_frame
@@ -34,6 +37,8 @@ _DTYPES = (torch.float32, torch.float64)
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _contiguous = torch._C.TensorBase.is_contiguous  # torch's own: those of Tensor are wrapped while a block is open
 _t, _view = torch._C.TensorBase.t, torch._C.TensorBase.view
+_select, _transpose = torch._C.TensorBase.select, torch._C.TensorBase.transpose
+_PYTHON = DispatchKey.Python
 
 
 class Part:
@@ -49,6 +54,25 @@ class Part:
         """What `function` gives, which is that overload and nothing else."""
         self._frame = frame = user_frame(self._frame)
         return record_plain(self._tape, plan_of(overload), args, function, frame)
+
+    def heard(self, overload: OpOverload, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `function` gives, which is that overload: of a kind that only the mode records."""
+        _exclude(_PYTHON, False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _exclude(_PYTHON, True)
+
+    def draw(self, overload: OpOverload, *args: Any) -> Any:
+        """The first argument, which an overload writes to what it draws."""
+        streams = self._tape.streams
+        with nullcontext() if streams is None or streams.drawing else streams.draw(args, {}):
+            return self.fill(overload, *args)
+
+    def fill(self, overload: OpOverload, *args: Any) -> Any:
+        """The first argument, made here, which an overload writes to."""
+        result = self.update(overload, *args)
+        return self.write(overload, *args) if result is NotImplemented else result
 
     def write(self, overload: OpOverload, *args: Any) -> Any:
         """What an overload gives that writes to its arguments."""
@@ -143,6 +167,47 @@ def _cross_entropy(
     return part(overload, overload._op, logs, target, None, _REDUCTIONS[reduction], ignore_index)[0]
 
 
+def _dropout(part: Part, input: Any, p: Any, training: Any, inplace: Any) -> Any:
+    if not _alike(input) or type(p) is not float or not 0 < p < 1 or training is not True or inplace is not False:
+        return NotImplemented
+    mask = part(aten.empty_like.default, torch.empty_like, input)
+    part.draw(aten.bernoulli_.float, mask, 1 - p)
+    part.fill(aten.div_.Scalar, mask, 1 - p)
+    return part(aten.mul.Tensor, torch.mul, input, mask)
+
+
+def _lstm(
+    part: Part, input: Any, hx: Any, params: Any, has_biases: Any, num_layers: Any, dropout: Any, train: Any,
+    bidirectional: Any, batch_first: Any,
+) -> Any:  # fmt: skip
+    if type(hx) is not tuple or len(hx) != 2 or type(params) is not list or type(num_layers) is not int:
+        return NotImplemented
+    if has_biases is not True or bidirectional is not False or len(params) != 4 * num_layers or not params:
+        return NotImplemented
+    if (dropout and train) or not _alike(input, *hx, *params) or input.dtype is not torch.float32 or input.ndim != 3:
+        return NotImplemented
+    if not (torch._C._get_mkldnn_enabled() and all(map(_contiguous, (*hx, *params)))):
+        return NotImplemented
+    hidden, size = params[1].shape[-1], input.shape[2]
+    for i, each in enumerate(params):
+        if each.shape != ((4 * hidden, hidden if i > 3 or i == 1 else size) if i % 4 < 2 else (4 * hidden,)):
+            return NotImplemented
+    if any(each.shape != (num_layers, input.shape[not batch_first], hidden) for each in hx):
+        return NotImplemented
+    x = part(aten.transpose.int, _transpose, input, 0, 1) if batch_first else input
+    if not _contiguous(x):
+        x = part.heard(aten.clone.default, torch.clone, x, memory_format=torch.contiguous_format)
+    last: tuple[list[Any], list[Any]] = [], []
+    for i in range(num_layers):
+        before = [part(aten.select.int, _select, each, 0, i) for each in hx]
+        given = (x, *params[4 * i : 4 * i + 4], *before, False, [], 2, hidden, num_layers, True, False, batch_first)
+        x, *after, _ = part(aten.mkldnn_rnn_layer.default, torch.mkldnn_rnn_layer, *given, train)
+        for each, states in zip(after, last, strict=True):
+            states.append(each)
+    states = [part.heard(aten.stack.default, torch.stack, each) for each in last]
+    return (part(aten.transpose.int, _transpose, x, 0, 1) if batch_first else x, *states)
+
+
 def _alike(*tensors: Any) -> bool:
     """Whether these are ordinary tensors of one dtype, one of the usual ones, on the CPU, with elements."""
     if type(tensors[0]) not in TENSORS:
@@ -166,6 +231,8 @@ apart: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.cross_entropy: _cross_entropy,
+    F.dropout: _dropout,
+    torch.lstm: _lstm,
 }
 
 
@@ -178,6 +245,20 @@ def _examples() -> dict[Any, list[tuple[Any, ...]]]:
 
     def convolved(*one: int) -> tuple[Any, ...]:
         return ones(1, 1, *one), ones(1, 1, *one), ones(1), one, (0,) * len(one), one, 1
+
+    def recurrent(layers: int, batch_first: bool) -> tuple[Any, ...]:
+        hx = ones(layers, 2, 1), ones(layers, 2, 1)
+        return (
+            ones(2, 2, 1),
+            hx,
+            [ones(4, 1), ones(4, 1), ones(4), ones(4)] * layers,
+            True,
+            layers,
+            0.0,
+            True,
+            False,
+            batch_first,
+        )
 
     integer = torch.zeros((), dtype=torch.int64, device="cpu")
     statistics = torch.zeros(3, device="cpu"), torch.ones(3, device="cpu")
@@ -196,6 +277,8 @@ def _examples() -> dict[Any, list[tuple[Any, ...]]]:
         F.cross_entropy: [
             (ones(2, 3), integer.expand(2), None, None, -100, None, reduction, 0.0) for reduction in _REDUCTIONS
         ],
+        F.dropout: [(ones(2, 3), 0.5, True, False)],
+        torch.lstm: [recurrent(2, True), recurrent(1, False)],
     }
 
 
@@ -211,22 +294,27 @@ class _Noting(Part):
         self.overloads.append(overload)
         return function(*args)
 
+    def heard(self, overload: OpOverload, function: Any, *args: Any, **kwargs: Any) -> Any:
+        self.overloads.append(overload)
+        return function(*args, **kwargs)
+
     def write(self, overload: OpOverload, *args: Any) -> Any:
         return self(overload, overload, *args)
 
-    update = write
+    draw = fill = update = write
 
 
 def are_made_so(overloads_of: Callable[..., list[OpOverload]]) -> dict[Any, Callable[..., Any]]:
     """Those of `apart` that torch takes apart as they are here; `overloads_of` tells what it runs for a call."""
     found = {}
-    for function, calls in _examples().items():
-        alike = True
-        for args in calls:
-            noting = _Noting()
-            apart[function](noting, *args)
-            overloads = [each for each in overloads_of(function, *args) if each is not aten.empty.memory_format]
-            alike = alike and overloads == noting.overloads
-        if alike:
-            found[function] = apart[function]
+    with torch.random.fork_rng(devices=()):  # one of them draws
+        for function, calls in _examples().items():
+            alike = True
+            for args in calls:
+                noting = _Noting()
+                apart[function](noting, *args)
+                overloads = [each for each in overloads_of(function, *args) if each is not aten.empty.memory_format]
+                alike = alike and overloads == noting.overloads
+            if alike:
+                found[function] = apart[function]
     return found

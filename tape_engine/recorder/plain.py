@@ -26,6 +26,7 @@ from ..tape import (
     Value,
     address_of,
     dense,
+    exposed,
     forget,
     layout_of,
     next_in_sequence,
@@ -50,7 +51,7 @@ _contents_of = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 _binding_of = values_by_tensor.get
 _grad_enabled = torch.is_grad_enabled
 _frame = sys._getframe
-_new_node, _new_value = Node.__new__, Value.__new__
+_new_node, _new_value, _new_kept = Node.__new__, Value.__new__, Kept.__new__
 _ref = weakref.ref
 
 
@@ -154,9 +155,14 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     if single:
         binding = Binding(result, forget)  # what `bind` does, with one weak reference for the value's as well
         binding.value = node._outputs = value = _new_value(Value)  # what `Value` does, in place
-        if plan.pointwise and inputs and _one_layout(inputs):  # it is laid out as they are: torch need not be asked
+        if (  # all lie alike, element after element, and so does what is made of them: torch need not be asked
+            plan.pointwise
+            and inputs
+            and id(strides := inputs[0].strides) in dense
+            and (len(inputs) == 1 or (inputs[1].strides is strides and (len(inputs) == 2 or _lie_alike(inputs))))
+        ):
             like = inputs[0]
-            value.shape, value.strides, value.device = like.shape, like.strides, like.device
+            value.shape, value.strides, value.device = like.shape, strides, like.device
         else:
             value.shape, value.strides = layout_of(result)
             value.device = result.device
@@ -177,7 +183,11 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
             if is_complex or (value.dtype is not _FLOAT and value.dtype.is_complex):
                 node.complex = True
             if op.reads_output:
-                kept = Kept(_contents_of(result), own=True)
+                if exposed:
+                    kept = Kept(_contents_of(result), own=True)
+                else:  # what `Kept` does, in place
+                    kept = _new_kept(Kept)
+                    kept.tensor, kept.own = _contents_of(result), True
                 value._kept = _ref(kept)
                 saved.append(kept)
                 keeps = True
@@ -222,15 +232,9 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
     return result
 
 
-def _one_layout(inputs: list[Value]) -> bool:
-    """Whether all values lie alike, element after element: so does then what is made of them place by place."""
-    strides = inputs[0].strides
-    if id(strides) not in dense:
-        return False
-    for value in inputs:  # noqa: SIM110 - one or two: asked at every operation, and `all` takes longer
-        if value.strides is not strides:  # of each shape they are objects of their own
-            return False
-    return True
+def _lie_alike(inputs: list[Value]) -> bool:
+    """Whether all values have the same strides, which of each shape are an object of their own."""
+    return all(value.strides is inputs[0].strides for value in inputs)
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:

@@ -26,9 +26,9 @@ settle_heap()
 """
 
 
-def told(trial: str) -> list[int]:
+def told(trial: str, before: str = "") -> list[int]:
     """What a process of its own prints."""
-    run = subprocess.run([sys.executable, "-c", FAULTS + trial], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", before + FAULTS + trial], capture_output=True, text=True, check=True)
     found: list[int] = json.loads(run.stdout)
     return found
 
@@ -51,3 +51,24 @@ print(json.dumps([held, heap._pin is not None]))
     )
     assert held < 1_000, "of 27,648 pages"
     assert not still, "what holds the memory goes with the leaf"
+
+
+@pytest.mark.slow
+def test_what_lies_free_in_the_heap_does_not_keep_it_from_being_held() -> None:
+    """Else the block that is to settle it comes from there, and the one that is to hold it lies by itself."""
+    found = told(
+        """
+blocks += [heap._libc.malloc(20 << 20) for _ in range(4)]  # and it is in use again
+leaf = torch.zeros(3)
+print(json.dumps(sorted(faults(9, leaf) for _ in range(6))))
+""",
+        before="""
+import torch
+from tape_engine import heap
+torch.full((23 << 18,), 1.0)  # so large a block comes by itself, once
+blocks = [heap._libc.malloc(20 << 20) for _ in range(9)]
+for block in blocks[2:6]:
+    heap._libc.free(block)  # 80 MiB between blocks in use
+""",
+    )
+    assert found[2] < 1_000, "of 27,648 pages"

@@ -117,17 +117,45 @@ def test_an_exception_in_a_module_closes_its_scope() -> None:
 
 
 def test_modules_outside_a_block_are_not_listened_to() -> None:
-    plain = nn.Module._call_impl
+    function: Any = nn.Module._call_impl
+    plain = function.__code__
     layer = nn.ReLU()
     layer(torch.randn(2))
-    with te.record():
-        assert nn.Module._call_impl is not plain
+    for _ in range(3):
         with te.record():
-            layer(torch.randn(2))
-        assert nn.Module._call_impl is not plain
-        assert not torch_module._global_forward_pre_hooks, "with one, each call takes the long way round"
-        assert not torch_module._global_forward_hooks
-    assert nn.Module._call_impl is plain
+            assert function.__code__ is not plain
+            with te.record():
+                layer(torch.randn(2))
+            assert function.__code__ is not plain
+            assert not torch_module._global_forward_pre_hooks, "with one, each call takes the long way round"
+            assert not torch_module._global_forward_hooks
+        assert nn.Module._call_impl is function
+        assert function.__code__ is plain
+
+
+def test_what_somebody_put_around_the_call_of_modules_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: Any = nn.Module._call_impl
+    calls = []
+
+    def counting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(type(self).__name__)
+        return own(self, *args, **kwargs)
+
+    net, x = nn.Sequential(nn.ReLU()), torch.randn(2)
+    with te.record() as before:
+        net(x)
+    monkeypatch.setattr(nn.Module, "_call_impl", counting)
+    with te.record() as tape:
+        net(x)
+    assert nn.Module._call_impl is counting
+    net(x)
+    assert calls == ["Sequential", "ReLU"] * 2
+    assert scopes(tape) == scopes(before) == ["Sequential/0"]
+    monkeypatch.undo()
+    with te.record() as after:
+        net(x)
+    assert scopes(after) == ["Sequential/0"]
+    assert len(calls) == 4
 
 
 def test_operations_of_a_module_s_hooks_stand_in_its_scope() -> None:

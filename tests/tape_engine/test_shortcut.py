@@ -32,6 +32,8 @@ WAYS = [
 def shown(argument: Any) -> Any:
     if isinstance(argument, Value):
         return argument.shape, argument.strides, argument.dtype, argument.device, argument.leaf, argument.constant
+    if isinstance(argument, list):
+        return [shown(each) for each in argument]
     return argument
 
 
