@@ -21,13 +21,14 @@ from torch.autograd.function import once_differentiable
 from .. import aliases, exits, regions
 from ..errors import TapeWarning, message
 from ..names import call_site, user_frame
-from ..registry import Op, find
+from ..registry import Op
 from ..tape import Node, Tape, Value, bind, bound, current_tape, describe, unbind, unwritten
 from .called import is_freezing, record_call
 from .contexts import Call, Run, Saved, by_input, call_in, context_of, no_gradient_lost, sets_up_apart
 from .inplace import Sparing, settle
 from .listening import Recorded, listen
 from .mode import quietly
+from .moved import hold
 from .state import ONCE, current_tape_is_global, is_cut, state, tensors_in
 from .taken import Taken
 from .writing import ALIAS, join_views, read, stays_closed, undo, write
@@ -286,9 +287,8 @@ def _follow_writes(
             continue
         old, new = taken.value_of(tensor), node.outputs[alias]
         new.detached = True
-        copied = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
-        copied.mutates = ((0, 0),)
-        settle(tape, copied, [0], [tensor], [old], [wholes.get(id(tensor))], [*spared, (None, made[alias])], pending=0)
+        copied, whole, apart = hold(tape, tensor, old, new), wholes.get(id(tensor)), (None, made[alias])
+        settle(tape, copied, [0], [tensor], [old], [whole], [*spared, apart], pending=0)
 
 
 def _keep(run: Run, node: Node, taken: Taken, made: list[Tensor]) -> None:
@@ -388,7 +388,6 @@ def _gradients(g: Any, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     return by_input(found, args)
 
 
-_COPY = find(torch.ops.aten.copy.default)
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
 

@@ -31,11 +31,18 @@ from ..tape import (
 from .state import DETACH, MOVED, PARTED
 from .writing import call, read, reshaped, write
 
-__all__ = ["given_memory", "part", "set_data"]
+__all__ = ["given_memory", "hold", "part", "set_data"]
 
 Tensor = torch.Tensor
 
 _COPY, _DETACH = registry.find(torch.ops.aten.copy.default), registry.find(DETACH)
+
+
+def hold(tape: Tape, tensor: Tensor, old: Value, new: Value) -> Node:
+    """Records that `tensor`, which held `old`, holds what `new` is, and the gradient passes over that."""
+    node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
+    node.mutates = ((0, 0),)
+    return node
 
 
 def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
@@ -47,8 +54,7 @@ def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
     before = stride_of(tensor), offset_of(tensor)
     original(tensor, other)
     if (old.shape, old.dtype) == (new.shape, new.dtype):
-        node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
-        node.mutates = ((0, 0),)
+        node = hold(tape, tensor, old, new)
     else:
         node = write(tape, _DETACH, (new,), {}, [new, old], [None, None], [tensor], cut=True)
         node.mutates = ((1, 0),)

@@ -54,7 +54,8 @@ def test_within_is_true_only_of_what_a_base_has() -> None:
         else:
             place = (1 + number(3), 1 + number(3)), (number(9), number(4)), number(60)
         has = set(places.positions(shape, strides, 0, base.device).tolist())
-        of_part = set(places.positions(*place, base.device).tolist())
+        size, stride, offset = place
+        of_part = set(places.positions(size, stride, offset, base.device).tolist())
         if places.within(place, shape, strides):
             found += 1
             assert of_part <= has
