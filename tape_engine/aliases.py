@@ -87,15 +87,10 @@ class Aliases:
 
     def alive(self) -> list[Value]:
         """The members that still matter; the others are dropped."""
-        found = []
-        for ref in self.members:
-            value = ref()
-            if value is not None:
-                if value.kept or value.tensor is not None:
-                    found.append(value)
-                elif value.stale:
-                    self.dropped = True
+        known = [v for ref in self.members if (v := ref()) is not None]
+        found = [v for v in known if v.kept or v.tensor is not None]
         if len(found) < len(self.members):
+            self.dropped = self.dropped or any(v.stale and not v.kept for v in known)
             self.members = [weakref.ref(v) for v in found]
         return found
 
@@ -351,7 +346,7 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         if storage_of(cell.tensor) == storage and overlap(cell.tensor, tensor):
             with unheard(cell.tensor):
                 cell.replace(_copy(cell.tensor.detach(), each.asked))
-        else:
+        elif not cell.own:  # a copy has no count
             spared.append((cell, cell.tensor))
     for other in group:
         holder = other.tensor

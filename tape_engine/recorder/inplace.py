@@ -203,7 +203,7 @@ def settle(
         rebind(tensor, version_of(tensor) + pending)
         if alone:
             continue
-        if not node.cut:
+        if not node.cut and new.aliases is not None and new.aliases.kin:
             part(tensor, node, pending)
         if restrides and node.cut:
             for other in aliases.neighbours(tensor):

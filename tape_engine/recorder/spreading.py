@@ -28,7 +28,8 @@ def spread(
     neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
     base, of_base = tensor, new
     detached = (new if whole is None else whole).detached
-    if whole is not None and tensor._base is not None and not regions.parted(tensor):
+    moved = new.aliases is not None and bool(new.aliases.kin)  # whether what are views to torch may lie elsewhere
+    if whole is not None and tensor._base is not None and not (moved and regions.parted(tensor)):
         target, old = in_units_of(tensor, tensor._base, whole, tape)
         if regions.contains(target, regions.in_reals(as_stored(tensor, target), target)):
             base = tensor._base
@@ -42,9 +43,10 @@ def spread(
     for other in neighbours:
         if other is base:
             continue
-        held = bound(other)
-        begun = held is not None and not held.constant and _begun(held, other._base)
-        if other._base is not None and id(other._base) in bases and not (begun or regions.parted(other)):
+        held, above = bound(other), other._base
+        # Torch refuses other writes to what such a view looks into.
+        begun = detached and held is not None and not held.constant and _begun(held, above)
+        if above is not None and id(above) in bases and not (begun or (moved and regions.parted(other))):
             if held is not None:
                 held.stale = True  # read off the base, which is followed here too, when it is next needed
             rebind(other, version_of(other) + pending)
