@@ -21,25 +21,38 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .places import Place, extent, offset_of, overlapping, positions, stride_of
-from .tape import Hidden, Kept, Node, Value, bound, exposed, looking, on_looking, rebind, unwritten, version_of
+from .places import extent, offset_of, stride_of
+from .regions import overlap, same_storage, storage_in, storage_of
+from .tape import (
+    Hidden,
+    Kept,
+    Node,
+    Value,
+    bound,
+    exposed,
+    looking,
+    on_looking,
+    rebind,
+    unwritten,
+    values_by_tensor,
+    version_of,
+)
 
 __all__ = [
     "Aliases",
     "changed_outside",
-    "contains",
-    "covers",
+    "count_together",
     "expose",
     "forget_exposed",
     "join",
     "look",
     "neighbours",
-    "place_of",
+    "parted_from",
     "protect",
     "refresh",
-    "same_storage",
     "sample_of",
     "share",
+    "stale_views",
     "unheard",
 ]
 
@@ -49,12 +62,14 @@ __all__ = [
 class Aliases:
     """The values that live in one storage: those that a tensor holds now, and those kept for a rule."""
 
-    __slots__ = ("__weakref__", "_drop_at", "foreign", "members", "storage")
+    __slots__ = ("__weakref__", "_drop_at", "_kin", "dropped", "foreign", "members", "storage")
 
     def __init__(self) -> None:
         self.foreign = False  # whether others have that memory too
+        self.dropped = False  # whether views were dropped that are to be read off their base again
         self.storage = 0  # its address, once it is known
         self.members: list[weakref.ref[Value]] = []
+        self._kin: list[weakref.ref[Aliases]] = []
         self._drop_at = 16  # how many there are when the dead ones are next dropped
 
     def add(self, value: Value) -> None:
@@ -72,31 +87,30 @@ class Aliases:
 
     def alive(self) -> list[Value]:
         """The members that still matter; the others are dropped."""
-        found = [v for ref in self.members if (v := ref()) is not None and (v.kept or v.tensor is not None)]
+        known = [v for ref in self.members if (v := ref()) is not None]
+        found = [v for v in known if v.kept or v.tensor is not None]
         if len(found) < len(self.members):
+            self.dropped = self.dropped or any(v.stale and not v.kept for v in known)
             self.members = [weakref.ref(v) for v in found]
         return found
 
+    @property
+    def kin(self) -> list[Aliases]:
+        """Those of other storages among which are tensors whose writes torch counts together with some of these."""
+        return [others for ref in self._kin if (others := ref()) is not None]
+
+    def join_count(self, others: Aliases) -> None:
+        """A tensor with the memory of `others` has that of these from now on, and its count of writes stays."""
+        family = {id(each): each for each in (self, others, *self.kin, *others.kin)}
+        for each in family.values():
+            each._kin = [weakref.ref(other) for other in family.values() if other is not each]
+
+    def counted(self) -> list[Value]:
+        """The members that still matter, and those of its kin."""
+        return [*self.alive(), *(v for others in self.kin for v in others.alive())] if self._kin else self.alive()
+
 
 _by_storage: weakref.WeakValueDictionary[int, Aliases] = weakref.WeakValueDictionary()
-
-
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    try:
-        return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """The address of the tensor's storage; 0 where it has none to share (sparse tensors)."""
-    storage = _storage(tensor)
-    return 0 if storage is None else int(storage._cdata)
-
-
-def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors look into one storage."""
-    return storage_of(a) == storage_of(b) != 0
 
 
 def join(tensor: torch.Tensor, value: Value) -> bool:
@@ -104,7 +118,7 @@ def join(tensor: torch.Tensor, value: Value) -> bool:
 
     Torch marks a storage that it shares with NumPy, with a file or another process: it cannot be resized.
     """
-    storage = _storage(tensor)
+    storage = storage_in(tensor)
     key = 0 if storage is None else int(storage._cdata)
     if key:
         group = _by_storage.get(key)  # views that wait will find it there
@@ -233,6 +247,13 @@ def share(value: Value, with_whom: Value) -> None:
                 node.tape.watch(value, sample_of(made))
 
 
+def count_together(new: Value, old: Value) -> None:
+    """A tensor that held `old` holds `new`, in other memory: torch counts its writes with those of its old aliases."""
+    groups: tuple[Aliases | None, Aliases | None] = new.aliases, old.aliases
+    if groups[0] is not None and groups[1] is not None and groups[0] is not groups[1]:
+        groups[0].join_count(groups[1])
+
+
 def alone(tensor: torch.Tensor, value: Value) -> bool:
     """Whether nothing else is known to live in the storage of `tensor`, which holds `value`, and no rule reads it."""
     if tensor._base is not None or value.kept is not None:
@@ -241,6 +262,8 @@ def alone(tensor: torch.Tensor, value: Value) -> bool:
         return True  # nor waits there a view of it
     group = value.aliases or _group_at(storage_of(tensor))
     if group is not None:
+        if group._kin:
+            return False
         for ref in group.members:
             member = ref()
             if not (member is None or member is value) and (member.kept or member.tensor is not None):
@@ -257,47 +280,24 @@ def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [t for t in holders if t is not tensor and overlap(t, tensor)]
 
 
-def place_of(view: torch.Tensor, base: torch.Tensor) -> Place:
-    """Where `view` lies in `base`."""
-    return tuple(view.shape), stride_of(view), int(offset_of(view)) - int(offset_of(base))
+def parted_from(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The live tensors that torch takes for views of the same base as `tensor`, or for that, and have other memory."""
+    group = _group_at(storage_of(tensor))
+    root = tensor if tensor._base is None else tensor._base
+    if group is None or not group._kin:
+        return []
+    holders = [t for v in group.counted() if (t := v.holder) is not None and bound(t) is v]
+    return [t for t in holders if (t is root or t._base is root) and not same_storage(t, tensor)]
 
 
-def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    start = int(offset_of(tensor)) * tensor.element_size()
-    return start, start + extent(tuple(tensor.shape), stride_of(tensor)) * tensor.element_size()
-
-
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one storage share an element; where that is dear to tell, whether they could."""
-    (a0, a1), (b0, b1) = _span(a), _span(b)
-    if a1 <= b0 or b1 <= a0:
-        return False
-    if a.dtype != b.dtype or _dense(a) or _dense(b) or max(a.numel(), b.numel()) > 1 << 20:
-        return True
-    cpu = torch.device("cpu")
-    places = [positions(tuple(t.shape), stride_of(t), int(offset_of(t)), cpu) for t in (a, b)]
-    return bool(torch.isin(*places).any())  # two columns of a matrix, say
-
-
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor leaves out nothing between its first element and its last."""
-    return tensor.numel() == extent(tuple(tensor.shape), stride_of(tensor))
-
-
-def covers(base: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether every element of `part` lies between the first and last of `base`, of the same dtype."""
-    (a0, a1), (b0, b1) = _span(base), _span(part)
-    return a0 <= b0 and b1 <= a1 and base.dtype == part.dtype
-
-
-def in_reals(part: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """`part`, or the pairs of reals that it consists of, where it is a complex view of a real `base`."""
-    return torch.view_as_real(part) if part.is_complex() and not base.is_complex() else part
-
-
-def contains(wide: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether `wide`, which leaves out no place between its first element and its last, has all those of `part`."""
-    return _dense(wide) and not overlapping(tuple(wide.shape), stride_of(wide)) and covers(wide, part)
+def stale_views(tensor: torch.Tensor, value: Value) -> list[torch.Tensor]:
+    """The live views of `tensor`, which holds `value`, that are to be read off it again; or of what it is a view of."""
+    group: Aliases | None = value.aliases
+    if group is None or not (group.alive(), group.dropped)[1]:
+        return []
+    root = tensor if tensor._base is None else tensor._base
+    found = [t for each in list(values_by_tensor.values()) if each.value.stale and (t := each()) is not None]
+    return [t for t in found if t._base is root]
 
 
 def expose(tensor: torch.Tensor) -> None:
@@ -339,22 +339,31 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
     """
     spared: list[tuple[Kept | None, torch.Tensor]] = []
     storage = storage_of(tensor)
-    group = [value] if value.aliases is None else value.aliases.alive()
-    for cell in [found for v in group if (found := v.kept) is not None]:
-        if storage_of(cell.tensor) != storage or not cell.intact:
+    group = [value] if value.aliases is None else value.aliases.counted()
+    for each, cell in [(v, found) for v in group if (found := v.kept) is not None]:
+        if not cell.intact:
             continue
-        if overlap(cell.tensor, tensor):
+        if storage_of(cell.tensor) == storage and overlap(cell.tensor, tensor):
             with unheard(cell.tensor):
-                cell.replace(cell.tensor.detach().clone(memory_format=torch.preserve_format))
-        else:
+                cell.replace(_copy(cell.tensor.detach(), each.asked))
+        elif not cell.own:  # a copy has no count
             spared.append((cell, cell.tensor))
     for other in group:
         holder = other.tensor
         if holder is None or holder is tensor:
             continue
-        if unwritten(holder) and not overlap(holder, tensor):
+        if unwritten(holder) and not (storage_of(holder) == storage and overlap(holder, tensor)):
             spared.append((None, holder))
     return spared
+
+
+def _copy(tensor: torch.Tensor, asked: bool) -> torch.Tensor:
+    """A copy of `tensor`; where the code has asked how it lies, one that begins where it does, as strides count."""
+    offset = int(offset_of(tensor))
+    if not (asked and offset):
+        return tensor.clone(memory_format=torch.preserve_format)
+    room = tensor.new_empty(offset + extent(tuple(tensor.shape), stride_of(tensor)))
+    return room.as_strided(tensor.shape, stride_of(tensor), offset).copy_(tensor)
 
 
 def refresh(spared: list[tuple[Kept | None, torch.Tensor]], pending: int = 1) -> None:

@@ -10,7 +10,17 @@ import torch
 
 from .registry import op, sample, spec
 
-__all__ = ["Place", "extent", "offset_of", "overlapping", "positions", "read_view", "stride_of", "write_view"]
+__all__ = [
+    "Place",
+    "extent",
+    "offset_of",
+    "overlapping",
+    "positions",
+    "read_view",
+    "stride_of",
+    "within",
+    "write_view",
+]
 
 #: Size, stride and offset of a view, counted from the first element of its base.
 Place = tuple[tuple[int, ...], tuple[int, ...], int]
@@ -39,8 +49,33 @@ def overlapping(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
         if length > 1:
             if step < span:
                 return True
-            span = step * length
+            span += step * (length - 1)  # from the first of those so far to behind the last
     return False
+
+
+def within(place: Place, shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a base of this shape, no two elements of which lie in one place, has all elements of a view of it.
+
+    Each step of the view is told as steps along the dimensions of the base, the longest first; whether it can be told
+    so is known for views that were made by slices and the like.
+    """
+    size, stride, offset = place
+    longest = sorted(((step, length) for step, length in zip(strides, shape, strict=True) if length > 1), reverse=True)
+
+    def steps(distance: int) -> list[int] | None:
+        found = []
+        for step, _ in longest:
+            found.append(distance // step)
+            distance %= step
+        return None if distance else found
+
+    last = steps(offset)
+    for length, step in zip(size, stride, strict=True):
+        along = steps(step)
+        if last is None or along is None:
+            return False
+        last = [at + (length - 1) * each for at, each in zip(last, along, strict=True)]
+    return last is not None and all(at < length for at, (_, length) in zip(last, longest, strict=True))
 
 
 @op(
@@ -91,5 +126,10 @@ def write_view_grad(g, out, base, part, size, stride, offset):  # type: ignore[n
     of_base = positions(base.shape, base.stride(), 0, g.device)
     of_part = positions(size, stride, offset, g.device)
     spread = g.new_zeros(extent(base.shape, base.stride())).index_copy(0, of_base, g.reshape(-1))
-    g_part = spread.index_select(0, of_part).reshape(size)
+    g_part = spread.index_select(0, of_part)
+    if overlapping(size, stride):  # of the elements that lie in one place the last is what was left there
+        order = torch.arange(of_part.numel(), device=g.device)
+        last = torch.full_like(spread, -1, dtype=torch.int64).scatter_reduce(0, of_part, order, "amax")
+        g_part = g_part * (last.index_select(0, of_part) == order)
+    g_part = g_part.reshape(size)
     return spread.index_fill(0, of_part, 0).index_select(0, of_base).reshape(base.shape), g_part

@@ -102,6 +102,7 @@ class Plan:
         random: whether it draws from a generator.
         updates: whether it writes to its first argument and returns that (``add_``), recorded under a known twin.
         gives_memory: whether it gives a tensor the memory of another, or of a storage (``set_``).
+        restrides: whether what it writes are a tensor's shape and strides, and no element (``t_``).
         unread: the places of arguments that its rule reads in other calls than these.
         chance: the place of the argument by which it draws (``dropout_p``): with a 0 there it draws nothing.
         known: whether a functional twin was found, if it writes.
@@ -135,6 +136,7 @@ class Plan:
     gives_memory: bool = False
     looks: bool = False
     updates: bool = False
+    restrides: bool = False
     overload: OpOverload | None = None
 
     def draws(self, args: tuple[Any, ...]) -> bool:
@@ -191,6 +193,7 @@ def _make(overload: OpOverload) -> Plan:
         gives_memory=overload in SETS,
         overload=overload,
         looks=overload in LOOKS,
+        restrides=bool(written) and twin is not None and any(r.alias_info is not None for r in twin._schema.returns),
         updates=written == [0]
         and twin is not None
         and returned == ["Tensor"]

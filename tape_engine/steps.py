@@ -102,7 +102,12 @@ def steps_to(asked: set[Value], targets: Sequence[Tensor], order: Sequence[Node]
 
 
 def _leads_to(value: Value, wanted: set[int]) -> bool:
-    """Whether a value is known to be computed from a wanted leaf: on a tape that was swept, or by torch alone."""
+    """Whether a closed value is computed from a wanted leaf: on a tape that was swept, or by torch alone.
+
+    Of what was written to unseen nobody knows from what it is: it may be from any.
+    """
+    if value.closed in recorder.UNKNOWN:
+        return value.differentiable
     holder = value.holder
     binding = None if holder is None else values_by_tensor.get(id(holder))
     if holder is None or value.closed not in (recorder.SWEPT, recorder.OUTSIDE):

@@ -19,10 +19,10 @@ from torch._C import _dispatch_tls_set_dispatch_key_excluded as _exclude
 
 from . import recorder
 from .aliases import changed_outside
-from .errors import RuleError, TapeError, message
+from .errors import TapeError
 from .gradients import borrowed, fitted, in_order, refill
 from .names import located
-from .refusals import closed_error, overwritten_error
+from .refusals import closed_error, failed_error, overwritten_error, reshaped_error
 from .specialise import specialise
 from .steps import Needs, all_steps, made_for, order_of, steps_to
 from .tape import (
@@ -32,7 +32,6 @@ from .tape import (
     bind,
     bound,
     current_tape,
-    describe,
     next_in_sequence,
     values_by_tensor,
     written_unseen,
@@ -189,7 +188,7 @@ class Sweep:
             except TapeError:
                 raise
             except Exception as error:
-                raise _failed(node, [*g] if type(made) is tuple else [g], error) from error
+                raise failed_error(node, [*g] if type(made) is tuple else [g], error) from error
             if type(contributions) is not tuple or len(contributions) != len(inputs):
                 contributions = in_order(contributions, node)
             for value, need, contribution in zip(inputs, needs, contributions):  # noqa: B905 - as long, just asked
@@ -218,8 +217,11 @@ class Sweep:
             return
         if node.cut:
             for i, j in node.mutates:  # as in torch: under no_grad a gradient passes over a write
-                if i >= 0 and g[j] is not None:
-                    self._add(node.inputs[i], g[j], node)  # type: ignore[arg-type]
+                contribution, shape = g[j], node.inputs[i].shape
+                if i >= 0 and contribution is not None:
+                    if contribution.shape != shape:  # as in torch, too: unsqueeze_, say
+                        contribution = contribution.sum_to_size(shape)
+                    self._add(node.inputs[i], contribution, node)
             return
         for value, need, contribution in zip(node.inputs, needs, self._apply(node, g, needs), strict=True):
             if need and contribution is not None:
@@ -237,7 +239,7 @@ class Sweep:
         return g
 
     def _add(self, value: Value, contribution: Tensor, reader: Node) -> None:
-        if value.closed and not self.structure:
+        if value.closed and not (self.structure and value.node is None):
             raise closed_error(value, located(reader))
         before = self.pending.get(value)
         references = sys.getrefcount(before)
@@ -269,7 +271,7 @@ class Sweep:
         except TapeError:
             raise
         except Exception as error:
-            raise _failed(node, g, error) from error
+            raise failed_error(node, g, error) from error
         return in_order(returned, node)
 
     def _contents(self, node: Node, kept: Kept, value: Value) -> Tensor:
@@ -293,7 +295,7 @@ class Sweep:
     def by_tensor(self) -> list[tuple[Tensor, Tensor]]:
         """The gradients by the tensors that hold the values now; a leaf's are added up."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        late: list[tuple[Tensor, Tensor]] = []
+        late: list[tuple[Value, Tensor, Tensor]] = []
         for value, g in self.gradients.items():
             holder = value.holder
             if holder is None:
@@ -301,16 +303,8 @@ class Sweep:
             if bound(holder) is value and not value.stale:
                 found[id(holder)] = (holder, g)
             elif value.begins:
-                late.append((holder, g))
-        for holder, g in late:
-            now = bound(holder)
-            if id(holder) not in found:
-                found[id(holder)] = (holder, g)
-            elif now is not None and recorder.is_update(now, now.node):
-                found[id(holder)] = (holder, g)  # the gradient passed over the write, and met what was there
-            elif now is not None and now.leaf:  # one leaf, written to in between: both readings count
-                found[id(holder)] = (holder, found[id(holder)][1] + g)
-        return list(found.values())
+                late.append((value, holder, g))
+        return list(_with_late(found, late).values()) if late else list(found.values())
 
     def _separate(self) -> None:
         """Gives each gradient memory of its own: a rule may have returned ``g``, a view, or an argument."""
@@ -375,18 +369,21 @@ def _uses(storage: torch.UntypedStorage) -> int:
     return count
 
 
-def _failed(node: Node, g: list[Tensor | None], error: Exception) -> RuleError:
-    """What is raised when the rule of `node` raised `error`."""
-    title = getattr(node.op.grad, "__name__", "borrowed rule")
-    return RuleError(
-        message(
-            f"the rule {title} of {node.op.name} raised {type(error).__name__}: {error}",
-            where=located(node),
-            operands=_described(node, g),
-        )
-    )
-
-
-def _described(node: Node, g: list[Tensor | None]) -> list[tuple[str, str]]:
-    rows = [("g", describe(each)) for each in g if each is not None]
-    return rows + [(name, describe(v)) for name, v in zip(node.input_names, node.inputs, strict=True)]
+def _with_late(
+    found: dict[int, tuple[Tensor, Tensor]], late: list[tuple[Value, Tensor, Tensor]]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """`found`, with the gradients of leaves whose tensors were written to since: all readings of a leaf count."""
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+    for value, holder, g in late:
+        key, now = id(holder), bound(holder)
+        met = None if now is None else recorder.updated(now, now.node)  # where a gradient that passes over writes ends
+        begins = met is not None and met.begins
+        if key in found and not begins:
+            continue
+        before = sums.get(key) or (found.get(key) if met is now else None)
+        if before is not None:
+            if before[1].shape != g.shape:
+                raise reshaped_error(value, holder)
+            g = before[1] + g
+        sums[key] = holder, g
+    return {**found, **sums}

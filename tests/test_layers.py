@@ -34,6 +34,7 @@ ROOMS = (
     "names",
     "listing",
     "places",
+    "regions",
     "aliases",
     "warned",
     "compiler",

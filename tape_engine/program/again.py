@@ -14,13 +14,13 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 
 from .. import recorder
-from ..aliases import storage_of
 from ..errors import NotRecordedError, message
 from ..names import located
 from ..recorder import Recorded, demand, listen_to, read, recording, scope
+from ..regions import same_storage, storage_of
 from ..tape import Node, Value, bound, current_tape
 from .buffers import laid
-from .data import LIFT, Frozen
+from .data import DETACH, LIFT, Frozen
 from .guards import check_guard, check_shape
 from .passes import laid_out
 
@@ -77,9 +77,11 @@ def run_recorded(frozen: Frozen, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
                 _run(node, held)
             outputs = _own([held[value] for value in frozen.outputs], [*inputs, *targets.values()])
             for leaf, after in frozen.writes:
-                tensor = targets[leaf]
+                tensor, content = targets[leaf], held[after]
                 with torch.no_grad() if tensor.requires_grad else nullcontext():
-                    tensor.copy_(held[after])
+                    tensor.copy_(
+                        content.clone() if content is not tensor and same_storage(content, tensor) else content
+                    )
     except BaseException:
         tape.rewind(length)
         raise
@@ -98,14 +100,18 @@ def _own(outputs: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def _run(node: Node, held: dict[Value, Tensor]) -> None:
-    contents = iter([_content(value, held) for value in node.inputs])
+    given = [_content(value, held) for value in node.inputs]
+    contents = iter(given)
     args = _refilled(node.args, contents)
     kwargs = {name: _refilled(each, contents) for name, each in node.kwargs.items()}
     if node.op.forward is LIFT:
         held[node.outputs[0]] = args[0].clone()
         return
     with torch.no_grad() if node.cut else nullcontext():
-        result = (node.op if node.op.is_named and node.result is None else node.op.forward)(*args, **kwargs)
+        if node.op.forward is DETACH:
+            result: Any = recorder.detaching(DETACH, args[0])  # the user's own, and no alias of autograd's
+        else:
+            result = (node.op if node.op.is_named and node.result is None else node.op.forward)(*args, **kwargs)
     if node.result is not None:
         check_guard(result, node.result, located(node))
         return
@@ -114,6 +120,25 @@ def _run(node: Node, held: dict[Value, Tensor]) -> None:
         if value.shape != tensor.shape:
             check_shape(tensor, value.shape, located(node))
         held[value] = tensor
+        again = bound(tensor)
+        if value.constant and again is not None and not any(tensor is each for each in given):
+            again.constant = True
+    if node.cut and node.mutates:
+        _pass_over(node, made, held)
+
+
+def _pass_over(node: Node, made: list[Tensor], held: dict[Value, Tensor]) -> None:
+    """Has the gradient pass over a write under ``no_grad``, recorded again, as it did when it was recorded first."""
+    value = bound(made[0])
+    again = None if value is None else value.node
+    if again is None or not again.cut or len(again.outputs) != len(node.outputs):
+        return
+    for old in node.inputs[len(again.inputs) :]:  # what is no argument: a tensor that the write was to
+        read_again = read(_content(old, held), current_tape())
+        again.inputs, again.sources = (*again.inputs, read_again), (*again.sources, read_again.node)
+    again.mutates = node.mutates
+    for mine, theirs in zip(again.outputs, node.outputs, strict=True):
+        mine.constant = theirs.constant
 
 
 def _content(value: Value, held: dict[Value, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from ..aliases import storage_of
+from ..regions import storage_of
 from ..tape import Node, Value, address_of
 from .data import sized_by_elements
 

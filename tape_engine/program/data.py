@@ -9,7 +9,7 @@ import torch
 from ..places import read_view, write_view
 from ..tape import Node, Tape, Value
 
-__all__ = ["DESCRIBED", "LIFT", "SAME", "STEPPED", "VIEWS", "Frozen", "sized_by_elements"]
+__all__ = ["DESCRIBED", "DETACH", "LIFT", "SAME", "STEPPED", "VIEWS", "Frozen", "sized_by_elements"]
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -28,9 +28,10 @@ STEPPED = "was given by program.step, which sweeps by itself and is not recorded
 
 #: ``torch.tensor(...)``: the leaf before it holds what the tensor is made of.
 LIFT = aten.lift_fresh.default
+DETACH = aten.detach.default
 
 #: Overloads whose result is their argument: nothing needs to run.
-SAME = {aten.detach.default, aten.alias.default, LIFT}
+SAME = {DETACH, aten.alias.default, LIFT}
 
 #: The named operations that look into memory and write to it: nothing in them can differ from call to call.
 VIEWS = (read_view, write_view)

@@ -15,7 +15,7 @@ import torch
 from ..errors import NotRecordedError, ShapeError, message
 from ..names import call_site, local_name, located, names_of, user_frame
 from ..places import write_view
-from ..recorder import SWEEP, SWEPT, UNFOLLOWED, UNSEEN, freezing, quietly, read, recording
+from ..recorder import PARTED, SWEEP, SWEPT, UNFOLLOWED, UNSEEN, freezing, quietly, read, recording
 from ..tape import Node, Tape, Value, bind, bound, describe, pop_tape, push_tape, unbind, values_by_tensor
 from ..walk import Sweep
 from .bare import bare, bare_tape
@@ -298,7 +298,7 @@ def _find_live(frozen: Frozen) -> None:
         if value in made or value in rim or value in frozen.live:
             continue
         holder = value.holder
-        if holder is not None and value.closed in (STEPPED, SWEEP, UNFOLLOWED, UNSEEN):
+        if holder is not None and value.closed in (PARTED, STEPPED, SWEEP, UNFOLLOWED, UNSEEN):
             name = value.name or "a value"
             what = (
                 f"tape.program: {name}, which the recorded code read, {value.closed}: a replay could not make it again."

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..aliases import overlap, storage_of
 from ..errors import DTypeError, InputError, ShapeError, message
 from ..names import call_site, user_frame
+from ..regions import overlap, storage_of
 from ..tape import Value, describe, unbind
 from .buffers import laid, overlapping
 from .data import Frozen

@@ -25,18 +25,38 @@ from .functions import FunctionOp
 from .layouts import demand
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
-from .state import MOVED, ONCE, OUTSIDE, SWEEP, SWEPT, UNFOLLOWED, UNSEEN, current_tape_is_global, is_quiet, opened
+from .state import (
+    MOVED,
+    ONCE,
+    OUTSIDE,
+    OVERLAPPED,
+    PARTED,
+    RESHAPED,
+    SWEEP,
+    SWEPT,
+    UNFOLLOWED,
+    UNKNOWN,
+    UNSEEN,
+    current_tape_is_global,
+    detaching,
+    is_quiet,
+    opened,
+)
 from .strict import rule_to_add
-from .writing import ALIAS, is_update, read, settle
+from .writing import ALIAS, read, settle, updated
 
 __all__ = [
     "ALIAS",
     "MOVED",
     "ONCE",
     "OUTSIDE",
+    "OVERLAPPED",
+    "PARTED",
+    "RESHAPED",
     "SWEEP",
     "SWEPT",
     "UNFOLLOWED",
+    "UNKNOWN",
     "UNSEEN",
     "CalledBack",
     "FunctionOp",
@@ -44,10 +64,10 @@ __all__ = [
     "called_again",
     "current_tape_is_global",
     "demand",
+    "detaching",
     "forget_leaves",
     "freezing",
     "is_quiet",
-    "is_update",
     "leaves_of",
     "listen_to",
     "opened",
@@ -61,4 +81,5 @@ __all__ = [
     "scope",
     "settle",
     "stop_gradient",
+    "updated",
 ]

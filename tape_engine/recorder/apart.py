@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..aliases import storage_of
 from ..errors import NotRecordedError
 from ..plans import plan_of
+from ..regions import storage_of
 
 __all__ = ["Apart"]
 

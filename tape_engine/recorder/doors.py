@@ -18,6 +18,7 @@ from ..tape import Node, Tape, Value, bound, current_tape, pop_tape, push_tape
 from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, mode_of, quietly
+from .moved import set_data
 from .shortcut import Shortcut, left_out
 from .state import current_tape_is_global, detaching, state, tensors_in, values_alone
 from .streams import Streams
@@ -257,22 +258,11 @@ for _op in guard_ops.values():
 
 
 def _record_set(original: Any, tensor: Tensor, other: Tensor) -> None:
-    """``x.data = y``: x holds what y holds, and the gradient of x passes over that, as in torch."""
     if bound(tensor) is None and bound(other) is None:
         original(tensor, other)
         return
     with quietly():
-        tape = current_tape()
-        old, new = read(tensor, tape), read(other, tape)
-        aliases.protect(tensor, old)  # a rule that needs the old contents looks for them in `tensor`
-        original(tensor, other)
-        if (old.shape, old.dtype) == (new.shape, new.dtype):
-            node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
-            node.mutates = ((0, 0),)
-        else:
-            node = write(tape, cut_op, (new,), {}, [new], [None], [tensor], cut=True)
-        node.outputs[0].constant = old.constant
-        aliases.share(node.outputs[0], new)
+        set_data(current_tape(), original, tensor, other)
 
 
 def _record_parameter(original: Any, cls: Any, data: Tensor, *rest: Any) -> Any:
@@ -286,14 +276,13 @@ def _record_parameter(original: Any, cls: Any, data: Tensor, *rest: Any) -> Any:
     return made
 
 
-_COPY = registry.find(torch.ops.aten.copy.default)
-
-
 def _record_cut(tensor: Tensor) -> None:
     with quietly():
         tape = current_tape()
         taken = Taken(cut_op, tape, (tensor,), {})
-        write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0].constant = True
+        made = write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0]
+        made.constant = True
+        aliases.share(made, taken.inputs[0])  # whose contents a rule may read: a write that follows must find it
 
 
 def _note_unfollowed(what: str) -> None:

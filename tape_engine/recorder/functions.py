@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .. import aliases, exits
+from .. import aliases, exits, regions
 from ..errors import TapeWarning, message
 from ..names import call_site, user_frame
 from ..registry import Op
@@ -28,6 +28,7 @@ from .contexts import Call, Run, Saved, by_input, call_in, context_of, no_gradie
 from .inplace import Sparing, settle
 from .listening import Recorded, listen
 from .mode import quietly
+from .moved import hold
 from .state import ONCE, current_tape_is_global, is_cut, state, tensors_in
 from .taken import Taken
 from .writing import ALIAS, join_views, read, stays_closed, undo, write
@@ -280,6 +281,14 @@ def _follow_writes(
         None if t._base is None else wholes[id(t)] if id(t) in wholes else read(t._base, tape) for _, t in written
     ]
     settle(tape, node, [i for i, _ in written], [t for _, t in written], before, all_wholes, spared, pending=0)
+    for tensor in dirty if node.cut else ():  # of which torch returns a detached alias
+        alias = next((i for i, t in enumerate(made) if regions.same_storage(t, tensor) and t.shape == tensor.shape), -1)
+        if alias < 0 or made[alias] is tensor:
+            continue
+        old, new = taken.value_of(tensor), node.outputs[alias]
+        new.detached = True
+        copied, whole, apart = hold(tape, tensor, old, new), wholes.get(id(tensor)), (None, made[alias])
+        settle(tape, copied, [0], [tensor], [old], [whole], [*spared, apart], pending=0)
 
 
 def _keep(run: Run, node: Node, taken: Taken, made: list[Tensor]) -> None:

@@ -14,27 +14,35 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import aliases, registry
+from .. import aliases, regions
 from ..modules import path
-from ..names import user_frame
-from ..places import read_view, write_view
+from ..names import call_site, user_frame
+from ..places import overlapping, positions
 from ..plans import MISSING, Plan, plan_of
-from ..tape import Binding, Kept, Node, Tape, Value, bind, bound, rebind, unbind, values_by_tensor, version_of
-from .state import LIFT, MOVED, UNFOLLOWED, VIEW_DTYPE, is_cut, tensors_in
+from ..tape import (
+    Kept,
+    Node,
+    Tape,
+    Value,
+    bind,
+    bound,
+    dense,
+    rebind,
+    unbind,
+    version_of,
+)
+from .moved import given_memory, part
+from .spreading import spread
+from .state import LIFT, OVERLAPPED, is_cut, tensors_in
 from .strict import refuse_without_rule
 from .taken import Taken, enter
 from .writing import (
     ALIAS,
-    AS_COMPLEX,
-    AS_REAL,
     as_constants,
-    as_stored,
     call,
-    in_units_of,
     read,
+    reshaped,
     stays_closed,
-    turned,
-    write,
 )
 
 __all__ = ["Sparing", "record_update", "record_write", "settle", "unrecorded"]
@@ -45,7 +53,7 @@ Tensor = torch.Tensor
 def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation that writes to its arguments, recorded as its functional twin."""
     if plan.gives_memory:
-        return _given_memory(func, args, kwargs)
+        return given_memory(tape, func, args, kwargs)
     given_args, given_kwargs = _completed(args, kwargs, plan), kwargs
     if plan.outs:
         given_args = tuple([a for i, a in enumerate(given_args) if i not in plan.outs])
@@ -76,6 +84,10 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         for tensor in written:
             rebind(tensor, version_of(tensor) + 1)
         return result
+    if plan.outs and is_cut():
+        for tensor, old in zip(written, before, strict=True):
+            if old.differentiable and old not in taken.inputs:
+                taken.note(tensor, old)  # which the twin is not given, and the gradient passes over the write to it
     node = enter(taken, made)
     node.random = plan.random
     node.note_form(result if len(made) == 1 else made)
@@ -93,7 +105,14 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         spared,
         statistics=plan.statistics,
         alone=alone,
+        restrides=plan.restrides,
     )
+    if node.cut and (plan.outs or plan.restrides):
+        for place, (tensor, old) in enumerate(zip(written, before, strict=True), start=first):
+            if tensor._base is not None and old.shape != tensor.shape:
+                node.outputs[place].stale = True  # as in torch: a view of its base, in its new shape
+            elif (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+                reshaped(node, place, old, tensor)
     return result
 
 
@@ -104,7 +123,7 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
     `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
     """
     tensor, op = args[0], plan.op
-    if not tape.strong or (op.argument_reads and op.argument_reads[0]):
+    if not tape.strong or plan.restrides or (op.argument_reads and op.argument_reads[0]):
         return NotImplemented
     for argument in args[1:]:
         if isinstance(argument, (Tensor, list, tuple)):
@@ -114,6 +133,8 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
         return NotImplemented
     if tape.strict:
         refuse_without_rule(op, [old])
+    if _overlapping(old):
+        return NotImplemented
     source = old.node
     result = call(plan.call, args, {}, lazily=False)
     cut = is_cut()
@@ -140,40 +161,6 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
     return result
 
 
-_VIEW_DTYPE = registry.find(VIEW_DTYPE)
-
-
-def _given_memory(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x.set_(...)``: x is another tensor from then on, and none that may have a gradient if a tape knows its memory.
-
-    Nor may it have one if it was computed: torch has no derivative of that either.
-    Torch makes tensors so that it reads from files: those are leaves.
-    """
-    target = args[0]
-    held = bound(target)
-    node = None if held is None else held.node
-    lost = held is not None and held.differentiable and node is not None and node.rule not in ("none", "cut")
-    if held is not None:
-        aliases.protect(target, held)
-        held.stale = True  # the tensor is no longer what was made or read
-    result = call(func, args, kwargs, lazily=False)
-    unbind(target)
-    storage = aliases.storage_of(target)
-    if lost or (storage and any(_differentiable_in(each, storage) for each in list(values_by_tensor.values()))):
-        value = Value(target)
-        value.closed = MOVED
-        bind(target, value, None)
-        rebind(target, version_of(target) + 1)
-        aliases.join(target, value)
-    return result
-
-
-def _differentiable_in(binding: Binding, storage: int) -> bool:
-    """Whether a tensor with this storage holds a value that can have a gradient."""
-    tensor = binding()
-    return tensor is not None and binding.value.differentiable and aliases.storage_of(tensor) == storage
-
-
 def settle(
     tape: Tape,
     node: Node,
@@ -186,13 +173,14 @@ def settle(
     statistics: bool = False,
     pending: int = 1,
     alone: bool = False,
+    restrides: bool = False,
 ) -> None:
     """Follows the writes of `node` to all that look into the memory of the tensors `written`.
 
     Their values are the outputs of `node` at `places`; `before` is what they held before, `wholes` what their bases
     held, ``None`` for a tensor that is no view. `spared` is what `aliases.protect` returned before the writes, and
     `pending` how many of them torch has yet to count: inside the dispatcher, one. `alone` says that nobody else looks
-    into that memory: then `wholes` and `spared` are empty.
+    into that memory: then `wholes` and `spared` are empty. What `restrides` alone (``t_``) changes no contents.
     """
     untouched: set[int] = set()
     if spared:
@@ -200,6 +188,9 @@ def settle(
         untouched = {id(tensor) for _, tensor in spared}
     for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
+        if not restrides and node.op.forward not in _IN_ORDER and _overlapping(old):
+            tape.unfollowed = "a write to elements several of which lie in one place", call_site(user_frame())
+            new.closed = "" if node.cut else OVERLAPPED
         if not tape.strong:  # which lets go of the node, if nobody reads what it wrote
             old.ended = node.seq
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
@@ -210,8 +201,37 @@ def settle(
         if not alone or old.aliases is not None:
             aliases.share(new, old)
         rebind(tensor, version_of(tensor) + pending)
-        if not alone:
-            _spread(tape, tensor, new, wholes[k], untouched, node.cut, pending)
+        if alone:
+            continue
+        if not node.cut and new.aliases is not None and new.aliases.kin:
+            part(tensor, node, pending)
+        if restrides and node.cut:
+            for other in aliases.neighbours(tensor):
+                held = bound(other)
+                if other._base is tensor and held is not None:
+                    held.stale = True  # as in torch: a view of what that is now, whose gradient passes over the change
+                rebind(other, version_of(other) + pending)
+            new.stale = tensor._base is not None  # likewise
+        else:
+            spread(tape, tensor, new, wholes[k], untouched, node.cut, pending)
+
+
+#: What writes the elements one after the other, and reads none of them: where several lie in one place, the last stays.
+_IN_ORDER = {
+    torch.ops.aten.copy.default,
+    torch.ops.aten.fill.Scalar,
+    torch.ops.aten.fill.Tensor,
+    torch.ops.aten.zero.default,
+}
+
+
+def _overlapping(value: Value) -> bool:
+    """Whether several elements of a value lie in one place of memory; where that is dear to tell, whether they may."""
+    if id(value.strides) in dense or not overlapping(value.shape, value.strides):
+        return False
+    if value.numel() > 1 << 20:
+        return True
+    return bool((torch.bincount(positions(value.shape, value.strides, 0, torch.device("cpu"))) > 1).any())
 
 
 def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -229,122 +249,6 @@ def _completed(args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> tup
     if kwargs or MISSING in left:
         return args
     return (*args, *left)
-
-
-def _spread(
-    tape: Tape, tensor: Tensor, new: Value, whole: Value | None, untouched: set[int], cut: bool, pending: int
-) -> None:
-    """What a write to `tensor` means to the other tensors that look into its storage."""
-    neighbours = [t for t in aliases.neighbours(tensor) if id(t) not in untouched]
-    base, of_base = tensor, new
-    detached = (new if whole is None else whole).detached
-    if whole is not None and tensor._base is not None:
-        target, old = in_units_of(tensor, tensor._base, whole, tape)
-        if aliases.covers(target, aliases.in_reals(as_stored(tensor, target), target)):
-            base = tensor._base
-            of_base = _write_base(tape, tensor, new, target, old, cut, pending)
-    seen = {base.dtype: (base, of_base)}
-    for other in neighbours:
-        if other.dtype not in seen and other._base is not base:
-            seen[other.dtype] = _recast(tape, base, of_base, other.dtype) or (base, of_base)
-    wider = [t for t in neighbours if t is not base and t._base is None and _holds(t, seen[t.dtype][0])]
-    for other in neighbours:
-        if other is base:
-            continue
-        held = bound(other)
-        if other._base is base:
-            if held is not None:
-                held.stale = True  # read off the base when it is next needed
-            rebind(other, version_of(other) + pending)
-            continue
-        part, of_part = seen[other.dtype]
-        if aliases.covers(part, other) and as_stored(other, part) is other:
-            _read_off(tape, part, of_part, other, held, detached)
-        elif held is not None and any(other._base is each for each in wider):
-            held.stale = True  # as are the views of what is wider than what was written to
-        elif any(other is each for each in wider):
-            _write_off(tape, part, of_part, other, detached)
-        else:
-            lost = Value(other)
-            lost.closed, lost.constant = UNFOLLOWED, held is not None and held.constant
-            bind(other, lost, None)
-        rebind(other, version_of(other) + pending)
-
-
-def _recast(tape: Tape, base: Tensor, of_base: Value, dtype: torch.dtype) -> tuple[Tensor, Value] | None:
-    """`base`, which holds `of_base`, as its memory reads in another dtype: what ``view(dtype)`` sees, a constant."""
-    if base.is_conj() or base.is_neg():
-        return None
-    try:
-        units = base.view(dtype)
-    except RuntimeError:  # its strides, or its length, do not allow that
-        return None
-    made = write(tape, _VIEW_DTYPE, (of_base, dtype), {}, [of_base], [None], [units]).outputs[0]
-    made.constant = made.detached = True
-    return units, made
-
-
-def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Value, cut: bool, pending: int) -> Value:
-    """Records what a write to the view `tensor` makes of its base; returns the base's new value."""
-    base = tensor._base
-    assert base is not None
-    made = base if target is base else target
-    stored = as_stored(tensor, target)  # a conjugated view writes the conjugate of what it shows
-    part = turned(tape, new, tensor, target, stored)
-    reals = aliases.in_reals(stored, target)
-    if reals is not stored:
-        part = write(tape, AS_REAL, (part,), {}, [part], [None], [reals]).outputs[0]
-    place = aliases.place_of(reals, target)
-    node = write(tape, write_view, (old, part, *place), {}, [old, part], [None, None], [made], cut=cut)
-    if not tape.strong:
-        old.ended = node.seq
-    if cut:
-        node.mutates = ((0, 0),)
-    node.outputs[0].constant = old.constant and (cut or new.constant)
-    if old.detached:
-        node.outputs[0].detached = True
-    if target is not base:
-        pairs = node.outputs[0]
-        node = write(tape, AS_COMPLEX, (pairs,), {}, [pairs], [None], [base])
-        node.outputs[0].constant = pairs.constant
-    aliases.share(node.outputs[0], new)
-    rebind(base, version_of(base) + pending)
-    return node.outputs[0]
-
-
-def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Value | None, detached: bool) -> None:
-    """Records what `other`, which is no view of `base`, holds after a write to that."""
-    place = aliases.place_of(other, base)
-    above = None if other._base is None else bound(other._base)
-    constant = held is not None and (held.constant or (above is not None and above.constant))  # a view of one is one
-    past = held is not None and (of_base.constant or detached or held.detached) and not constant
-    # A write through a detached alias, or seen by one, changes the contents; the gradient passes over it, as in torch.
-    inputs = [of_base, held] if past and held is not None else [of_base]
-    node = write(tape, read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)
-    if past:
-        node.mutates = ((1, 0),)
-    node.outputs[0].constant = constant
-    node.outputs[0].detached = held is not None and held.detached
-    aliases.share(node.outputs[0], of_base)
-
-
-def _holds(wide: Tensor, part: Tensor) -> bool:
-    """Whether `wide` has every place of `part`, which is not one of its views, so that a write there is one to it."""
-    same = wide.dtype == part.dtype and as_stored(wide, part) is wide
-    return same and bound(wide) is not None and not aliases.covers(part, wide) and aliases.contains(wide, part)
-
-
-def _write_off(tape: Tape, part: Tensor, of_part: Value, wide: Tensor, detached: bool) -> None:
-    """Records what `wide` holds after a write to `part`, which has some of its memory and is no view of it."""
-    held = bound(wide)
-    assert held is not None
-    past = (of_part.constant or detached or held.detached) and not held.constant
-    place = aliases.place_of(part, wide)
-    node = write(tape, write_view, (held, of_part, *place), {}, [held, of_part], [None, None], [wide], cut=past)
-    if past:
-        node.mutates = ((0, 0),)
-    node.outputs[0].constant, node.outputs[0].detached = held.constant, held.detached
-    aliases.share(node.outputs[0], of_part)
 
 
 def unrecorded(func: OpOverload, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -382,7 +286,7 @@ class Sparing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             given = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
             for tensor in tensors_in(given):
                 for value, mine in zip(self.taken.inputs, self.taken.tensors, strict=True):
-                    if aliases.same_storage(tensor, mine):
+                    if regions.same_storage(tensor, mine):
                         if value.aliases is None:
                             aliases.join(mine, value)
                         self.spared += aliases.protect(tensor, value)

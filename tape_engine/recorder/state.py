@@ -19,10 +19,14 @@ __all__ = [
     "MOVED",
     "ONCE",
     "OUTSIDE",
+    "OVERLAPPED",
+    "PARTED",
+    "RESHAPED",
     "SWEEP",
     "SWEPT",
     "TENSORS",
     "UNFOLLOWED",
+    "UNKNOWN",
     "UNSEEN",
     "VIEW_DTYPE",
     "call",
@@ -70,10 +74,18 @@ UNSEEN = "was changed by a write that the recorder could not see"
 UNFOLLOWED = "has some memory in common with a tensor that was written to, and not so that the write can be followed"
 
 
+OVERLAPPED = "was computed in place by a write to elements several of which lie in one place, in no known order"
+
+
 OUTSIDE = "was computed by torch operations outside the recording"
 SWEEP = "was given by a sweep that is not recorded"
 MOVED = "was given its memory by set_, which is no operation"
 ONCE = "was given by a backward that is marked as once_differentiable"
+PARTED = "is a view of other memory than its base has since x.data = y or set_, or the base of such a view"
+RESHAPED = "was computed, and given contents of another shape or dtype since, without its gradient"
+
+#: Of what is closed for one of these reasons nobody knows from what it was computed.
+UNKNOWN = {OVERLAPPED, UNSEEN, UNFOLLOWED, MOVED, PARTED, RESHAPED, ONCE}
 
 
 LIFT = torch.ops.aten.lift_fresh.default

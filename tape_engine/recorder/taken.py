@@ -60,10 +60,7 @@ class Taken:
         """`argument` with values in the place of tensors; those are noted."""
         if isinstance(argument, Tensor):
             value = read(argument, self.tape)
-            self.inputs.append(value)
-            self.sources.append(None if value._node is None else value._node())
-            self.tensors.append(argument)
-            self.kept.append(value.keep(argument) if keep else None)
+            self.note(argument, value, keep)
             if value.dtype.is_complex:
                 self.complex = True
             return value
@@ -71,6 +68,13 @@ class Taken:
         if kind is list or kind is tuple:
             return kind([self.take(each, keep) for each in argument])
         return argument
+
+    def note(self, tensor: Tensor, value: Value, keep: bool = False) -> None:
+        """Notes `value`, which `tensor` holds, among the inputs."""
+        self.inputs.append(value)
+        self.sources.append(None if value._node is None else value._node())
+        self.tensors.append(tensor)
+        self.kept.append(value.keep(tensor) if keep else None)
 
 
 def enter(taken: Taken, made: Sequence[Tensor]) -> Node:

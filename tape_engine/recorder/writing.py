@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import aliases, modules, registry
+from .. import aliases, modules, regions, registry
 from ..errors import NotRecordedError, message
 from ..names import call_site, local_name, user_frame
 from ..places import read_view
@@ -20,7 +20,7 @@ from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
 from .saved import before_cut, in_backward, unpacked
-from .state import DETACH, OUTSIDE, SWEPT, UNSEEN, call, is_cut, state
+from .state import DETACH, OUTSIDE, PARTED, RESHAPED, SWEPT, UNKNOWN, UNSEEN, call, is_cut, state
 
 __all__ = [
     "ALIAS",
@@ -35,10 +35,12 @@ __all__ = [
     "join_views",
     "outputs_of",
     "read",
+    "reshaped",
     "settle",
     "stays_closed",
     "turned",
     "undo",
+    "updated",
     "write",
 ]
 
@@ -78,7 +80,7 @@ def read(tensor: Tensor, tape: Tape) -> Value:
             tape.hold(tensor)
             return value
         # written to between two recordings
-        return _leaf(tensor, tape, name=value.name, closed=UNSEEN if value.closed == UNSEEN else "")
+        return _leaf(tensor, tape, name=value.name, closed=value.closed if value.closed in UNKNOWN else "")
     if not unchanged:
         if node.tape is not tape.token and (not value.differentiable or is_update(value, node)):
             leaf = _leaf(tensor, tape, name=value.name)  # a buffer that was loaded, or written by a replay
@@ -135,14 +137,35 @@ def _looked(node: Node | None) -> int:
 
 def is_update(value: Value, node: Node | None) -> bool:
     """Whether a value is what writes under ``no_grad`` made of a leaf: the leaf itself, as torch sees it."""
-    if node is None or not node.cut:
-        return False
+    return node is not None and node.cut and updated(value, node).leaf
+
+
+def updated(value: Value, node: Node | None) -> Value:
+    """What the gradient of a value meets when it has passed over all writes under ``no_grad``."""
     while node is not None and node.cut:
         place = next((i for i, j in node.mutates if j == value.index), -1)
         if place < 0:
-            return False
+            break
         value, node = node.inputs[place], node.sources[place]
-    return value.leaf
+    return value
+
+
+def reshaped(node: Node, place: int, old: Value, tensor: Tensor) -> None:
+    """What `node` made at `place` under ``no_grad``, and `tensor` holds, has not the shape or dtype of `old` before it.
+
+    A leaf begins again. What was computed gets the gradient of the new contents, as torch has it: where that fits.
+    """
+    new, met = node.outputs[place], updated(old, old.node)
+    extra = len(new.shape) - len(old.shape)
+    fits = extra >= 0 and all(a in (b, 1) for a, b in zip(old.shape, new.shape[extra:], strict=True))
+    if fits and old.dtype == new.dtype and not met.begins:
+        return
+    if not met.begins:
+        new.constant = not old.differentiable or met.node is None or met.node.rule == "none"
+        if not new.constant:
+            new.closed, new.name = RESHAPED, old.name or local_name(user_frame(), tensor)
+            return  # on the way to what it was, a sweep finds it
+    node.mutates = tuple([pair for pair in node.mutates if pair[1] != place])
 
 
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
@@ -194,6 +217,7 @@ def begin(tensor: Tensor, value: Value, tape: Tape) -> Value:
     """What `tensor` holds as the beginning of a gradient: made of `value`, so that a replay makes it too."""
     begun = write(tape, _DETACH, (value,), {}, [value], [None], [tensor], cut=True).outputs[0]
     begun.constant = False
+    begun.detached = value.detached or value.holder is not tensor  # nn.Parameter(x): an alias of x
     begun.name = value.name
     aliases.share(begun, value)
     return begun
@@ -203,11 +227,13 @@ def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     """The value of a view whose base was written to: read off what the base holds now."""
     if tensor._base is None:
         return _leaf(tensor, tape, closed=UNSEEN)
+    if regions.parted(tensor):
+        return _leaf(tensor, tape, closed=PARTED)
     base, whole = in_units_of(tensor, tensor._base, read(tensor._base, tape), tape)
     raw = as_stored(tensor, base)
-    if not aliases.covers(base, part := aliases.in_reals(raw, base)):
+    if not regions.contains(base, part := regions.in_reals(raw, base)):
         return _leaf(tensor, tape, closed=UNSEEN)
-    place = aliases.place_of(part, base)
+    place = regions.place_of(part, base)
     value = write(tape, read_view, (whole, *place), {}, [whole], [None], [part]).outputs[0]
     if part is not raw:
         value = write(tape, AS_COMPLEX, (value,), {}, [value], [None], [raw]).outputs[0]
@@ -335,7 +361,7 @@ def join_views(
     """Enters outputs that share an input's storage among its aliases; `made` and `given` are the tensors of both."""
     for value, tensor in zip(outputs, made, strict=True):
         for owner, owning in zip(inputs, given, strict=True):
-            if aliases.same_storage(tensor, owning):
+            if regions.same_storage(tensor, owning):
                 aliases.share(value, owner)
                 rebind(tensor, version_of(owning))
                 break

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tape_engine as te
-from tape_engine import aliases, places
+from tape_engine import places, regions
 from tests.helpers import Tensor, agree, close, g_of, grad_of, plain, reference
 
 F = torch.nn.functional
@@ -1217,7 +1217,7 @@ def test_overlap_is_never_missed() -> None:
         for b in views:
             addresses = [set() if t.numel() == 0 else {t.data_ptr() + 4 * k for k in _offsets(t)} for t in (a, b)]
             if addresses[0] & addresses[1]:
-                assert aliases.overlap(a, b)
+                assert regions.overlap(a, b)
 
 
 def _offsets(t: Tensor) -> list[int]:

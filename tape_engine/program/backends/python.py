@@ -134,8 +134,11 @@ class _Writer(Names, Memory):
             self.lines.append(f"{names}, = own({names})")
         returned = ", ".join([self.owned(v) for v in wanted])
         swept = ", ".join([self.owned(g) for g in gradients])
+        views = {frozen.canonical(v) for node in self.nodes if self.looks_into(node) for v in node.outputs}
         for leaf, after in frozen.writes:
-            self.lines.append(f"{rim[frozen.canonical(leaf)]}.copy_({self.name(after)})")
+            # A view may look into what is written: x.t_()
+            content = f"{self.name(after)}.clone()" if frozen.canonical(after) in views else self.name(after)
+            self.lines.append(f"{rim[frozen.canonical(leaf)]}.copy_({content})")
             self.unit("effect", len(self.lines) - 1, (), [after], [leaf])
         self.ends[self.life.step] = len(self.lines)  # results and effects: what they read is needed up to here
         self.lines.append(f"return ({returned},), ({swept}{',' if swept else ''})")

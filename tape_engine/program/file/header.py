@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from ...aliases import storage_of
 from ...errors import SaveError, message
 from ...names import call_site, code_line, located, user_frame, where
 from ...places import extent
+from ...regions import storage_of
 from ...registry import Op
 from ...tape import Node, Value, describe
 from ..data import Frozen

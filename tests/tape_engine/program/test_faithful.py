@@ -11,8 +11,8 @@ import torch
 
 import tape_engine as te
 from tape_engine.program import calls
-from tests.helpers import close, g_of
-from tests.tape_engine.program.common import F64, draw
+from tests.helpers import agree, close, g_of, reference
+from tests.tape_engine.program.common import F64, draw, freeze
 
 Tensor = torch.Tensor
 
@@ -458,3 +458,20 @@ def test_outputs_under_a_class_of_the_users_are_on_the_tape() -> None:
     y = draw(3)
     close(program.step(y), (y * w).sum())
     close(g_of(y), w)
+
+
+def test_a_replay_inside_a_recording_keeps_what_the_code_detaches() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        buffer = x * 2
+        v = buffer.detach()[0]
+        with torch.no_grad():
+            buffer.mul_(w)
+        return ((x * w).detach() * x).sum() + (v * w).sum() + (buffer * w).sum()
+
+    x, w = draw(3), draw(3)
+    program = freeze(function, (x, w))
+    x, w = draw(3), draw(3)
+    with te.record():
+        C = program(x, w) + 0
+    te.backward(C)
+    agree([x, w], reference(function, x, w))

@@ -1,0 +1,87 @@
+"""Where tensors lie in storages: which share one, which share an element of it, and which have all of another's.
+
+What is asked of every tensor that shares a storage with one that is written to (`aliases`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .places import Place, extent, offset_of, overlapping, positions, stride_of, within
+
+__all__ = ["contains", "in_reals", "overlap", "parted", "place_of", "same_storage", "storage_in", "storage_of"]
+
+
+def storage_in(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """The tensor's storage; None where it has none to share (sparse tensors)."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The address of the tensor's storage; 0 where it has none to share (sparse tensors)."""
+    storage = storage_in(tensor)
+    return 0 if storage is None else int(storage._cdata)
+
+
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors look into one storage."""
+    return storage_of(a) == storage_of(b) != 0
+
+
+def parted(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is a view, to torch, of one that has other memory since (``x.data = y``)."""
+    return tensor._base is not None and not same_storage(tensor, tensor._base)
+
+
+def place_of(view: torch.Tensor, base: torch.Tensor) -> Place:
+    """Where `view` lies in `base`."""
+    return tuple(view.shape), stride_of(view), int(offset_of(view)) - int(offset_of(base))
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    start = int(offset_of(tensor)) * tensor.element_size()
+    return start, start + extent(tuple(tensor.shape), stride_of(tensor)) * tensor.element_size()
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one storage share an element; where that is dear to tell, whether they could."""
+    (a0, a1), (b0, b1) = _span(a), _span(b)
+    if a1 <= b0 or b1 <= a0:
+        return False
+    if a.dtype != b.dtype or _dense(a) or _dense(b) or max(a.numel(), b.numel()) > 1 << 20:
+        return True
+    cpu = torch.device("cpu")
+    places = [positions(tuple(t.shape), stride_of(t), int(offset_of(t)), cpu) for t in (a, b)]
+    return bool(torch.isin(*places).any())  # two columns of a matrix, say
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor leaves out nothing between its first element and its last."""
+    return tensor.numel() == extent(tuple(tensor.shape), stride_of(tensor))
+
+
+def _covers(base: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether every element of `part` lies between the first and last of `base`, of the same dtype."""
+    (a0, a1), (b0, b1) = _span(base), _span(part)
+    return a0 <= b0 and b1 <= a1 and base.dtype == part.dtype
+
+
+def in_reals(part: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`part`, or the pairs of reals that it consists of, where it is a complex view of a real `base`."""
+    return torch.view_as_real(part) if part.is_complex() and not base.is_complex() else part
+
+
+def contains(wide: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether `wide`, of which no two elements lie in one place, is known to have every element of `part`."""
+    if not _covers(wide, part):
+        return False
+    if _in_order(wide):
+        return True
+    shape, strides = tuple(wide.shape), stride_of(wide)
+    return not overlapping(shape, strides) and (_dense(wide) or within(place_of(part, wide), shape, strides))
+
+
+_in_order = torch._C.TensorBase.is_contiguous  # torch's own: the method on Tensor may be wrapped while a block is open

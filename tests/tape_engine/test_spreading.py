@@ -1,0 +1,402 @@
+"""What a write means to those who look into the same memory, where torch lets a gradient pass over it or begin anew.
+
+The references are torch.autograd's, on copies of what it saves: so it computes with what it has recorded, and does not
+refuse what was overwritten since. Each program is recorded with leaves that require a gradient and with plain ones, and
+replayed on other inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import tape_engine as te
+from tests.helpers import Tensor, agree, close, plain
+
+ALL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
+def program(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    ALL[f.__name__] = f
+    return f
+
+
+def weighed(*tensors: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for k, each in enumerate(tensors):
+        total = total + (torch.tanh(each) * (k + 1)).sum()
+    return total
+
+
+class Doubled(torch.autograd.Function):
+    """Doubles its argument in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> Tensor:
+        return g[0] * 2
+
+
+# -- writes through detached aliases -------------------------------------------------------------------------
+
+
+@program
+def a_view_not_read_since_its_base_was_written_to(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y[1:]
+    d = v.data
+    z = v * v  # whose rule keeps what v held
+    v[0] = v.sum()
+    with torch.no_grad():
+        d.add_(0.5)
+    return weighed(y, v, d, z)
+
+
+@program
+def a_view_of_a_detached_alias_after_a_write_through_it(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    flat = y.data.flatten()
+    flat.mul_(torch.tanh(flat))
+    y.add_(0.6)
+    return weighed(y, flat)
+
+
+@program
+def a_detached_alias_with_gaps(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    y[::2].data.mul_(1.3)
+    return weighed(y)
+
+
+@program
+def a_parameter_made_of_what_is_written_to(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    p = torch.nn.Parameter(y.detach())
+    v = p[0]
+    with torch.no_grad():
+        y.mul_(2)
+    return weighed(y, p, v)
+
+
+@program
+def a_write_to_a_parameter_that_is_an_alias(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    p = torch.nn.Parameter(y.detach())
+    with torch.no_grad():
+        p.mul_(2)
+    return weighed(y, p)
+
+
+@program
+def a_view_made_under_no_grad(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    with torch.no_grad():
+        v = y.view(-1)
+    u = v[2:]
+    v.data.add_(0.3)
+    return weighed(y, v, u)
+
+
+@program
+def what_was_detached_in_place_is_kept(x: Tensor, w: Tensor) -> Tensor:
+    y = x * 2
+    z = y * torch.tanh(w)
+    y.detach_()
+    y.mul_(2)
+    return weighed(y, z)
+
+
+# -- writes under no_grad ------------------------------------------------------------------------------------
+
+
+@program
+def an_out_under_no_grad(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    with torch.no_grad():
+        torch.tanh(w, out=y)
+    return weighed(y)
+
+
+@program
+def an_out_that_is_a_view(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    with torch.no_grad():
+        torch.neg(w[0], out=y[1])
+    return weighed(y)
+
+
+@program
+def an_out_of_no_elements(x: Tensor, w: Tensor) -> Tensor:
+    room = torch.empty(0, dtype=x.dtype)
+    with torch.no_grad():
+        torch.stack([x, w], out=room)
+    return weighed(x * room, room)
+
+
+@program
+def a_view_turned(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y[:2]
+    with torch.no_grad():
+        v.t_()
+    return weighed(y, v, v @ w[:2])
+
+
+@program
+def the_base_of_a_view_turned(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y.permute(1, 0)
+    with torch.no_grad():
+        y.t_()
+    return weighed(y, v)
+
+
+@program
+def a_dimension_more(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y[0]
+    with torch.no_grad():
+        y.unsqueeze_(0)
+    y.mul_(2)
+    return weighed(y, v)
+
+
+@program
+def a_function_of_the_users_that_writes(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y[0]
+    with torch.no_grad():
+        Doubled.apply(v)  # type: ignore[no-untyped-call]
+    return weighed(y, v)
+
+
+# -- memory that a tensor is given ---------------------------------------------------------------------------
+
+
+@program
+def data_of_another_then_a_write(x: Tensor, w: Tensor) -> Tensor:
+    y, z = x * 2, w * 3
+    y.data = z.detach()
+    y.abs_()
+    return weighed(y, z)
+
+
+@program
+def data_of_another_then_a_write_to_that(x: Tensor, w: Tensor) -> Tensor:
+    y, z = x * 2, w * 3
+    y.data = z.detach()
+    z.mul_(w)
+    return weighed(y, z)
+
+
+@program
+def a_view_of_the_memory_before(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v, u = y.t(), y[0]
+    y.mul_(2)
+    y.data = torch.ones_like(w)
+    return weighed(y, v, u)
+
+
+@program
+def a_view_of_the_memory_before_and_a_write_under_no_grad(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y.t()
+    y.data = torch.ones_like(w)
+    with torch.no_grad():
+        y.mul_(3)
+    return weighed(y, v)
+
+
+@program
+def a_detached_alias_of_the_memory_before(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    d = y.detach()
+    v = d[1:]
+    y.data = torch.ones_like(w)
+    y.mul_(w)
+    v.sigmoid_()
+    return weighed(y, d, v)
+
+
+# -- where elements lie --------------------------------------------------------------------------------------
+
+
+@program
+def as_strided_of_what_is_written_to_since(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y[1:]
+    s = v.as_strided((2,), (1,), 4)
+    y.data.mul_(2)
+    return weighed(y, s * w[0, :2])
+
+
+@program
+def a_slice_whose_strides_are_no_multiples(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v = y[:2, ::2]
+    v.mul_(w[:2, ::2])
+    return weighed(y, v)
+
+
+def drawn(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, 3, dtype=torch.float64, generator=generator) + 0.3 for _ in range(2)]
+
+
+def wanted(f: Callable[[Tensor, Tensor], Tensor], given: list[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    leaves = [plain(each).requires_grad_() for each in given]
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+        C = f(*leaves)
+    return C.detach(), list(torch.autograd.grad(C, leaves, allow_unused=True))
+
+
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["leaves of torch's", "plain tensors"])
+@pytest.mark.parametrize("name", ALL)
+def test_the_gradient_is_that_of_torch(name: str, requires_grad: bool) -> None:
+    value, gradients = wanted(ALL[name], drawn(1))
+    mine = [each.requires_grad_(requires_grad) for each in drawn(1)]
+    with te.record():
+        C = ALL[name](*mine)
+    assert torch.equal(plain(C), value)
+    te.backward(C)
+    agree(mine, gradients, 1e-10)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_replay_on_other_inputs_gives_what_torch_gives(name: str) -> None:
+    mine = drawn(1)
+    with te.record() as tape:
+        C = ALL[name](*mine)
+    replayed = tape.program(inputs=tuple(mine), outputs=C)
+    others = drawn(2)
+    value, gradients = wanted(ALL[name], others)
+    close(replayed.step(*others), value)
+    agree(others, gradients, 1e-10)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_replay_inside_a_recording_passes_the_gradient_on(name: str) -> None:
+    mine = drawn(1)
+    with te.record() as tape:
+        C = ALL[name](*mine)
+    replayed = tape.program(inputs=tuple(mine), outputs=C)
+    others = drawn(2)
+    value, gradients = wanted(ALL[name], others)
+    with te.record():
+        C = replayed(*others) * 1
+    close(C, value)
+    agree_with(te.grad(C, others), gradients)
+
+
+def agree_with(found: tuple[Tensor | None, ...], references: list[Tensor | None]) -> None:
+    for got, each in zip(found, references, strict=True):
+        if got is None or each is None:
+            assert got is None or not got.any()
+            assert each is None or not each.any(), "a gradient is missing"
+        else:
+            close(got, each)
+
+
+# -- a leaf under no_grad ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_leaf_is_overwritten_by_an_out_under_no_grad_and_stays_the_leaf(requires_grad: bool) -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        before = x * w
+        with torch.no_grad():
+            torch.tanh(w, out=x)
+        return weighed(before, x)
+
+    _, gradients = wanted(f, drawn(1))
+    x, w = [each.requires_grad_(requires_grad) for each in drawn(1)]
+    with te.record():
+        C = f(x, w)
+    te.backward(C)
+    agree([x, w], gradients)
+
+
+def test_a_leaf_that_was_not_read_before_has_the_gradient_of_its_new_shape() -> None:
+    x, w = drawn(1)
+    with te.record():
+        with torch.no_grad():
+            x.unsqueeze_(0)
+        C = (x * w).sum()
+    (g,) = te.grad(C, x)
+    close(g, w[None])
+
+
+def test_a_leaf_that_was_read_in_two_shapes_is_refused() -> None:
+    x, w = drawn(1)
+    with te.record():
+        before = (x * w).sum()
+        with torch.no_grad():
+            x.unsqueeze_(0)
+        C = before + (x * w).sum()
+    with pytest.raises(te.NotRecordedError, match="x was read, given another shape, and read again"):
+        te.grad(C, x)
+
+
+def test_a_replay_turns_the_input_that_the_code_turns() -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.t_()
+        return (x * w).sum()
+
+    x, w = drawn(1)
+    with te.record() as tape:
+        C = f(x, w)
+    replayed = tape.program(inputs=(x, w), outputs=C)
+    a, b = drawn(2)
+    turned = plain(a).t()
+    close(replayed(a, b), (turned * b).sum())
+    close(a, turned)
+
+
+# -- elements that lie in one place --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["copy_", "fill_"])
+def test_a_write_of_given_elements_to_overlapping_places_leaves_the_last(write: str) -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        y = x * 1
+        v = y.unfold(-1, 2, 1)
+        v.copy_(w.unfold(-1, 2, 1) * 2) if write == "copy_" else v.fill_(w.sum())
+        return weighed(y, v)
+
+    given = drawn(1)
+    with te.record():
+        C = f(*given)
+    found = te.grad(C, given)
+    for k, g in enumerate(found):
+        differences = torch.zeros(9, dtype=torch.float64)
+        for i in range(9):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = drawn(1)
+                moved[k].view(-1)[i] += step
+                ends.append(float(f(*moved)))
+            differences[i] = (ends[0] - ends[1]) / 2e-6
+        close(torch.zeros(3, 3, dtype=torch.float64) if g is None else g, differences.view(3, 3), 1e-6)
+
+
+def test_a_write_that_reads_overlapping_places_is_refused() -> None:
+    x, w = drawn(1)
+    with te.record() as tape:
+        y = x * 1
+        v = y.unfold(-1, 2, 1)
+        v.mul_(w[0, 0])
+        C = weighed(y)
+    with pytest.raises(te.NotRecordedError, match=r"several of which lie in one place(.|\n)*fix: write to a copy"):
+        te.grad(C, [x, w])
+    with pytest.raises(te.NotRecordedError, match="several of which lie in one place"):
+        tape.program(inputs=(x, w), outputs=C)
