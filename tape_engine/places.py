@@ -71,7 +71,7 @@ def within(place: Place, shape: tuple[int, ...], strides: tuple[int, ...]) -> bo
 
     last = steps(offset)
     for length, step in zip(size, stride, strict=True):
-        along = steps(step)
+        along = steps(step) if length > 1 else [0] * len(longest)  # of one element the step is never taken
         if last is None or along is None:
             return False
         last = [at + (length - 1) * each for at, each in zip(last, along, strict=True)]
