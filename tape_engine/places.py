@@ -60,7 +60,11 @@ def within(place: Place, shape: tuple[int, ...], strides: tuple[int, ...]) -> bo
     so is known for views that were made by slices and the like.
     """
     size, stride, offset = place
-    longest = sorted(((step, length) for step, length in zip(strides, shape, strict=True) if length > 1), reverse=True)
+    longest: list[tuple[int, int]] = []
+    for step, length in sorted(((s, n) for s, n in zip(strides, shape, strict=True) if n > 1), reverse=True):
+        if longest and longest[-1][0] == step * length:  # rows without a gap between them are one long row
+            length *= longest.pop()[1]
+        longest.append((step, length))
 
     def steps(distance: int) -> list[int] | None:
         found = []

@@ -66,6 +66,13 @@ def test_within_is_true_only_of_what_a_base_has() -> None:
     assert found > 1000
 
 
+def test_a_flat_view_of_rows_without_a_gap_between_them_is_within() -> None:
+    assert places.within(((16,), (2,), 0), (4, 4), (8, 2))
+    assert places.within(((6, 2), (4, 2), 2), (4, 4), (8, 2))
+    assert not places.within(((17,), (2,), 0), (4, 4), (8, 2))
+    assert not places.within(((16,), (2,), 0), (4, 4), (10, 2))
+
+
 @pytest.mark.parametrize(
     ("shape", "strides", "wanted"),
     [
