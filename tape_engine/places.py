@@ -60,7 +60,11 @@ def within(place: Place, shape: tuple[int, ...], strides: tuple[int, ...]) -> bo
     so is known for views that were made by slices and the like.
     """
     size, stride, offset = place
-    longest = sorted(((step, length) for step, length in zip(strides, shape, strict=True) if length > 1), reverse=True)
+    longest: list[tuple[int, int]] = []
+    for step, length in sorted(((s, n) for s, n in zip(strides, shape, strict=True) if n > 1), reverse=True):
+        if longest and longest[-1][0] == step * length:  # rows without a gap between them are one long row
+            length *= longest.pop()[1]
+        longest.append((step, length))
 
     def steps(distance: int) -> list[int] | None:
         found = []
@@ -71,7 +75,7 @@ def within(place: Place, shape: tuple[int, ...], strides: tuple[int, ...]) -> bo
 
     last = steps(offset)
     for length, step in zip(size, stride, strict=True):
-        along = steps(step)
+        along = steps(step) if length > 1 else [0] * len(longest)  # of one element the step is never taken
         if last is None or along is None:
             return False
         last = [at + (length - 1) * each for at, each in zip(last, along, strict=True)]

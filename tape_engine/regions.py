@@ -9,7 +9,7 @@ import torch
 
 from .places import Place, extent, offset_of, overlapping, positions, stride_of, within
 
-__all__ = ["contains", "in_reals", "overlap", "parted", "place_of", "same_storage", "storage_in", "storage_of"]
+__all__ = ["askew", "contains", "in_reals", "overlap", "parted", "place_of", "same_storage", "storage_in", "storage_of"]
 
 
 def storage_in(tensor: torch.Tensor) -> torch.UntypedStorage | None:
@@ -53,9 +53,25 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.dtype != b.dtype or _dense(a) or _dense(b) or max(a.numel(), b.numel()) > 1 << 20:
         return True
+    return _meet(a, b)  # two columns of a matrix, say
+
+
+def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one storage and dtype share an element."""
     cpu = torch.device("cpu")
     places = [positions(tuple(t.shape), stride_of(t), int(offset_of(t)), cpu) for t in (a, b)]
-    return bool(torch.isin(*places).any())  # two columns of a matrix, say
+    return bool(torch.isin(*places).any())
+
+
+def askew(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share an element, and not each with the same one of the other."""
+    if not same_storage(a, b) or not overlap(a, b):
+        return False
+    if a.dtype != b.dtype:
+        return True
+    if place_of(a, b) == (tuple(b.shape), stride_of(b), 0):
+        return False
+    return max(a.numel(), b.numel()) > 1 << 20 or _meet(a, b)
 
 
 def _dense(tensor: torch.Tensor) -> bool:

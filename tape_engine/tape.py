@@ -539,6 +539,7 @@ class Tape:
         self._nodes: list[Any] = []
         self._leaves: dict[int, torch.Tensor] = {}  # keeps the leaves' tensors: a replay reads them
         self.unfollowed: tuple[str, str | None] | None = None  # a write that cannot be replayed, and its line
+        self.disordered: tuple[str, str, str | None] | None = None  # one in no known order: how, a fix, and its line
         self.streams: Any = None  # of random numbers, in a block; the recorder follows them
         self.decisions: list[tuple[Node, int]] = []
         self.asked: list[Value] = []  # in a block, the values of which some code has asked how they lie

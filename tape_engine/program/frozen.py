@@ -106,6 +106,10 @@ def _refuse_unfollowed(tape: Tape) -> None:
                 fix="seed before the block, and before each replay that is to repeat it",
             )
         )
+    if tape.disordered is not None:
+        how, fix, where = tape.disordered
+        what = f"tape.program: the recorded code {how}, in an order that torch does not tell."
+        raise NotRecordedError(message(what, where=where, fix=fix))
     if tape.unfollowed is not None:
         what, where = tape.unfollowed
         raise NotRecordedError(

@@ -73,6 +73,9 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
         for tensor, value in zip(written, before, strict=True):
             spared += aliases.protect(tensor, value)
+        if any(regions.askew(each, tensor) for tensor in written for each in taken.tensors if each is not tensor):
+            how = "writes to memory that the same operation reads at other places"
+            tape.disordered = how, "give it a copy of what it reads: .clone()", call_site(user_frame())
     result = call(plan.call, args, kwargs, lazily=False)
     if result is written[0]:
         fresh, made = [], written
@@ -189,7 +192,8 @@ def settle(
     for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
         if not restrides and node.op.forward not in _IN_ORDER and _overlapping(old):
-            tape.unfollowed = "a write to elements several of which lie in one place", call_site(user_frame())
+            how = "writes to elements several of which lie in one place"
+            tape.disordered = how, "write to a copy of it: .clone()", call_site(user_frame())
             new.closed = "" if node.cut else OVERLAPPED
         if not tape.strong:  # which lets go of the node, if nobody reads what it wrote
             old.ended = node.seq

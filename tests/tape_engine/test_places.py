@@ -49,6 +49,10 @@ def test_within_is_true_only_of_what_a_base_has() -> None:
         shape, strides = tuple(base.shape), base.stride()
         if number(2):
             part = base[number(shape[0]) :].select(1 + number(2), 0)[..., :: 1 + number(2)]
+            if number(2):
+                part = part[..., None].as_strided((*part.shape, 1), (*part.stride(), number(4)))
+            if number(2):
+                part = part[..., None].as_strided((*part.shape, 1), (*part.stride(), number(4)))
             place: Any = tuple(part.shape), part.stride(), part.storage_offset() - base.storage_offset()
             assert places.within(place, shape, strides)
         else:
@@ -60,6 +64,13 @@ def test_within_is_true_only_of_what_a_base_has() -> None:
             found += 1
             assert of_part <= has
     assert found > 1000
+
+
+def test_a_flat_view_of_rows_without_a_gap_between_them_is_within() -> None:
+    assert places.within(((16,), (2,), 0), (4, 4), (8, 2))
+    assert places.within(((6, 2), (4, 2), 2), (4, 4), (8, 2))
+    assert not places.within(((17,), (2,), 0), (4, 4), (8, 2))
+    assert not places.within(((16,), (2,), 0), (4, 4), (10, 2))
 
 
 @pytest.mark.parametrize(
