@@ -116,7 +116,6 @@ class record:
 
     def __enter__(self) -> Tape:
         heap.settle_heap()
-        collector.hold_off()
         aliases.forget_exposed()
         tape = Tape(strong=True, strict=self.strict)
         tape.streams = Streams()
@@ -127,17 +126,18 @@ class record:
         push_tape(tape)
         mode.__enter__()  # type: ignore[no-untyped-call]
         shortcut.__enter__()
+        collector.hold_off()
         return tape
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         tape, mode, shortcut, state.grad_mode, length = self._open.pop()
+        collector.wait_for(tape.token, tape.length)
         shortcut.__exit__(kind, error, trace)
         with _taken_off(mode):
             mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         pop_tape(tape)
-        collector.wait_for(tape.token)
         exits.close_exits()
         modules.stop_listening(length)
         with quietly():

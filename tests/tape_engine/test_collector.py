@@ -16,13 +16,20 @@ from tape_engine import collector
 Tensor = torch.Tensor
 
 SET = (700, 10, 10)
-PATIENT = (700 * collector.PATIENCE, 10, 10)
+PATIENT = (700 + 100 * collector.OBJECTS, 10, 10)
 
 
 @pytest.fixture(autouse=True)
 def as_usual() -> Iterator[None]:
     before = gc.get_threshold()
     collector.let_go()  # the tape of another test may be waited for
+    gc.collect()
+    x = torch.randn(3)
+    with te.record() as tape:  # the recording before
+        for _ in range(100):
+            x = x * 2
+    assert tape.length == 100
+    del tape, x
     gc.collect()
     gc.set_threshold(*SET)
     yield
@@ -153,6 +160,35 @@ def test_what_the_user_sets_in_a_block_stays() -> None:
         C = (x * 2).sum()
     te.backward(C)
     assert gc.get_threshold() == (900, 5, 5)
+
+
+@pytest.mark.parametrize("threshold", [100_000_000, 2**31 - 1, collector.MOST])
+def test_where_it_waits_long_it_waits_as_long(threshold: int) -> None:
+    gc.set_threshold(threshold, 10, 10)
+    step(torch.randn(3))
+    step(torch.randn(3))
+    assert gc.get_threshold() == (threshold, 10, 10)
+
+
+def test_it_waits_for_no_more_objects_than_the_recording_before_made() -> None:
+    """Rings of objects that hold much memory must not pile up in a block."""
+    x = torch.randn(3)
+    with te.record():
+        assert gc.get_threshold() == PATIENT
+        C = x * 2
+    del C
+    gc.collect()
+    with te.record():
+        assert gc.get_threshold() == (700 + 1 * collector.OBJECTS, 10, 10)
+
+
+def test_a_tape_that_was_swept_in_its_block_is_not_waited_for() -> None:
+    with te.record() as tape:
+        C = (torch.randn(3) * 2).sum()
+        te.backward(C)
+    gc.collect()
+    assert gc.get_threshold() == SET
+    assert tape.length == 3
 
 
 def test_where_it_is_turned_off_it_stays_so() -> None:
