@@ -51,7 +51,7 @@ def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
     for view in aliases.stale_views(tensor, old):
         read(view, tape)  # off the memory that it looks into, while that is what `tensor` has
     aliases.protect(tensor, old)  # a rule that needs the old contents looks for them in `tensor`
-    before = stride_of(tensor), offset_of(tensor)
+    before = tensor.shape, stride_of(tensor), offset_of(tensor)
     original(tensor, other)
     if (old.shape, old.dtype) == (new.shape, new.dtype):
         node = hold(tape, tensor, old, new)
@@ -64,7 +64,7 @@ def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
         reshaped(node, 0, old, tensor)
     aliases.share(made, new)
     aliases.count_together(made, old)
-    if before != (stride_of(tensor), offset_of(tensor)):  # torch goes by where a view lies now, and its base
+    if before != (tensor.shape, stride_of(tensor), offset_of(tensor)):  # torch goes by where they lie now
         if tensor._base is not None and old.differentiable:
             made.closed = PARTED
         _close([view for view in aliases.parted_from(tensor) if view._base is tensor], 0)

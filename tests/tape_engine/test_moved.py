@@ -168,3 +168,22 @@ def test_a_gradient_that_an_unseen_write_hides_is_refused_though_another_way_is_
         te.grad(C, x)
     with pytest.raises(te.OverwrittenError, match="the gradient reaches y, which was changed by a write"):
         te.backward(C, wrt=[x, w])
+
+
+@pytest.mark.parametrize("required", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_view_that_is_given_another_shape_has_no_gradient(first: bool, required: bool) -> None:
+    """Where torch has the gradient of its base go depends on how it lies by then."""
+    x = torch.rand(3, 2, dtype=torch.float64).requires_grad_(required)
+    with te.record():
+        y = x * 1
+        v = y[:, :1]
+        for given in (first, not first):
+            if given:
+                v.data = torch.full((3, 2), 0.3, dtype=torch.float64)
+            else:
+                with torch.no_grad():
+                    v.mul_(0.5)
+        C = torch.tanh(y).sum() + torch.tanh(v).sum()
+    with pytest.raises(te.TapeError, match=r"x\.data = y"):
+        te.backward(C)
