@@ -293,7 +293,7 @@ def parted_from(tensor: torch.Tensor) -> list[torch.Tensor]:
 def stale_views(tensor: torch.Tensor, value: Value) -> list[torch.Tensor]:
     """The live views of `tensor`, which holds `value`, that are to be read off it again; or of what it is a view of."""
     group: Aliases | None = value.aliases
-    if group is None or not (group.alive(), group.dropped)[1]:
+    if group is None or not (any(each.stale for each in group.alive()) or group.dropped):
         return []
     root = tensor if tensor._base is None else tensor._base
     found = [t for each in list(values_by_tensor.values()) if each.value.stale and (t := each()) is not None]

@@ -280,6 +280,8 @@ def _record_cut(tensor: Tensor) -> None:
     with quietly():
         tape = current_tape()
         taken = Taken(cut_op, tape, (tensor,), {})
+        for view in aliases.stale_views(tensor, taken.inputs[0]):
+            read(view, tape)  # off what `tensor` is before: the gradient of a view goes on to that
         made = write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0]
         made.constant = True
         aliases.share(made, taken.inputs[0])  # whose contents a rule may read: a write that follows must find it

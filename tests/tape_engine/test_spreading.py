@@ -114,6 +114,16 @@ def what_was_detached_in_place_is_kept(x: Tensor, w: Tensor) -> Tensor:
     return weighed(y, z)
 
 
+@program
+def a_view_of_what_is_detached_in_place(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v, u = y[1], y[2]
+    z = u * u
+    y.data.mul_(0.5)
+    y.detach_()
+    return weighed(y, v, u, z)
+
+
 # -- writes under no_grad ------------------------------------------------------------------------------------
 
 
