@@ -104,11 +104,7 @@ def backward(
             recorder.listen_to([g for _, g in writes], current_tape())
         else:
             _as_given([g for _, g in writes])
-        if not (record or keep):
-            _close(found.order)
-        collector.let_go()
-        if writes:
-            heap.hold_heap(writes[-1][0])  # a leaf, as those come last
+        _end(found, writes, stays_open=record or keep)
 
 
 def grad(
@@ -141,15 +137,20 @@ def grad(
             recorder.listen_to([g for g in results if g is not None], current_tape())
         else:
             _as_given([g for g in results if g is not None])
-        if not (record or keep):
-            _close(sweep.order)
-        collector.let_go()
-        if by_tensor:
-            heap.hold_heap(by_tensor[-1][0])
+        _end(sweep, by_tensor, stays_open=record or keep)
         return results
 
 
 # -- when it is over -----------------------------------------------------------------------------------
+
+
+def _end(sweep: Sweep, by_tensor: list[tuple[Tensor, Tensor]], *, stays_open: bool) -> None:
+    """What comes after a sweep that gave the gradients `by_tensor`: its tapes close, and what waited for it goes on."""
+    if not stays_open:
+        _close(sweep.order)
+    collector.let_go()
+    if by_tensor:
+        heap.hold_heap(by_tensor[-1][0])  # a leaf, as those come last
 
 
 def _close(order: list[Node]) -> None:

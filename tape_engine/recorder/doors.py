@@ -24,7 +24,7 @@ from .state import current_tape_is_global, detaching, state, tensors_in, values_
 from .streams import Streams
 from .strict import refuse_without_rule
 from .taken import Taken, enter
-from .writing import as_constants, begin, join_views, read, stays_closed, undo, write
+from .writing import as_constants, begin, join_views, read, read_views, stays_closed, undo, write
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]
 
@@ -280,8 +280,7 @@ def _record_cut(tensor: Tensor) -> None:
     with quietly():
         tape = current_tape()
         taken = Taken(cut_op, tape, (tensor,), {})
-        for view in aliases.stale_views(tensor, taken.inputs[0]):
-            read(view, tape)  # off what `tensor` is before: the gradient of a view goes on to that
+        read_views(tensor, taken.inputs[0], tape)
         made = write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0]
         made.constant = True
         aliases.share(made, taken.inputs[0])  # whose contents a rule may read: a write that follows must find it

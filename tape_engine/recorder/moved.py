@@ -29,7 +29,7 @@ from ..tape import (
     version_of,
 )
 from .state import DETACH, MOVED, PARTED
-from .writing import call, read, reshaped, write
+from .writing import call, read, read_views, reshaped, write
 
 __all__ = ["given_memory", "hold", "part", "set_data"]
 
@@ -48,8 +48,7 @@ def hold(tape: Tape, tensor: Tensor, old: Value, new: Value) -> Node:
 def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
     """``x.data = y``: x holds what y holds, and the gradient of x passes over that, as in torch."""
     old, new = read(tensor, tape), read(other, tape)
-    for view in aliases.stale_views(tensor, old):
-        read(view, tape)  # off the memory that it looks into, while that is what `tensor` has
+    read_views(tensor, old, tape)
     aliases.protect(tensor, old)  # a rule that needs the old contents looks for them in `tensor`
     before = tensor.shape, stride_of(tensor), offset_of(tensor)
     original(tensor, other)
@@ -81,8 +80,7 @@ def given_memory(tape: Tape, func: OpOverload, args: tuple[Any, ...], kwargs: di
     node = None if held is None else held.node
     lost = held is not None and held.differentiable and node is not None and node.rule not in ("none", "cut")
     if held is not None:
-        for view in aliases.stale_views(target, held):
-            read(view, tape)  # off the memory that it looks into, while that is what `target` has
+        read_views(target, held, tape)
         aliases.protect(target, held)
         held.stale = True  # the tensor is no longer what was made or read
     result = call(func, args, kwargs, lazily=False)

@@ -202,9 +202,9 @@ def _lstm(
         before = [part(aten.select.int, _select, each, 0, i) for each in hx]
         given = (x, *params[4 * i : 4 * i + 4], *before, False, [], 2, hidden, num_layers, True, False, batch_first)
         x, *after, _ = part(aten.mkldnn_rnn_layer.default, torch.mkldnn_rnn_layer, *given, train)
-        for each, states in zip(after, last, strict=True):
-            states.append(each)
-    states = [part.heard(aten.stack.default, torch.stack, each) for each in last]
+        for state, of_layers in zip(after, last, strict=True):
+            of_layers.append(state)
+    states = [part.heard(aten.stack.default, torch.stack, of_layers) for of_layers in last]
     return (part(aten.transpose.int, _transpose, x, 0, 1) if batch_first else x, *states)
 
 

@@ -98,14 +98,13 @@ def _write_base(tape: Tape, tensor: Tensor, new: Value, target: Tensor, old: Val
     """Records what a write to the view `tensor` makes of its base; returns the base's new value."""
     base = tensor._base
     assert base is not None
-    made = base if target is base else target
     stored = as_stored(tensor, target)  # a conjugated view writes the conjugate of what it shows
     part = turned(tape, new, tensor, target, stored)
     reals = regions.in_reals(stored, target)
     if reals is not stored:
         part = write(tape, AS_REAL, (part,), {}, [part], [None], [reals]).outputs[0]
     place = regions.place_of(reals, target)
-    node = write(tape, write_view, (old, part, *place), {}, [old, part], [None, None], [made], cut=cut)
+    node = write(tape, write_view, (old, part, *place), {}, [old, part], [None, None], [target], cut=cut)
     if not tape.strong:
         old.ended = node.seq
     if cut:

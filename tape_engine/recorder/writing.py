@@ -31,10 +31,10 @@ __all__ = [
     "begin",
     "call",
     "in_units_of",
-    "is_update",
     "join_views",
     "outputs_of",
     "read",
+    "read_views",
     "reshaped",
     "settle",
     "stays_closed",
@@ -96,8 +96,8 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         # a new beginning: nn.Parameter(x), x.detach().requires_grad_()
         return _leaf(tensor, tape) if node.tape is not tape.token else begin(tensor, value, tape)
     if node.tape is not tape.token:
-        updated = is_update(value, node) or (node.closed and value.begins)
-        if not value.differentiable or node.rule == "none" or updated:
+        as_leaf = is_update(value, node) or (node.closed and value.begins)
+        if not value.differentiable or node.rule == "none" or as_leaf:
             # No gradient passes (a factory's tensor, a counter), an optimizer wrote to a parameter, or it was made
             # in the block that was swept: a leaf, so that a statistic does not chain one step to the next.
             leaf = _leaf(tensor, tape, name=value.name)
@@ -221,6 +221,15 @@ def begin(tensor: Tensor, value: Value, tape: Tape) -> Value:
     begun.name = value.name
     aliases.share(begun, value)
     return begun
+
+
+def read_views(tensor: Tensor, value: Value, tape: Tape) -> None:
+    """Reads the views of `tensor`, which holds `value`, that a write has left to be read: before it is something else.
+
+    They have the memory that it looks into now, and their gradient goes on to what it is now.
+    """
+    for view in aliases.stale_views(tensor, value):
+        read(view, tape)
 
 
 def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:

@@ -15,6 +15,7 @@ import torch
 
 import tape_engine as te
 from tests.helpers import Tensor, agree, close, plain
+from tests.tape_engine.program.common import freeze
 
 ALL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 
@@ -283,10 +284,7 @@ def test_the_gradient_is_that_of_torch(name: str, requires_grad: bool) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_replay_on_other_inputs_gives_what_torch_gives(name: str) -> None:
-    mine = drawn(1)
-    with te.record() as tape:
-        C = ALL[name](*mine)
-    replayed = tape.program(inputs=tuple(mine), outputs=C)
+    replayed = freeze(ALL[name], drawn(1))
     others = drawn(2)
     value, gradients = wanted(ALL[name], others)
     close(replayed.step(*others), value)
@@ -295,10 +293,7 @@ def test_a_replay_on_other_inputs_gives_what_torch_gives(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_replay_inside_a_recording_passes_the_gradient_on(name: str) -> None:
-    mine = drawn(1)
-    with te.record() as tape:
-        C = ALL[name](*mine)
-    replayed = tape.program(inputs=tuple(mine), outputs=C)
+    replayed = freeze(ALL[name], drawn(1))
     others = drawn(2)
     value, gradients = wanted(ALL[name], others)
     with te.record():
