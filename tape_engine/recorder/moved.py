@@ -65,7 +65,7 @@ def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:
     aliases.count_together(made, old)
     if before != (tensor.shape, stride_of(tensor), offset_of(tensor)):  # torch goes by where they lie now
         if tensor._base is not None and old.differentiable:
-            made.closed = PARTED
+            made.closed, made.name = PARTED, old.name or local_name(user_frame(), tensor)
         _close([view for view in aliases.parted_from(tensor) if view._base is tensor], 0)
 
 

@@ -185,5 +185,5 @@ def test_a_view_that_is_given_another_shape_has_no_gradient(first: bool, require
                 with torch.no_grad():
                     v.mul_(0.5)
         C = torch.tanh(y).sum() + torch.tanh(v).sum()
-    with pytest.raises(te.TapeError, match=r"x\.data = y"):
+    with pytest.raises(te.TapeError, match=r"gradient reaches v, .*x\.data = y"):
         te.backward(C)
