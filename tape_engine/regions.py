@@ -5,11 +5,25 @@ What is asked of every tensor that shares a storage with one that is written to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .places import Place, extent, offset_of, overlapping, positions, stride_of, within
 
-__all__ = ["askew", "contains", "in_reals", "overlap", "parted", "place_of", "same_storage", "storage_in", "storage_of"]
+__all__ = [
+    "askew",
+    "contains",
+    "in_reals",
+    "meeting",
+    "overlap",
+    "parted",
+    "place_of",
+    "same_storage",
+    "shares",
+    "storage_in",
+    "storage_of",
+]
 
 
 def storage_in(tensor: torch.Tensor) -> torch.UntypedStorage | None:
@@ -63,15 +77,37 @@ def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(torch.isin(*places).any())
 
 
+def shares(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors share an element."""
+    return same_storage(a, b) and overlap(a, b)
+
+
 def askew(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors share an element, and not each with the same one of the other."""
-    if not same_storage(a, b) or not overlap(a, b):
+    if not shares(a, b):
         return False
     if a.dtype != b.dtype:
         return True
     if place_of(a, b) == (tuple(b.shape), stride_of(b), 0):
         return False
     return max(a.numel(), b.numel()) > 1 << 20 or _meet(a, b)
+
+
+def meeting(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether two of these tensors share an element."""
+    by_storage: dict[int, list[torch.Tensor]] = {}
+    for each in tensors:
+        by_storage.setdefault(storage_of(each), []).append(each)
+    by_storage.pop(0, None)
+    for group in by_storage.values():
+        reaching: list[torch.Tensor] = []  # in the order of their first elements: those not over by the next one's
+        for each in sorted(group, key=_span):
+            start = _span(each)[0]
+            reaching = [other for other in reaching if _span(other)[1] > start]
+            if any(overlap(other, each) for other in reaching):
+                return True
+            reaching.append(each)
+    return False
 
 
 def _dense(tensor: torch.Tensor) -> bool:

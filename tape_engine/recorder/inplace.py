@@ -6,8 +6,7 @@ old contents is copied before; a view's write is carried to its base, and from t
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import aliases, regions
-from ..modules import path
 from ..names import call_site, user_frame
 from ..places import overlapping, positions
 from ..plans import MISSING, Plan, plan_of
@@ -24,7 +22,6 @@ from ..tape import (
     Node,
     Tape,
     Value,
-    bind,
     bound,
     dense,
     rebind,
@@ -37,7 +34,6 @@ from .state import LIFT, OVERLAPPED, is_cut, tensors_in
 from .strict import refuse_without_rule
 from .taken import Taken, enter
 from .writing import (
-    ALIAS,
     as_constants,
     call,
     read,
@@ -45,7 +41,7 @@ from .writing import (
     stays_closed,
 )
 
-__all__ = ["Sparing", "record_update", "record_write", "settle", "unrecorded"]
+__all__ = ["Sparing", "completed", "overlaps", "record_write", "settle", "unrecorded"]
 
 Tensor = torch.Tensor
 
@@ -54,7 +50,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     """An operation that writes to its arguments, recorded as its functional twin."""
     if plan.gives_memory:
         return given_memory(tape, func, args, kwargs)
-    given_args, given_kwargs = _completed(args, kwargs, plan), kwargs
+    given_args, given_kwargs = completed(args, kwargs, plan), kwargs
     if plan.outs:
         given_args = tuple([a for i, a in enumerate(given_args) if i not in plan.outs])
         given_kwargs = {name: a for name, a in kwargs.items() if name not in plan.outs}
@@ -73,9 +69,16 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
         for tensor, value in zip(written, before, strict=True):
             spared += aliases.protect(tensor, value)
-        if any(regions.askew(each, tensor) for tensor in written for each in taken.tensors if each is not tensor):
+        if plan.statistics:  # which are the last, and moved on before all others are read
+            others = taken.tensors[: -len(written)]
+            confused = any(regions.shares(each, tensor) for tensor in written for each in others)
+        else:
+            others = taken.tensors
+            confused = any(regions.askew(each, t) for t in written for each in others if each is not t)
+        if confused:
             how = "writes to memory that the same operation reads at other places"
             tape.disordered = how, "give it a copy of what it reads: .clone()", call_site(user_frame())
+    clashing = len(written) > 1 and regions.meeting(written)
     result = call(plan.call, args, kwargs, lazily=False)
     if result is written[0]:
         fresh, made = [], written
@@ -110,57 +113,14 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         alone=alone,
         restrides=plan.restrides,
     )
+    if clashing:
+        _note_overlapping(tape, node, range(first, len(made)))
     if node.cut and (plan.outs or plan.restrides):
         for place, (tensor, old) in enumerate(zip(written, before, strict=True), start=first):
             if tensor._base is not None and old.shape != tensor.shape:
                 node.outputs[place].stale = True  # as in torch: a view of its base, in its new shape
             elif (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
                 reshaped(node, place, old, tensor)
-    return result
-
-
-def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 1) -> Any:
-    """``x.add_(1)``: a write to the first argument, the only tensor; NotImplemented where `record_write` must do it.
-
-    It is that, written out for what nobody else looks into, nor any rule: counters, and masks that were just drawn.
-    `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
-    """
-    tensor, op = args[0], plan.op
-    if not tape.strong or plan.restrides or (op.argument_reads and op.argument_reads[0]):
-        return NotImplemented
-    for argument in args[1:]:
-        if isinstance(argument, (Tensor, list, tuple)):
-            return NotImplemented
-    old = read(tensor, tape)
-    if not aliases.alone(tensor, old):
-        return NotImplemented
-    if tape.strict:
-        refuse_without_rule(op, [old])
-    if _overlapping(old):
-        return NotImplemented
-    source = old.node
-    result = call(plan.call, args, {}, lazily=False)
-    cut = is_cut()
-    frame = user_frame()
-    code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
-    node = Node(op, (old, *_completed(args, {}, plan)[1:]), {}, (old,), (source,), code, lasti, path())
-    new = Value(tensor)
-    node._outputs, new._node = new, weakref.ref(node)
-    bind(tensor, new, node)
-    rebind(tensor, version_of(tensor) + pending)
-    node.cut, node.random, node.mutates = cut, plan.random, ((0, 0),)
-    if cut:
-        new.constant = old.constant
-    elif op.reads_output:
-        node.saved = (None, new.keep(ALIAS(tensor)))
-    node.note_form(result)
-    if old.detached:
-        new.detached = True
-    if old._node is None:
-        new.name = old.name
-    if old._aliases is not None:
-        aliases.share(new, old)
-    tape.append(node)
     return result
 
 
@@ -191,10 +151,8 @@ def settle(
         untouched = {id(tensor) for _, tensor in spared}
     for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
-        if not restrides and node.op.forward not in _IN_ORDER and _overlapping(old):
-            how = "writes to elements several of which lie in one place"
-            tape.disordered = how, "write to a copy of it: .clone()", call_site(user_frame())
-            new.closed = "" if node.cut else OVERLAPPED
+        if not restrides and node.op.forward not in _IN_ORDER and overlaps(old):
+            _note_overlapping(tape, node, [place])
         if not tape.strong:  # which lets go of the node, if nobody reads what it wrote
             old.ended = node.seq
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
@@ -217,7 +175,19 @@ def settle(
                 rebind(other, version_of(other) + pending)
             new.stale = tensor._base is not None  # likewise
         else:
-            spread(tape, tensor, new, wholes[k], untouched, node.cut, pending)
+            whole = wholes[k]
+            if k and whole is not None and tensor._base is not None:
+                whole = bound(tensor._base) or whole  # what the writes before this one have made of it
+            spread(tape, tensor, new, whole, untouched, node.cut, pending)
+
+
+def _note_overlapping(tape: Tape, node: Node, places: Iterable[int]) -> None:
+    """Several elements of the outputs of `node` at `places` lie in one place, and torch does not say which stays."""
+    how = "writes to elements several of which lie in one place"
+    tape.disordered = how, "write to a copy of it: .clone()", call_site(user_frame())
+    if not node.cut:
+        for place in places:
+            node.outputs[place].closed = OVERLAPPED
 
 
 #: What writes the elements one after the other, and reads none of them: where several lie in one place, the last stays.
@@ -229,9 +199,9 @@ _IN_ORDER = {
 }
 
 
-def _overlapping(value: Value) -> bool:
+def overlaps(value: Value) -> bool:
     """Whether several elements of a value lie in one place of memory; where that is dear to tell, whether they may."""
-    if id(value.strides) in dense or not overlapping(value.shape, value.strides):
+    if not value.strides or id(value.strides) in dense or not overlapping(value.shape, value.strides):
         return False
     if value.numel() > 1 << 20:
         return True
@@ -247,7 +217,7 @@ def _written(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[
     return found
 
 
-def _completed(args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
+def completed(args: tuple[Any, ...], kwargs: dict[str, Any], plan: Plan) -> tuple[Any, ...]:
     """The arguments with those defaults of theirs that the functional twin may not have."""
     left = plan.defaults[len(args) :]
     if kwargs or MISSING in left:

@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..plans import BATCH_NORM, plan_of, plans_by_id
 from ..tape import Tape, Value, bind, current_tape, rebind, unbind, values_by_tensor, version_of
 from .decisions import decided
-from .inplace import record_update, record_write, unrecorded
+from .inplace import record_write, unrecorded
 from .plain import record_plain
 from .saved import is_unpacking, saved_unheard
 from .shortcut import left_out
 from .state import DETACH, LIFT, VIEW_DTYPE, state, tensors_in, without_vectors
 from .strict import refuse_without_rule
 from .taken import Taken, enter
+from .unshared import record_update
 from .writing import call, join_views, read, stays_closed, undo, write
 
 __all__ = ["Mode", "mode_of", "quietly", "recording"]

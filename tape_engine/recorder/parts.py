@@ -23,9 +23,10 @@ from torch._ops import OpOverload
 from ..names import user_frame
 from ..plans import BATCH_NORM, plan_of
 from ..tape import Tape
-from .inplace import record_update, record_write
+from .inplace import record_write
 from .plain import record_plain
 from .state import TENSORS
+from .unshared import record_statistics, record_update
 
 __all__ = ["Part", "are_made_so"]
 
@@ -77,6 +78,11 @@ class Part:
     def write(self, overload: OpOverload, *args: Any) -> Any:
         """What an overload gives that writes to its arguments."""
         return record_write(self._tape, overload, plan_of(overload, args), args, {})
+
+    def move(self, overload: OpOverload, *args: Any) -> Any:
+        """What an overload gives that moves statistics on, which are among its arguments."""
+        result = record_statistics(self._tape, plan_of(overload, args), args)
+        return self.write(overload, *args) if result is NotImplemented else result
 
     def update(self, overload: OpOverload, *args: Any) -> Any:
         """The first argument, which an overload writes to."""
@@ -137,7 +143,7 @@ def _batch_norm(
     for each in (mean, var, weight, bias):
         if each.shape != channels:
             return NotImplemented
-    return part.write(BATCH_NORM, input, weight, bias, mean, var, True, momentum, eps)[0]
+    return part.move(BATCH_NORM, input, weight, bias, mean, var, True, momentum, eps)[0]
 
 
 def _layer_norm(part: Part, input: Any, shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
@@ -301,7 +307,7 @@ class _Noting(Part):
     def write(self, overload: OpOverload, *args: Any) -> Any:
         return self(overload, overload, *args)
 
-    draw = fill = update = write
+    draw = fill = update = move = write
 
 
 def are_made_so(overloads_of: Callable[..., list[OpOverload]]) -> dict[Any, Callable[..., Any]]:
