@@ -88,6 +88,14 @@ def computed_before(s: Statistics) -> Tensor:
     return s.norm(mean, var) * (s.bias * mean * var).sum()
 
 
+def passed_over(s: Statistics) -> Tensor:
+    """Under ``no_grad`` the gradient of what is moved on passes over that."""
+    mean, var = s.weight * 2, s.bias * s.bias
+    with torch.no_grad():
+        s.norm(mean, var)
+    return s.norm() * mean.sum() + var
+
+
 def also_the_bias(s: Statistics) -> Tensor:
     with torch.no_grad():
         shared = s.bias.detach().clone()
@@ -118,7 +126,7 @@ def masked(s: Statistics) -> Tensor:
 
 PROGRAMS = [
     twice, read_before, read_after, seen_through_a_view, seen_through_an_alias, a_view_of_a_buffer, one_for_both,
-    without_gradient, computed_before, also_the_bias, counted, a_count_with_a_view, masked,
+    without_gradient, computed_before, passed_over, also_the_bias, counted, a_count_with_a_view, masked,
 ]  # fmt: skip
 
 
