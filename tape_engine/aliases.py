@@ -54,6 +54,7 @@ __all__ = [
     "share",
     "stale_views",
     "unheard",
+    "written_views",
 ]
 
 # -- who shares a storage with whom --------------------------------------------------------------------
@@ -298,6 +299,12 @@ def stale_views(tensor: torch.Tensor, value: Value) -> list[torch.Tensor]:
     root = tensor if tensor._base is None else tensor._base
     found = [t for each in list(values_by_tensor.values()) if each.value.stale and (t := each()) is not None]
     return [t for t in found if t._base is root]
+
+
+def written_views(tensor: torch.Tensor, value: Value) -> list[torch.Tensor]:
+    """The live views of `tensor`, which holds `value`, whose base was written to."""
+    holders = [v.holder for v in (() if value.aliases is None else value.aliases.alive()) if v.written[0] >= 0]
+    return [each for each in holders if each is not None and each._base is tensor]
 
 
 def expose(tensor: torch.Tensor) -> None:

@@ -120,6 +120,8 @@ class Value:
         marks: how many tapes have its tensor listen for plain operations (leaves only).
         rests: how many frozen tapes have its tensor listen, but only for what torch's own gradient would not show.
         stale: true once a write through an alias made its tensor hold other contents.
+        written: of a view, where in the order of recording something was last written to memory of its base, torch's
+            count before that, and where the last write before it stood that torch has counted; -1 for none (`asked`).
         observed: outside a block, how many operations lie between it and values that have a gradient.
         chosen: where in the order of recording the code got its tensor from ``contiguous()``, which might have been a
             copy had it lain otherwise; -1 if it did not.
@@ -138,6 +140,7 @@ class Value:
     marks = 0
     rests = 0
     stale = False
+    written = (-1, -1, -1)
     observed = 0
     chosen = -1
     asked = False
@@ -590,6 +593,18 @@ class Tape:
     def length(self) -> int:
         """How far it has come, for `rewind`."""
         return len(self._nodes)
+
+    def has_used(self, value: Value, since: int) -> bool:
+        """Whether `value` was used where a gradient may be wanted, since that place in the order of recording."""
+        for each in reversed(self._nodes):
+            node = each if self.strong else each()
+            if node is None:
+                continue
+            if node.seq < since:
+                break
+            if value in node.inputs and not node.cut and node.op.differentiable:
+                return True
+        return False
 
     def rewind(self, length: int) -> list[Node]:
         """Forgets what was recorded since it had this length (of a tape that keeps its nodes); returns that."""

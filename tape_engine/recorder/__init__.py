@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from . import copies as copies
 from . import elsewhere as elsewhere
+from .asked import updated
 from .called import CalledBack, called_again, freezing
 from .contexts import leaves_of
 from .doors import pause, record, scope, stop_gradient
@@ -43,7 +44,7 @@ from .state import (
     opened,
 )
 from .strict import rule_to_add
-from .writing import ALIAS, read, settle, updated
+from .writing import ALIAS, read, settle
 
 __all__ = [
     "ALIAS",

@@ -18,13 +18,13 @@ from ..tape import Node, Tape, Value, bound, current_tape, pop_tape, push_tape
 from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, mode_of, quietly
-from .moved import set_data
+from .moved import read_views, set_data
 from .shortcut import Shortcut, left_out
 from .state import current_tape_is_global, detaching, state, tensors_in, values_alone
 from .streams import Streams
 from .strict import refuse_without_rule
 from .taken import Taken, enter
-from .writing import as_constants, begin, join_views, read, read_views, stays_closed, undo, write
+from .writing import as_constants, begin, join_views, read, stays_closed, undo, write
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]
 
@@ -280,7 +280,7 @@ def _record_cut(tensor: Tensor) -> None:
     with quietly():
         tape = current_tape()
         taken = Taken(cut_op, tape, (tensor,), {})
-        read_views(tensor, taken.inputs[0], tape)
+        read_views(tensor, taken.inputs[0], tape, detached=True)
         made = write(tape, cut_op, taken.args, {}, taken.inputs, taken.kept, [tensor]).outputs[0]
         made.constant = True
         aliases.share(made, taken.inputs[0])  # whose contents a rule may read: a write that follows must find it

@@ -28,10 +28,9 @@ from .contexts import Call, Run, Saved, by_input, call_in, context_of, no_gradie
 from .inplace import Sparing, settle
 from .listening import Recorded, listen
 from .mode import quietly
-from .moved import hold
 from .state import ONCE, current_tape_is_global, is_cut, state, tensors_in
 from .taken import Taken
-from .writing import ALIAS, join_views, read, stays_closed, undo, write
+from .writing import ALIAS, hold, join_views, read, stays_closed, undo, write
 
 __all__ = ["FunctionOp", "operands_note"]
 

@@ -28,6 +28,7 @@ from ..tape import (
     unbind,
     version_of,
 )
+from .asked import ends_there, note_write, updated
 from .moved import given_memory, part
 from .spreading import spread
 from .state import LIFT, OVERLAPPED, is_cut, tensors_in
@@ -171,6 +172,7 @@ def settle(
             for other in aliases.neighbours(tensor):
                 held = bound(other)
                 if other._base is tensor and held is not None:
+                    note_write(other, held, pending)
                     held.stale = True  # as in torch: a view of what that is now, whose gradient passes over the change
                 rebind(other, version_of(other) + pending)
             new.stale = tensor._base is not None  # likewise
@@ -179,6 +181,15 @@ def settle(
             if k and whole is not None and tensor._base is not None:
                 whole = bound(tensor._base) or whole  # what the writes before this one have made of it
             spread(tape, tensor, new, whole, untouched, node.cut, pending)
+            if node.cut and tensor._base is not None and not (new.constant or updated(old, old.node).begins):
+                note_write(tensor, new, pending)
+                if whole is not None and ends_there(whole):  # the base was detached in place
+                    new.stale = True
+    for cell, tensor in spared:
+        if cell is None and tensor._base is not None and (held := bound(tensor)) is not None:
+            note_write(tensor, held, pending)
+            above = None if held.constant or regions.parted(tensor) else bound(tensor._base)
+            held.stale = held.stale or (above is not None and ends_there(above))  # torch may ask anew
 
 
 def _note_overlapping(tape: Tape, node: Node, places: Iterable[int]) -> None:

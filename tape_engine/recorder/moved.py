@@ -28,21 +28,30 @@ from ..tape import (
     values_by_tensor,
     version_of,
 )
+from .asked import to_be_asked
 from .state import DETACH, MOVED, PARTED
-from .writing import call, read, read_views, reshaped, write
+from .writing import call, hold, read, reshaped, write
 
-__all__ = ["given_memory", "hold", "part", "set_data"]
+__all__ = ["given_memory", "part", "read_views", "set_data"]
 
 Tensor = torch.Tensor
 
-_COPY, _DETACH = registry.find(torch.ops.aten.copy.default), registry.find(DETACH)
+_DETACH = registry.find(DETACH)
 
 
-def hold(tape: Tape, tensor: Tensor, old: Value, new: Value) -> Node:
-    """Records that `tensor`, which held `old`, holds what `new` is, and the gradient passes over that."""
-    node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
-    node.mutates = ((0, 0),)
-    return node
+def read_views(tensor: Tensor, value: Value, tape: Tape, *, detached: bool = False) -> None:
+    """Reads the views of `tensor`, which holds `value`, that a write has left to be read: before it is something else.
+
+    They have the memory that it looks into now, and their gradient goes on to what it is now. Where it is `detached`,
+    that holds for those that torch does not ask anew; the gradient of the others ends there.
+    """
+    stale = aliases.stale_views(tensor, value)
+    for view in (*stale, *aliases.written_views(tensor, value)) if detached else stale:
+        held = bound(view)
+        if held is None or held.constant or not (detached and to_be_asked(tape, view, held)):
+            read(view, tape)
+        else:
+            held.stale = True
 
 
 def set_data(tape: Tape, original: Any, tensor: Tensor, other: Tensor) -> None:

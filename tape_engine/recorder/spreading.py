@@ -11,8 +11,9 @@ import torch
 from .. import aliases, regions, registry
 from ..places import read_view, write_view
 from ..tape import Tape, Value, bind, bound, rebind, version_of
+from .asked import note_write, updated
 from .state import UNFOLLOWED, VIEW_DTYPE
-from .writing import AS_COMPLEX, AS_REAL, as_stored, in_units_of, turned, updated, write
+from .writing import AS_COMPLEX, AS_REAL, as_stored, in_units_of, turned, write
 
 __all__ = ["spread"]
 
@@ -48,6 +49,7 @@ def spread(
         begun = detached and held is not None and not held.constant and _begun(held, above)
         if above is not None and id(above) in bases and not (begun or (moved and regions.parted(other))):
             if held is not None:
+                note_write(other, held, pending)
                 held.stale = True  # read off the base, which is followed here too, when it is next needed
             rebind(other, version_of(other) + pending)
             continue

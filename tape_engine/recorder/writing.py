@@ -17,8 +17,9 @@ from ..errors import NotRecordedError, message
 from ..names import call_site, local_name, user_frame
 from ..places import read_view
 from ..registry import Op
-from ..tape import Kept, Node, Tape, Value, bind, rebind, values_by_tensor, version_of
+from ..tape import Kept, Node, Tape, Value, bind, bound, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
+from .asked import ends_there, to_be_asked, updated
 from .saved import before_cut, in_backward, unpacked
 from .state import DETACH, OUTSIDE, PARTED, RESHAPED, SWEPT, UNKNOWN, UNSEEN, call, is_cut, state
 
@@ -30,17 +31,16 @@ __all__ = [
     "as_stored",
     "begin",
     "call",
+    "hold",
     "in_units_of",
     "join_views",
     "outputs_of",
     "read",
-    "read_views",
     "reshaped",
     "settle",
     "stays_closed",
     "turned",
     "undo",
-    "updated",
     "write",
 ]
 
@@ -71,6 +71,8 @@ def read(tensor: Tensor, tape: Tape) -> Value:
         return value
     if value.stale:
         again = _reread(tensor, value.constant, tape)
+        if not value.constant and again.node is not None:
+            again = _as_of_old(tensor, value, again, tape)
         if not tape.strong:  # which lets go of the node by which the tensor came to look there
             again.chosen = value.chosen if value.chosen >= 0 else _looked(node)
         return again
@@ -113,6 +115,30 @@ def read(tensor: Tensor, tape: Tape) -> Value:
     return value
 
 
+def _as_of_old(tensor: Tensor, value: Value, again: Value, tape: Tape) -> Value:
+    """What a view holds that was read off its base as `again`, and held `value` before a write.
+
+    Where the base was detached in place, and torch does not ask anew, its gradient is what it was before.
+    """
+    base = None if tensor._base is None else bound(tensor._base)
+    if to_be_asked(tape, tensor, value):
+        if is_cut() or state.detaching:  # nor does torch ask now
+            again.written = value.written
+    elif base is not None and ends_there(base):
+        over = hold(tape, tensor, value, again).outputs[0]
+        over.constant = False
+        aliases.share(over, again)
+        return over
+    return again
+
+
+def hold(tape: Tape, tensor: Tensor, old: Value, new: Value) -> Node:
+    """Records that `tensor`, which held `old`, holds what `new` is, and the gradient passes over that."""
+    node = write(tape, _COPY, (old, new), {}, [old, new], [None, None], [tensor], cut=True)
+    node.mutates = ((0, 0),)
+    return node
+
+
 def _saved(tensor: Tensor, tape: Tape) -> Value | None:
     """What torch's own backward reads through `tensor`: the value that autograd had saved."""
     original = unpacked(tensor)
@@ -138,16 +164,6 @@ def _looked(node: Node | None) -> int:
 def is_update(value: Value, node: Node | None) -> bool:
     """Whether a value is what writes under ``no_grad`` made of a leaf: the leaf itself, as torch sees it."""
     return node is not None and node.cut and updated(value, node).leaf
-
-
-def updated(value: Value, node: Node | None) -> Value:
-    """What the gradient of a value meets when it has passed over all writes under ``no_grad``."""
-    while node is not None and node.cut:
-        place = next((i for i, j in node.mutates if j == value.index), -1)
-        if place < 0:
-            break
-        value, node = node.inputs[place], node.sources[place]
-    return value
 
 
 def reshaped(node: Node, place: int, old: Value, tensor: Tensor) -> None:
@@ -223,15 +239,6 @@ def begin(tensor: Tensor, value: Value, tape: Tape) -> Value:
     return begun
 
 
-def read_views(tensor: Tensor, value: Value, tape: Tape) -> None:
-    """Reads the views of `tensor`, which holds `value`, that a write has left to be read: before it is something else.
-
-    They have the memory that it looks into now, and their gradient goes on to what it is now.
-    """
-    for view in aliases.stale_views(tensor, value):
-        read(view, tape)
-
-
 def _reread(tensor: Tensor, constant: bool, tape: Tape) -> Value:
     """The value of a view whose base was written to: read off what the base holds now."""
     if tensor._base is None:
@@ -278,7 +285,7 @@ def turned(tape: Tape, value: Value, tensor: Tensor, base: Tensor, made: Tensor)
 
 AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
 _CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._neg_view.default)
-_DETACH = registry.find(DETACH)
+_DETACH, _COPY = registry.find(DETACH), registry.find(torch.ops.aten.copy.default)
 _VIEW = torch.ops.aten.view.default
 
 AS_COMPLEX = registry.find(torch.ops.aten.view_as_complex.default)

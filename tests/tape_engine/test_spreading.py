@@ -125,6 +125,65 @@ def a_view_of_what_is_detached_in_place(x: Tensor, w: Tensor) -> Tensor:
     return weighed(y, v, u, z)
 
 
+@program
+def a_write_that_torch_does_not_count_after_a_base_was_detached_in_place(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v, u = y.unsqueeze(0), y[1]
+    y.detach_()
+    y.data.mul_(1.3)
+    v.data[:, 0].add_(0.2)
+    return weighed(y, v, u)
+
+
+@program
+def a_write_that_torch_counts_after_a_base_was_detached_in_place(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v, u = y.view(-1), y[2]
+    z = v * u.sum() + u.sin().sum()
+    y.detach_()
+    y.data.mul_(1.3)
+    with torch.no_grad():
+        v[:3].mul_(1.5)
+    return weighed(y, v, u, z) + (x * x).sum()
+
+
+@program
+def views_that_were_used_and_not_since_the_last_write(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v, u, t, s = y.view(-1), y[2], y[:1], y[1:]
+    with torch.no_grad():
+        v.mul_(1.5)
+        y.sum(), u.sum()  # no gradient is wanted here, and torch does not ask how u was computed
+    y[0].mul_(w[0])
+    z = t * t + s.sum()
+    t.data.add_(0.1)
+    y.detach_()
+    return weighed(y, v, u, t, s, z) + (x * x).sum()
+
+
+@program
+def views_that_were_used_since_the_last_write(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v, u = y.view(-1), y[2]
+    with torch.no_grad():
+        v.mul_(1.5)
+    z = v * v
+    y.detach_()
+    return weighed(y, v, u, z)
+
+
+@program
+def a_base_that_begins_anew_where_it_was_detached_in_place(x: Tensor, w: Tensor) -> Tensor:
+    y = x * w
+    v, u = y.view(-1), y[2]
+    y.detach_().requires_grad_()
+    y.data.mul_(1.3)
+    z = u * u
+    with torch.no_grad():
+        v[:3].mul_(1.5)
+    return weighed(v, u, z)
+
+
 # -- writes under no_grad ------------------------------------------------------------------------------------
 
 
