@@ -111,6 +111,8 @@ def read(tensor: Tensor, tape: Tape) -> Value:
             stand_in = Value(tensor)
             stand_in.name = value.name or local_name(user_frame(), tensor)
             stand_in.closed = SWEPT
+            if aliases.join(tensor, stand_in):  # a write that follows must find what a rule keeps of it
+                tape.token.watch(stand_in, aliases.sample_of(tensor))
             return stand_in
     return value
 

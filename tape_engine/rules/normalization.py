@@ -211,9 +211,9 @@ def _batch_norm(
     training: bool,
     eps: float,
 ) -> tuple[Any, ...]:
-    gradients = kernels.native_batch_norm_backward(
-        g, x, weight, running_mean, running_var, mean, r, training, eps, _wanted(weight, bias)
-    )
+    # Some of torch's kernels take it that these lie in one piece, and read beside them otherwise.
+    each = [None if t is None else t.contiguous() for t in (weight, running_mean, running_var, mean, r)]
+    gradients = kernels.native_batch_norm_backward(g, x, *each, training, eps, _wanted(weight, bias))
     return _with_bias(gradients, g, weight, bias, [d for d in range(x.ndim) if d != 1])
 
 

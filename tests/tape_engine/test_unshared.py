@@ -262,3 +262,49 @@ def test_a_list_of_tensors_is_written_to(written: Callable[[Tensor], list[Tensor
     else:
         with pytest.raises(te.TapeError, match="in an order that torch does not tell"):
             tape.program(outputs=C)
+
+
+# -- rows of one buffer -----------------------------------------------------------------------------------------
+
+
+def test_what_a_rule_reads_of_a_buffer_is_kept_in_every_block_before_statistics_in_it_move_on() -> None:
+    """Torch does not count such a write: nothing else would tell the sweep of it."""
+
+    def run(x: Tensor, buffer: Tensor) -> Tensor:
+        seen = F.linear(buffer, torch.tanh(x))
+        return seen.sin().sum() + (F.batch_norm(x, buffer[0], buffer[1], training=True) * x).sum()
+
+    buffer, other = [torch.rand(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) for _ in "ab"]
+    for step in range(3):
+        x = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        y = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            (theirs,) = torch.autograd.grad(run(y, buffer), y)
+        with te.record():
+            C = run(x, other)
+        (ours,) = te.grad(C, x)
+        assert torch.equal(other, buffer)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_statistics_and_weights_with_gaps_between_them(training: bool, channels_last: bool) -> None:
+    """The reference is given them in one piece: torch's own gradient is wrong where they are not."""
+    drawn = torch.Generator().manual_seed(0)
+    shape = (4, 3, 2, 2) if channels_last else (4, 3)
+    x, gaps = [torch.rand(s, dtype=torch.float64, generator=drawn) + 0.1 for s in (shape, (3, 4))]
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+
+    def run(x: Tensor, weight: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(x, mean, var, weight, training=training).sin().sum()
+
+    y, pieces = x.detach().clone().requires_grad_(), [gaps[:, k].clone() for k in range(3)]
+    pieces[0].requires_grad_()
+    theirs = torch.autograd.grad(run(y, *pieces), [y, pieces[0]])
+    weight, mean, var = gaps[:, 0], gaps[:, 1], gaps[:, 2]
+    with te.record():
+        C = run(x, weight, mean, var)
+    for ours, wanted in zip(te.grad(C, [x, weight]), theirs, strict=True):
+        torch.testing.assert_close(ours, wanted)
