@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -42,6 +43,7 @@ __all__ = [
     "Aliases",
     "changed_outside",
     "count_together",
+    "expect",
     "expose",
     "forget_exposed",
     "join",
@@ -362,6 +364,20 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         if unwritten(holder) and not (storage_of(holder) == storage and overlap(holder, tensor)):
             spared.append((None, holder))
     return spared
+
+
+def expect(written: Sequence[torch.Tensor]) -> None:
+    """Torch has yet to count a write for each tensor that an operation wrote to: several, where they share a count."""
+    counts = Counter(id(t if t._base is None else t._base) for t in written)
+    for tensor in {id(t): t for t in written}.values():
+        pending = counts[id(tensor if tensor._base is None else tensor._base)]
+        group = _group_at(storage_of(tensor)) if pending > 1 else None
+        for value in [] if group is None else group.counted():
+            holder, cell = value.tensor, value.kept
+            if holder is not None and unwritten(holder):
+                values_by_tensor[id(holder)].versions += (version_of(holder) + pending,)
+            if cell is not None and not cell.own and cell.intact:
+                cell.versions += (version_of(cell.tensor) + pending,)
 
 
 def _copy(tensor: torch.Tensor, asked: bool) -> torch.Tensor:

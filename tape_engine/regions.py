@@ -19,6 +19,7 @@ __all__ = [
     "overlap",
     "parted",
     "place_of",
+    "same_place",
     "same_storage",
     "shares",
     "storage_in",
@@ -77,6 +78,11 @@ def _meet(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(torch.isin(*places).any())
 
 
+def same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same elements of one storage."""
+    return same_storage(a, b) and place_of(a, b) == (tuple(b.shape), stride_of(b), 0)
+
+
 def shares(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors share an element."""
     return same_storage(a, b) and overlap(a, b)
@@ -88,7 +94,7 @@ def askew(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.dtype != b.dtype:
         return True
-    if place_of(a, b) == (tuple(b.shape), stride_of(b), 0):
+    if same_place(a, b):
         return False
     return max(a.numel(), b.numel()) > 1 << 20 or _meet(a, b)
 

@@ -272,6 +272,10 @@ def _follow_writes(
     dirty = run.ctx.dirty_tensors
     if not dirty:
         return
+    given = [each for each in args if isinstance(each, Tensor)]
+    if any(sum(regions.shares(each, other) for other in given) > 1 for each in dirty):
+        how = "gives a function memory that it writes to in more than one argument"
+        tape.disordered = how, "give it copies: .clone()", call_site(user_frame())
     run.call.dirty = tuple(i for i, each in enumerate(args) if any(each is t for t in dirty))
     written = [(i, t) for i, t in enumerate(made) if any(t is each for each in dirty)]
     before = [taken.inputs[next(i for i, t in enumerate(taken.tensors) if t is tensor)] for _, tensor in written]
@@ -281,12 +285,15 @@ def _follow_writes(
     ]
     settle(tape, node, [i for i, _ in written], [t for _, t in written], before, all_wholes, spared, pending=0)
     for tensor in dirty if node.cut else ():  # of which torch returns a detached alias
-        alias = next((i for i, t in enumerate(made) if regions.same_storage(t, tensor) and t.shape == tensor.shape), -1)
+        alias = next((i for i, t in enumerate(made) if regions.same_place(t, tensor)), -1)
         if alias < 0 or made[alias] is tensor:
             continue
         old, new = taken.value_of(tensor), node.outputs[alias]
         new.detached = True
-        copied, whole, apart = hold(tape, tensor, old, new), wholes.get(id(tensor)), (None, made[alias])
+        whole = wholes.get(id(tensor))
+        if tensor._base is not None and unwritten(tensor._base):
+            whole = bound(tensor._base)  # with what the tensors before this one have written there
+        copied, apart = hold(tape, tensor, old, new), (None, made[alias])
         settle(tape, copied, [0], [tensor], [old], [whole], [*spared, apart], pending=0)
 
 

@@ -37,6 +37,7 @@ from .taken import Taken, enter
 from .writing import (
     as_constants,
     call,
+    conjugated,
     read,
     reshaped,
     stays_closed,
@@ -114,6 +115,8 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         alone=alone,
         restrides=plan.restrides,
     )
+    if len(written) > 1:
+        aliases.expect(written)
     if clashing:
         _note_overlapping(tape, node, range(first, len(made)))
     if node.cut and (plan.outs or plan.restrides):
@@ -163,6 +166,8 @@ def settle(
             new.detached = True
         if not alone or old.aliases is not None:
             aliases.share(new, old)
+        if tensor._base is not None and tensor.is_conj():
+            new = conjugated(tape, new, tensor)
         rebind(tensor, version_of(tensor) + pending)
         if alone:
             continue
