@@ -276,6 +276,7 @@ def _follow_writes(
     if any(sum(regions.shares(each, other) for other in given) > 1 for each in dirty):
         how = "gives a function memory that it writes to in more than one argument"
         tape.disordered = how, "give it copies: .clone()", call_site(user_frame())
+    spared = [(c, t) for c, t in spared if not any(regions.shares(t, each) for each in dirty)]
     run.call.dirty = tuple(i for i, each in enumerate(args) if any(each is t for t in dirty))
     written = [(i, t) for i, t in enumerate(made) if any(t is each for each in dirty)]
     before = [taken.inputs[next(i for i, t in enumerate(taken.tensors) if t is tensor)] for _, tensor in written]

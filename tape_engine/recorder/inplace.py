@@ -71,12 +71,17 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
         for tensor, value in zip(written, before, strict=True):
             spared += aliases.protect(tensor, value)
+        if len(written) > 1:  # what one of the writes spares another may not
+            spared = [(c, t) for c, t in spared if not any(regions.shares(t, each) for each in written)]
         if plan.statistics:  # which are the last, and moved on before all others are read
             others = taken.tensors[: -len(written)]
             confused = any(regions.shares(each, tensor) for tensor in written for each in others)
         else:
             others = taken.tensors
             confused = any(regions.askew(each, t) for t in written for each in others if each is not t)
+            factors = _FACTORS.get(plan.op.forward)
+            if factors is not None:  # torch's products do not even look whether they write to what they read
+                confused = confused or any(regions.shares(each, t) for t in written for each in others[factors:])
         if confused:
             how = "writes to memory that the same operation reads at other places"
             tape.disordered = how, "give it a copy of what it reads: .clone()", call_site(user_frame())
@@ -205,6 +210,10 @@ def _note_overlapping(tape: Tape, node: Node, places: Iterable[int]) -> None:
         for place in places:
             node.outputs[place].closed = OVERLAPPED
 
+
+#: Products, with the place of the first factor among the tensors that they are given.
+_FACTORS = {getattr(torch.ops.aten, name).default: 0 for name in ("mm", "bmm", "mv")}
+_FACTORS |= {getattr(torch.ops.aten, name).default: 1 for name in ("addmm", "addbmm", "baddbmm", "addmv")}
 
 #: What writes the elements one after the other, and reads none of them: where several lie in one place, the last stays.
 _IN_ORDER = {

@@ -16,6 +16,7 @@ from torch import nn
 
 import tape_engine as te
 from tape_engine.recorder import inplace, shortcut
+from tests.helpers import plain
 
 from .test_parts import parts_of
 
@@ -262,6 +263,95 @@ def test_a_list_of_tensors_is_written_to(written: Callable[[Tensor], list[Tensor
     else:
         with pytest.raises(te.TapeError, match="in an order that torch does not tell"):
             tape.program(outputs=C)
+
+
+class Both(torch.autograd.Function):
+    """Writes to both of its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Any:
+        a.mul_(2)
+        b.add_(1)
+        ctx.mark_dirty(a, b)
+        return a, b
+
+    @staticmethod
+    def backward(ctx: Any, *g: Any) -> Any:
+        return g[0] * 2, g[1]
+
+
+def lists_beside_views(base: Tensor, x: Tensor) -> list[Tensor]:
+    seen, part = base[0], base[1:, :2]
+    torch._foreach_mul_([base[1], base[0], base[2]], [2.0, 3.0, 5.0])
+    return [base, seen, part]
+
+
+def outs_in_one_memory(base: Tensor, x: Tensor) -> list[Tensor]:
+    room = torch.ones(2, 3, 3, dtype=x.dtype)
+    seen = room[1] * base
+    with torch.no_grad():
+        torch.aminmax(base, dim=0, out=(room[0, 0], room[1, 1]))
+        torch.linalg.qr(base[:, :3] + torch.eye(3, dtype=x.dtype), out=(room[1], room[0]))
+    return [base, seen, room * base]
+
+
+def a_function_that_writes_to_rows(base: Tensor, x: Tensor) -> list[Tensor]:
+    seen = base[1]
+    with torch.no_grad():
+        made, _ = Both.apply(base[0], base[1])  # type: ignore[no-untyped-call]
+    return [base, seen, base * made]
+
+
+def a_conjugate_that_is_written_to(base: Tensor, x: Tensor) -> list[Tensor]:
+    h = torch.view_as_complex(torch.stack([base, base * 2], -1))
+    v = h.conj()
+    v.mul_(1 + 1j)
+    v.real.add_(x)
+    return [h.real, v.imag, v.real * base]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [lists_beside_views, outs_in_one_memory, a_function_that_writes_to_rows, a_conjugate_that_is_written_to],
+    ids=lambda each: each.__name__,
+)
+def test_several_writes_to_one_memory_are_each_followed(program: Callable[[Tensor, Tensor], list[Tensor]]) -> None:
+    def run(x: Tensor) -> Tensor:
+        base = x * 1.0
+        return sum((each.sin() * (k + 1)).sum() for k, each in enumerate(program(base, x)))  # type: ignore[return-value]
+
+    def wanted(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = plain(x).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            C = run(y)
+        return C.detach(), torch.autograd.grad(C, y)[0]
+
+    x, other = [torch.rand(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    with te.record() as tape:
+        C = run(x)
+    value, gradient = wanted(x)
+    assert torch.equal(C.detach(), value)
+    torch.testing.assert_close(te.grad(C, x, keep=True)[0], gradient)
+    replay = tape.program(inputs=x, outputs=C)
+    value, gradient = wanted(other)
+    torch.testing.assert_close(replay.step(other), value)
+    torch.testing.assert_close(other.g, gradient)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["a product", "a product in place", "a function"])
+def test_a_replay_of_a_write_to_what_is_read_meanwhile_is_refused(how: str) -> None:
+    x = torch.rand(3, 3, dtype=torch.float64)
+    with te.record() as tape:
+        y = x * 2
+        if how == "a product":
+            torch.mm(y, x, out=y)
+        elif how == "a product in place":
+            y.addmm_(y, x)
+        else:
+            Both.apply(y, y)  # type: ignore[no-untyped-call]
+        C = y.sum()
+    with pytest.raises(te.NotRecordedError, match=r"in an order that torch does not tell(.|\n)*fix: .*\.clone\(\)"):
+        tape.program(inputs=x, outputs=C)
 
 
 # -- rows of one buffer -----------------------------------------------------------------------------------------
