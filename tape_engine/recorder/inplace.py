@@ -13,7 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import aliases, regions
+from .. import aliases, regions, registry
 from ..names import call_site, user_frame
 from ..places import overlapping, positions
 from ..plans import MISSING, Plan, plan_of
@@ -37,10 +37,10 @@ from .taken import Taken, enter
 from .writing import (
     as_constants,
     call,
-    conjugated,
     read,
     reshaped,
     stays_closed,
+    write,
 )
 
 __all__ = ["Sparing", "completed", "overlaps", "record_write", "settle", "unrecorded"]
@@ -172,7 +172,7 @@ def settle(
         if not alone or old.aliases is not None:
             aliases.share(new, old)
         if tensor._base is not None and tensor.is_conj():
-            new = conjugated(tape, new, tensor)
+            new = _conjugated(tape, new, tensor)
         rebind(tensor, version_of(tensor) + pending)
         if alone:
             continue
@@ -200,6 +200,21 @@ def settle(
             note_write(tensor, held, pending)
             above = None if held.constant or regions.parted(tensor) else bound(tensor._base)
             held.stale = held.stale or (above is not None and ends_there(above))  # torch may ask anew
+
+
+def _conjugated(tape: Tape, value: Value, tensor: Tensor) -> Value:
+    """What `tensor`, a conjugated view that was written to, holds as `value`: as a view again, of the conjugate.
+
+    Its other views, ``.real`` say, look into memory of that, which a replay has only if the tape tells of it.
+    """
+    stored = write(tape, _PHYSICALLY, (value,), {}, [value], [None], [torch.conj(tensor)]).outputs[0]
+    made = write(tape, _CONJ, (stored,), {}, [stored], [None], [tensor]).outputs[0]
+    made.constant, made.detached = value.constant, value.detached
+    aliases.share(made, value)
+    return made
+
+
+_CONJ, _PHYSICALLY = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._conj_physical.default)
 
 
 def _note_overlapping(tape: Tape, node: Node, places: Iterable[int]) -> None:

@@ -169,7 +169,7 @@ def record_plain(tape: Tape, plan: Plan, args: tuple[Any, ...], func: Any = None
         value.dtype = result.dtype
         value._tensor = binding
         binding.node = node
-        if views:
+        if views and inputs:  # torch's own backward conjugates numbers, too
             binding.versions = version_of(result), version_of(args[0])  # they share a count once torch hands it out
         else:
             binding.versions = _UNWRITTEN if func is not None else versions_of(result)

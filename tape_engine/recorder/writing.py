@@ -31,7 +31,6 @@ __all__ = [
     "as_stored",
     "begin",
     "call",
-    "conjugated",
     "hold",
     "in_units_of",
     "join_views",
@@ -286,21 +285,8 @@ def turned(tape: Tape, value: Value, tensor: Tensor, base: Tensor, made: Tensor)
     return value
 
 
-def conjugated(tape: Tape, value: Value, tensor: Tensor) -> Value:
-    """What `tensor`, a conjugated view that was written to, holds as `value`: as a view again, of the conjugate.
-
-    Its other views, ``.real`` say, look into memory of that, which a replay has only if the tape tells of it.
-    """
-    stored = write(tape, _PHYSICALLY, (value,), {}, [value], [None], [torch.conj(tensor)]).outputs[0]
-    made = write(tape, _CONJ, (stored,), {}, [stored], [None], [tensor]).outputs[0]
-    made.constant, made.detached = value.constant, value.detached
-    aliases.share(made, value)
-    return made
-
-
 AS_REAL = registry.find(torch.ops.aten.view_as_real.default)
 _CONJ, _NEG = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._neg_view.default)
-_PHYSICALLY = registry.find(torch.ops.aten._conj_physical.default)
 _DETACH, _COPY = registry.find(DETACH), registry.find(torch.ops.aten.copy.default)
 _VIEW = torch.ops.aten.view.default
 

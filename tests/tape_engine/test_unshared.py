@@ -338,6 +338,17 @@ def test_several_writes_to_one_memory_are_each_followed(program: Callable[[Tenso
     torch.testing.assert_close(other.g, gradient)  # type: ignore[attr-defined]
 
 
+def test_torch_itself_conjugates_a_number_on_the_way_back_from_what_listens() -> None:
+    x = torch.rand(3, dtype=torch.float64)
+    with te.record():
+        C = x.sum()
+    y = x.detach().clone().requires_grad_()
+    h = torch.view_as_complex(torch.stack([y, y * 2], -1)).mul(2 + 1j)
+    (g,) = torch.autograd.grad(h.real.sum(), y)
+    torch.testing.assert_close(plain(g), torch.zeros(3, dtype=torch.float64))
+    te.backward(C)
+
+
 @pytest.mark.parametrize("how", ["a product", "a product in place", "a function"])
 def test_a_replay_of_a_write_to_what_is_read_meanwhile_is_refused(how: str) -> None:
     x = torch.rand(3, 3, dtype=torch.float64)
