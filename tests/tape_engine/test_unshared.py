@@ -310,12 +310,15 @@ def a_conjugate_that_is_written_to(base: Tensor, x: Tensor) -> list[Tensor]:
     return [h.real, v.imag, v.real * base]
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(
     "program",
     [lists_beside_views, outs_in_one_memory, a_function_that_writes_to_rows, a_conjugate_that_is_written_to],
     ids=lambda each: each.__name__,
 )
-def test_several_writes_to_one_memory_are_each_followed(program: Callable[[Tensor, Tensor], list[Tensor]]) -> None:
+def test_several_writes_to_one_memory_are_each_followed(
+    program: Callable[[Tensor, Tensor], list[Tensor]], requires_grad: bool
+) -> None:
     def run(x: Tensor) -> Tensor:
         base = x * 1.0
         return sum((each.sin() * (k + 1)).sum() for k, each in enumerate(program(base, x)))  # type: ignore[return-value]
@@ -328,7 +331,7 @@ def test_several_writes_to_one_memory_are_each_followed(program: Callable[[Tenso
 
     x, other = [torch.rand(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     with te.record() as tape:
-        C = run(x)
+        C = run(x.requires_grad_(requires_grad))
     value, gradient = wanted(x)
     assert torch.equal(C.detach(), value)
     torch.testing.assert_close(te.grad(C, x, keep=True)[0], gradient)
