@@ -373,8 +373,8 @@ def expect(written: Sequence[torch.Tensor]) -> None:
         pending = counts[id(tensor if tensor._base is None else tensor._base)]
         group = _group_at(storage_of(tensor)) if pending > 1 else None
         for value in [] if group is None else group.counted():
-            holder, cell = value.tensor, value.kept
-            if holder is not None and unwritten(holder):
+            holder, cell = value.holder, value.kept
+            if holder is not None and bound(holder) is value and unwritten(holder):
                 values_by_tensor[id(holder)].versions += (version_of(holder) + pending,)
             if cell is not None and not cell.own and cell.intact:
                 cell.versions += (version_of(cell.tensor) + pending,)
