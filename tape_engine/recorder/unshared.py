@@ -27,10 +27,10 @@ Tensor = torch.Tensor
 _contents_of = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 
 
-def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 1) -> Any:
+def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], function: Any = None, pending: int = 1) -> Any:
     """``x.add_(1)``: a write to the first argument, the only tensor; returns that, or NotImplemented.
 
-    `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
+    `function` is what runs it, if that is not the overload; `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
     """
     tensor, op = args[0], plan.op
     if not tape.strong or plan.restrides or (op.argument_reads and op.argument_reads[0]):
@@ -46,7 +46,7 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
     if overlaps(old):
         return NotImplemented
     source = old.node
-    result = call(plan.call, args, {}, lazily=False)
+    result = call(function or plan.call, args, {}, lazily=False)
     node = _node(op, (old, *completed(args, {}, plan)[1:]), (old,), (source,))
     node.cut, node.random, node.mutates = is_cut(), plan.random, ((0, 0),)
     node._outputs = new = _made(tensor, node, weakref.ref(node), pending)
@@ -60,8 +60,11 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
     return result
 
 
-def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
-    """Batch norm in training, of input, weight, bias, and the mean and variance that it moves on; or NotImplemented."""
+def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...], function: Any) -> Any:
+    """Batch norm in training, of input, weight, bias, and the mean and variance that it moves on; or NotImplemented.
+
+    `function` is what runs it.
+    """
     op, given, written = plan.op, args[:5], args[3:5]
     inputs = [read(each, tape) for each in given]
     before = inputs[3:]
@@ -74,7 +77,7 @@ def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
     if tape.strict:
         refuse_without_rule(op, inputs)
     sources = tuple([None if value._node is None else value._node() for value in inputs])
-    made = call(plan.call, args, {}, lazily=False)
+    made = function(*args)
     node = _node(op, (*inputs, *args[5:]), tuple(inputs), sources)
     ref, cut = weakref.ref(node), is_cut()
     outputs = [_made(each, node, ref, 0) for each in made] + [_made(each, node, ref, 1) for each in written]
