@@ -190,7 +190,8 @@ class Sweep:
             except Exception as error:
                 raise failed_error(node, [*g] if type(made) is tuple else [g], error) from error
             if type(contributions) is not tuple or len(contributions) != len(inputs):
-                contributions = in_order(contributions, node)
+                alone = type(contributions) is Tensor and len(inputs) == 1
+                contributions = (contributions,) if alone else in_order(contributions, node)
             for value, need, contribution in zip(inputs, needs, contributions):  # noqa: B905 - as long, just asked
                 if contribution is None or not need:
                     continue

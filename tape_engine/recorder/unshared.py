@@ -30,7 +30,8 @@ _contents_of = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], function: Any = None, pending: int = 1) -> Any:
     """``x.add_(1)``: a write to the first argument, the only tensor; returns that, or NotImplemented.
 
-    `function` is what runs it, if that is not the overload; `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
+    `function` is what runs it, if that is not the overload; `pending` is how many writes torch has yet to count: inside
+    the dispatcher, this one.
     """
     tensor, op = args[0], plan.op
     if not tape.strong or plan.restrides or (op.argument_reads and op.argument_reads[0]):
