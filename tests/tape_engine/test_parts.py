@@ -398,7 +398,7 @@ def test_what_a_hook_on_saved_tensors_does_is_replayed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_a_function_that_is_traced_is_traced_whole(short: list[Any]) -> None:
     layer, x = nn.Linear(3, 4), torch.randn(2, 3)
     expected = str(torch.jit.trace(layer, (x,)).graph)  # type: ignore[no-untyped-call]
