@@ -15,7 +15,7 @@ from ..aliases import alone, share
 from ..modules import path
 from ..names import user_frame
 from ..plans import Plan
-from ..tape import Binding, Kept, Node, Tape, Value, forget, values_by_tensor, version_of, versions_of
+from ..tape import Kept, Node, Tape, Value, bind_output
 from .inplace import completed, overlaps
 from .state import call, is_cut
 from .strict import refuse_without_rule
@@ -50,7 +50,7 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], function: Any =
     result = call(function or plan.call, args, {}, lazily=False)
     node = _node(op, (old, *completed(args, {}, plan)[1:]), (old,), (source,))
     node.cut, node.random, node.mutates = is_cut(), plan.random, ((0, 0),)
-    node._outputs = new = _made(tensor, node, weakref.ref(node), pending)
+    node._outputs = new = bind_output(tensor, node, weakref.ref(node), pending)
     if node.cut:
         new.constant = old.constant
     elif op.reads_output:
@@ -81,7 +81,7 @@ def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...], function: A
     made = function(*args)
     node = _node(op, (*inputs, *args[5:]), tuple(inputs), sources)
     ref, cut = weakref.ref(node), is_cut()
-    outputs = [_made(each, node, ref, 0) for each in made] + [_made(each, node, ref, 1) for each in written]
+    outputs = [bind_output(each, node, ref, 0) for each in made] + [bind_output(each, node, ref, 1) for each in written]
     for index, value in enumerate(outputs):
         value.index = index
         value.constant = True
@@ -110,21 +110,6 @@ def _node(op: Any, args: tuple[Any, ...], inputs: tuple[Value, ...], sources: tu
     frame = user_frame()
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
     return Node(op, args, {}, inputs, sources, code, lasti, path())
-
-
-def _made(tensor: Tensor, node: Node, ref: weakref.ref[Node], pending: int) -> Value:
-    """The value that `tensor` holds from now on, made by `node`."""
-    binding = Binding(tensor, forget)
-    binding.value = value = Value(tensor, binding)
-    value._node = ref
-    binding.node = node
-    binding.versions = (count := version_of(tensor), count + pending) if pending else versions_of(tensor)
-    binding.key = key = id(tensor)
-    before = values_by_tensor.get(key)
-    if before is not None and before.value._tensor is before:
-        before.value._tensor = weakref.ref(tensor)
-    values_by_tensor[key] = binding
-    return value
 
 
 def _follow(old: Value, new: Value) -> None:
