@@ -8,6 +8,7 @@ operation without a rule borrows one from ``torch.func.vjp``.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -161,6 +162,7 @@ def borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
             return tuple(each for each, gradient in zip(made, gradients, strict=False) if gradient is not None)
 
         gradients = list(g) if isinstance(g, (tuple, list)) else [g]
+        _load_compiler()
         chosen = [
             tensor.detach() if tensor.grad_fn is not None else tensor
             for tensor, need in zip(tensors, needs, strict=True)
@@ -182,6 +184,16 @@ def borrowed(node: Node, needs: tuple[bool, ...]) -> Any:
         return [next(found) if need else None for need in needs]
 
     return borrowed_grad
+
+
+@functools.cache
+def _load_compiler() -> None:
+    """Loads torch's compiler, as ``torch.func.vjp`` does at its first call.
+
+    Torch 2.8 asks a function mode of its own as it does, and none is asked in a sweep.
+    """
+    with torch._C._EnableTorchFunction():
+        importlib.import_module("torch._dynamo")
 
 
 def _refuse_undifferentiable(forward: Any, tensors: Sequence[Tensor]) -> None:

@@ -18,14 +18,23 @@ import torch
 __all__ = ["close_scope", "listen", "open_scope", "parameter_name", "path", "stop_listening"]
 
 
-class _Here(threading.local):
+class _Now:
+    """Where a thread is."""
+
+    __slots__ = ("depth", "listening", "names", "outermost", "parameters", "path")
+
     def __init__(self) -> None:
         self.listening = 0
-        self.path: list[str] = []  # of scopes, the user's own and those of modules
+        self.path: tuple[str, ...] = ()  # of scopes, the user's own and those of modules
         self.depth = 0  # of module calls
         self.names: dict[int, str] = {}  # of the modules inside the outermost one called
         self.outermost: list[torch.nn.Module] = []  # those called whose parameters are not among the named ones yet
         self.parameters: dict[int, tuple[str, torch.Tensor]] = {}
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.now = _Now()  # asked at every operation: one look into what is the thread's own
 
 
 _here = _Here()
@@ -56,26 +65,26 @@ def _in_scope(original: Any) -> Any:
     """``Module._call_impl``, which runs a module with its hooks, in a scope of its own."""
 
     def calling(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        here = _here
-        if not here.listening:
+        now = _here.now
+        if not now.listening:
             return original(self, *args, **kwargs)
-        if not here.depth:
-            here.names = _names_in(self)
-            here.outermost.append(self)
+        if not now.depth:
+            now.names = _names_in(self)
+            now.outermost.append(self)
         if self._backward_hooks or self._backward_pre_hooks:
             _backward_hook(self)
-        length = len(here.path)
-        here.depth += 1
-        here.path.append(here.names.get(id(self)) or type(self).__name__)
+        outside = now.path
+        now.depth += 1
+        now.path = (*outside, now.names.get(id(self)) or type(self).__name__)
         try:
             if isinstance(self, _ASKING):
                 with _aside():
                     return original(self, *args, **kwargs)
             return original(self, *args, **kwargs)
         finally:
-            if here.depth:
-                here.depth -= 1
-            del here.path[length:]
+            if now.depth:
+                now.depth -= 1
+            now.path = now.path[: len(outside)]
 
     return calling
 
@@ -132,19 +141,21 @@ def listen() -> int:
         _listeners += 1
         if _listeners == 1:
             _hear()
-    _here.listening += 1
-    return len(_here.path)
+    now = _here.now
+    now.listening += 1
+    return len(now.path)
 
 
 def stop_listening(length: int) -> None:
     """Ends what `listen` began, with the scopes that an exception left open."""
     global _listeners
-    _here.listening -= 1
-    del _here.path[length:]
-    if not _here.listening:
-        _here.depth = 0
-        _here.outermost.clear()
-        _here.parameters.clear()
+    now = _here.now
+    now.listening -= 1
+    now.path = now.path[:length]
+    if not now.listening:
+        now.depth = 0
+        now.outermost.clear()
+        now.parameters.clear()
     with _lock:
         _listeners -= 1
         if _listeners == 0:
@@ -153,25 +164,28 @@ def stop_listening(length: int) -> None:
 
 def open_scope(name: str) -> int:
     """Begins a scope of the user's; returns what `close_scope` takes."""
-    _here.path.append(name)
-    return len(_here.path) - 1
+    now = _here.now
+    now.path = (*now.path, name)
+    return len(now.path) - 1
 
 
 def close_scope(length: int) -> None:
     """Ends what `open_scope` began."""
-    del _here.path[length:]
+    now = _here.now
+    now.path = now.path[:length]
 
 
 def path() -> tuple[str, ...]:
     """The scopes that are open, outermost first."""
-    return tuple(_here.path) if _here.path else ()
+    return _here.now.path
 
 
 def parameter_name(tensor: torch.Tensor) -> str | None:
     """The name under which the outermost module called holds `tensor`."""
-    for module in _here.outermost:  # named when a name is first asked for: most steps ask for none
-        _here.parameters.update({id(p): (name, p) for name, p in module.named_parameters()})
-        _here.parameters.update({id(b): (name, b) for name, b in module.named_buffers()})
-    _here.outermost.clear()
-    found = _here.parameters.get(id(tensor))
+    now = _here.now
+    for module in now.outermost:  # named when a name is first asked for: most steps ask for none
+        now.parameters.update({id(p): (name, p) for name, p in module.named_parameters()})
+        now.parameters.update({id(b): (name, b) for name, b in module.named_buffers()})
+    now.outermost.clear()
+    found = now.parameters.get(id(tensor))
     return found[0] if found is not None and found[1] is tensor else None

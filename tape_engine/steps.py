@@ -25,9 +25,10 @@ def order_of(node: Node | None) -> list[Node]:
     if node is None:
         return []
     seen = {node}
-    stack = [node]
+    stack, found = [node], []
     while stack:
         here = stack.pop()
+        found.append(here)
         if not (here.mutates if here.cut else here.op.differentiable):
             continue
         inputs = here.inputs
@@ -37,7 +38,8 @@ def order_of(node: Node | None) -> list[Node]:
                 if value.dtype in DIFFERENTIABLE and not value.constant:
                     seen.add(source)
                     stack.append(source)
-    return sorted(seen, key=_by_seq)
+    found.sort(key=_by_seq)  # in long runs it is, backward
+    return found
 
 
 def all_steps(order: Sequence[Node]) -> Steps:

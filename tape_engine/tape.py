@@ -732,6 +732,23 @@ def bind(tensor: torch.Tensor, value: Value, node: Node | None) -> None:
     values_by_tensor[key] = made
 
 
+def bind_output(tensor: torch.Tensor, node: Node, ref: weakref.ref[Node], pending: int = 0) -> Value:
+    """The value that `tensor` holds from now on, made by `node`, to which `ref` refers.
+
+    It is what `bind` does, with one weak reference for the value's as well. `pending` is how many writes torch has
+    yet to count.
+    """
+    made = Binding(tensor, forget)
+    made.value = value = Value(tensor, made)
+    value._node = ref
+    made.node = node
+    made.versions = (version_of(tensor), version_of(tensor) + pending) if pending else versions_of(tensor)
+    made.key = key = id(tensor)
+    _part(tensor, values_by_tensor.get(key))
+    values_by_tensor[key] = made
+    return value
+
+
 def _part(tensor: torch.Tensor, binding: Binding | None) -> None:
     """Has the value of a binding that goes out of the table refer to its tensor by a reference of its own."""
     if binding is not None and binding.value._tensor is binding:

@@ -41,6 +41,7 @@ __all__ = ["Sweep"]
 
 Tensor = torch.Tensor
 _AUTOGRAD = DispatchKey.AutogradCPU
+_NESTED = {list, tuple}  # the arguments in which there may be values
 
 
 class Sweep:
@@ -171,7 +172,10 @@ class Sweep:
             kwargs = node.kwargs
             if node.args is not inputs:
                 left = iter(given)
-                given = [refill(each, left) for each in node.args]
+                given = [
+                    next(left) if type(each) is Value else refill(each, left) if type(each) in _NESTED else each
+                    for each in node.args
+                ]
                 if kwargs:
                     kwargs = {name: refill(each, left) for name, each in kwargs.items()}
             if op.rule_is_ours is not below and free:
@@ -190,7 +194,8 @@ class Sweep:
             except Exception as error:
                 raise failed_error(node, [*g] if type(made) is tuple else [g], error) from error
             if type(contributions) is not tuple or len(contributions) != len(inputs):
-                contributions = in_order(contributions, node)
+                alone = type(contributions) is Tensor and len(inputs) == 1
+                contributions = (contributions,) if alone else in_order(contributions, node)
             for value, need, contribution in zip(inputs, needs, contributions):  # noqa: B905 - as long, just asked
                 if contribution is None or not need:
                     continue

@@ -14,7 +14,7 @@ from .. import aliases, collector, exits, heap, modules, registry
 from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
-from ..tape import Node, Tape, Value, bound, current_tape, pop_tape, push_tape
+from ..tape import Tape, bound, current_tape, pop_tape, push_tape, values_by_tensor
 from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, mode_of, quietly
@@ -143,27 +143,25 @@ class record:
         with quietly():
             tape.streams.end()
             swept = tape.token.closed_at  # what a sweep inside the block has closed listens no more
-            still_open = [node for node in tape.nodes if node.seq >= swept] if swept else tape.nodes
-            if still_open:
+            if tape.length and tape._nodes[-1].seq >= swept:
                 listen_to(tape.held, tape)
-            for value in _held_by_tensors(still_open):
-                holder = value._tensor()
-                if holder is not None and bound(holder) is value:
+                for holder in _still_held(tape, swept):
                     mark(holder, tape)
             if tape.frozen == tape.length:  # nothing was recorded since
                 rest_leaves(tape.token)
 
 
-def _held_by_tensors(nodes: list[Node]) -> list[Value]:
-    """The values that nodes made and whose tensors are alive: few of many."""
-    found: list[Value] = []
-    for node in nodes:
-        made = node._outputs
-        if type(made) is tuple:
-            found += made
-        elif made._tensor() is not None:  # type: ignore[union-attr]
-            found.append(made)  # type: ignore[arg-type]
-    return found
+def _still_held(tape: Tape, since: int) -> list[Tensor]:
+    """The tensors that hold what nodes of `tape` have made from `since` on: few, of many."""
+    token = tape.token
+    if len(values_by_tensor) < tape.length:
+        known = list(values_by_tensor.values())
+    else:
+        made = [value for node in tape.nodes for value in node.outputs if value.holder is not None]
+        known = [each for value in made if (each := values_by_tensor.get(id(value.holder))) and each.value is value]
+    nodes = [(each, each.node) for each in known]
+    held = [each for each, node in nodes if node is not None and node.tape is token and node.seq >= since]
+    return [tensor for each in held if (tensor := each()) is not None]
 
 
 @contextmanager

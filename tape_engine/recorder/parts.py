@@ -38,6 +38,7 @@ _DTYPES = (torch.float32, torch.float64)
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _contiguous = torch._C.TensorBase.is_contiguous  # torch's own: those of Tensor are wrapped while a block is open
 _t, _view = torch._C.TensorBase.t, torch._C.TensorBase.view
+_add = torch._C.TensorBase.add_
 _select, _transpose = torch._C.TensorBase.select, torch._C.TensorBase.transpose
 _PYTHON = DispatchKey.Python
 
@@ -72,21 +73,21 @@ class Part:
 
     def fill(self, overload: OpOverload, *args: Any) -> Any:
         """The first argument, made here, which an overload writes to."""
-        result = self.update(overload, *args)
+        result = self.update(overload, overload._op, *args)
         return self.write(overload, *args) if result is NotImplemented else result
 
     def write(self, overload: OpOverload, *args: Any) -> Any:
         """What an overload gives that writes to its arguments."""
         return record_write(self._tape, overload, plan_of(overload, args), args, {})
 
-    def move(self, overload: OpOverload, *args: Any) -> Any:
-        """What an overload gives that moves statistics on, which are among its arguments."""
-        result = record_statistics(self._tape, plan_of(overload, args), args)
+    def move(self, overload: OpOverload, function: Any, *args: Any) -> Any:
+        """What `function` gives, which is that overload, and moves statistics on, which are among its arguments."""
+        result = record_statistics(self._tape, plan_of(overload, args), args, function)
         return self.write(overload, *args) if result is NotImplemented else result
 
-    def update(self, overload: OpOverload, *args: Any) -> Any:
-        """The first argument, which an overload writes to."""
-        return record_update(self._tape, plan_of(overload), args, pending=0)
+    def update(self, overload: OpOverload, function: Any, *args: Any) -> Any:
+        """The first argument, which `function` writes to, which is that overload."""
+        return record_update(self._tape, plan_of(overload), args, function, pending=0)
 
 
 # -- the functions -------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def _count(part: Part, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if args[0].dtype is not torch.int64 or not args[0].is_cpu:
         return NotImplemented
-    return part.update(aten.add_.Tensor, *args)
+    return part.update(aten.add_.Tensor, _add, *args)
 
 
 def _batch_norm(
@@ -143,7 +144,7 @@ def _batch_norm(
     for each in (mean, var, weight, bias):
         if each.shape != channels:
             return NotImplemented
-    return part.move(BATCH_NORM, input, weight, bias, mean, var, True, momentum, eps)[0]
+    return part.move(BATCH_NORM, torch.native_batch_norm, input, weight, bias, mean, var, True, momentum, eps)[0]
 
 
 def _layer_norm(part: Part, input: Any, shape: Any, weight: Any, bias: Any, eps: Any) -> Any:
@@ -307,7 +308,8 @@ class _Noting(Part):
     def write(self, overload: OpOverload, *args: Any) -> Any:
         return self(overload, overload, *args)
 
-    draw = fill = update = move = write
+    draw = fill = write
+    update = move = __call__
 
 
 def are_made_so(overloads_of: Callable[..., list[OpOverload]]) -> dict[Any, Callable[..., Any]]:

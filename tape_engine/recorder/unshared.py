@@ -15,7 +15,7 @@ from ..aliases import alone, share
 from ..modules import path
 from ..names import user_frame
 from ..plans import Plan
-from ..tape import Binding, Kept, Node, Tape, Value, forget, values_by_tensor, version_of, versions_of
+from ..tape import Kept, Node, Tape, Value, bind_output
 from .inplace import completed, overlaps
 from .state import call, is_cut
 from .strict import refuse_without_rule
@@ -27,10 +27,11 @@ Tensor = torch.Tensor
 _contents_of = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
 
 
-def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 1) -> Any:
+def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], function: Any = None, pending: int = 1) -> Any:
     """``x.add_(1)``: a write to the first argument, the only tensor; returns that, or NotImplemented.
 
-    `pending` is how many writes torch has yet to count: inside the dispatcher, this one.
+    `function` is what runs it, if that is not the overload; `pending` is how many writes torch has yet to count: inside
+    the dispatcher, this one.
     """
     tensor, op = args[0], plan.op
     if not tape.strong or plan.restrides or (op.argument_reads and op.argument_reads[0]):
@@ -46,10 +47,10 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
     if overlaps(old):
         return NotImplemented
     source = old.node
-    result = call(plan.call, args, {}, lazily=False)
+    result = call(function or plan.call, args, {}, lazily=False)
     node = _node(op, (old, *completed(args, {}, plan)[1:]), (old,), (source,))
     node.cut, node.random, node.mutates = is_cut(), plan.random, ((0, 0),)
-    node._outputs = new = _made(tensor, node, weakref.ref(node), pending)
+    node._outputs = new = bind_output(tensor, node, weakref.ref(node), pending)
     if node.cut:
         new.constant = old.constant
     elif op.reads_output:
@@ -60,8 +61,11 @@ def record_update(tape: Tape, plan: Plan, args: tuple[Any, ...], pending: int = 
     return result
 
 
-def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
-    """Batch norm in training, of input, weight, bias, and the mean and variance that it moves on; or NotImplemented."""
+def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...], function: Any) -> Any:
+    """Batch norm in training, of input, weight, bias, and the mean and variance that it moves on; or NotImplemented.
+
+    `function` is what runs it.
+    """
     op, given, written = plan.op, args[:5], args[3:5]
     inputs = [read(each, tape) for each in given]
     before = inputs[3:]
@@ -74,10 +78,10 @@ def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...]) -> Any:
     if tape.strict:
         refuse_without_rule(op, inputs)
     sources = tuple([None if value._node is None else value._node() for value in inputs])
-    made = call(plan.call, args, {}, lazily=False)
+    made = function(*args)
     node = _node(op, (*inputs, *args[5:]), tuple(inputs), sources)
     ref, cut = weakref.ref(node), is_cut()
-    outputs = [_made(each, node, ref, 0) for each in made] + [_made(each, node, ref, 1) for each in written]
+    outputs = [bind_output(each, node, ref, 0) for each in made] + [bind_output(each, node, ref, 1) for each in written]
     for index, value in enumerate(outputs):
         value.index = index
         value.constant = True
@@ -106,21 +110,6 @@ def _node(op: Any, args: tuple[Any, ...], inputs: tuple[Value, ...], sources: tu
     frame = user_frame()
     code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
     return Node(op, args, {}, inputs, sources, code, lasti, path())
-
-
-def _made(tensor: Tensor, node: Node, ref: weakref.ref[Node], pending: int) -> Value:
-    """The value that `tensor` holds from now on, made by `node`."""
-    binding = Binding(tensor, forget)
-    binding.value = value = Value(tensor, binding)
-    value._node = ref
-    binding.node = node
-    binding.versions = (count := version_of(tensor), count + pending) if pending else versions_of(tensor)
-    binding.key = key = id(tensor)
-    before = values_by_tensor.get(key)
-    if before is not None and before.value._tensor is before:
-        before.value._tensor = weakref.ref(tensor)
-    values_by_tensor[key] = binding
-    return value
 
 
 def _follow(old: Value, new: Value) -> None:

@@ -17,7 +17,7 @@ from ..errors import NotRecordedError, message
 from ..names import call_site, local_name, user_frame
 from ..places import read_view
 from ..registry import Op
-from ..tape import Kept, Node, Tape, Value, bind, bound, rebind, values_by_tensor, version_of
+from ..tape import Kept, Node, Tape, Value, bind, bind_output, bound, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
 from .asked import ends_there, to_be_asked, updated
 from .saved import before_cut, in_backward, unpacked
@@ -187,7 +187,11 @@ def reshaped(node: Node, place: int, old: Value, tensor: Tensor) -> None:
 
 
 def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = None) -> Value:
-    value = _value(tensor)
+    try:
+        value = Value(tensor)
+    except RuntimeError as error:
+        _refuse_nested(tensor, error)
+        raise
     value.name = name or modules.parameter_name(tensor) or local_name(user_frame(), tensor)
     value.closed = closed or (OUTSIDE if _computed(tensor) else "")
     bind(tensor, value, None)
@@ -208,12 +212,9 @@ def _computed(tensor: Tensor) -> bool:
     return tensor.requires_grad and (tensor.grad_fn is not None if base is None else base.requires_grad)
 
 
-def _value(tensor: Tensor) -> Value:
-    try:
-        return Value(tensor)
-    except RuntimeError as error:
-        if not tensor.is_nested:
-            raise
+def _refuse_nested(tensor: Tensor, error: RuntimeError) -> None:
+    """Says so, where a tensor could not be described because it is nested."""
+    if tensor.is_nested:
         raise NotRecordedError(
             message(
                 "a nested tensor of strided layout has no one shape, and cannot be recorded.",
@@ -353,11 +354,13 @@ def outputs_of(node: Node, made: Sequence[Tensor]) -> tuple[Value, ...]:
     ref = weakref.ref(node)
     outputs: list[Value] = []
     for tensor in made:
-        value = _value(tensor)
-        value._node = ref
+        try:
+            value = bind_output(tensor, node, ref)
+        except RuntimeError as error:
+            _refuse_nested(tensor, error)
+            raise
         if outputs:
             value.index = len(outputs)
-        bind(tensor, value, node)
         outputs.append(value)
     return tuple(outputs)
 

@@ -94,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     few = 30 if options.quick else 300
     size = 2 if options.quick else None
     small = rounds if options.quick else 5 * rounds
+    close = rounds if options.quick else 3 * rounds  # where the ways lie close together, and one busy second tells
     # Those beside others come last: once those are loaded, whatever runs in Python takes longer.
     alone: list[Callable[[Callable[[str], None]], Table]] = [
-        lambda tell: steps.chain(30 if options.quick else 300, rounds, on_run=tell),
-        *((lambda tell, model=model: models.step(model, rounds, batch=size, on_run=tell)) for model in models.MODELS),
+        lambda tell: steps.chain(30 if options.quick else 300, close, on_run=tell),
+        *((lambda tell, model=model: models.step(model, close, batch=size, on_run=tell)) for model in models.MODELS),
         lambda tell: replay.tiny(60 if options.quick else 3_000, rounds, on_run=tell),
         lambda tell: replay.tiny(60 if options.quick else 3_000, rounds, products=True, on_run=tell),
     ]

@@ -369,11 +369,17 @@ def given(args: tuple[Any, ...], place: int, other: Any) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", FAILING)
 def test_a_call_that_fails_fails_as_torch_does(name: str) -> None:
-    with pytest.raises(Exception) as expected:  # noqa: PT011 - whatever torch raises
-        FAILING[name]()
-    with te.record(), pytest.raises(type(expected.value)) as raised:
-        FAILING[name]()
-    assert str(raised.value).splitlines()[0] == str(expected.value).splitlines()[0]
+    def failure() -> tuple[type, str] | None:
+        try:
+            FAILING[name]()
+        except Exception as error:  # whatever torch raises
+            return type(error), str(error).splitlines()[0]
+        return None
+
+    expected = failure()
+    assert expected is not None or name == "batch_norm, eps"  # which torch 2.8 takes
+    with te.record():
+        assert failure() == expected
 
 
 def test_what_a_hook_on_saved_tensors_does_is_replayed() -> None:
@@ -392,6 +398,7 @@ def test_what_a_hook_on_saved_tensors_does_is_replayed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_a_function_that_is_traced_is_traced_whole(short: list[Any]) -> None:
     layer, x = nn.Linear(3, 4), torch.randn(2, 3)
     expected = str(torch.jit.trace(layer, (x,)).graph)  # type: ignore[no-untyped-call]
