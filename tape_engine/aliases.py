@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -43,7 +42,7 @@ __all__ = [
     "Aliases",
     "changed_outside",
     "count_together",
-    "expect",
+    "counted_with",
     "expose",
     "forget_exposed",
     "join",
@@ -283,6 +282,12 @@ def neighbours(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [t for t in holders if t is not tensor and overlap(t, tensor)]
 
 
+def counted_with(tensor: torch.Tensor) -> list[Value]:
+    """The values that still matter of the tensors whose writes torch counts together with those of `tensor`."""
+    group = _group_at(storage_of(tensor))
+    return [] if group is None else group.counted()
+
+
 def parted_from(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The live tensors that torch takes for views of the same base as `tensor`, or for that, and have other memory."""
     group = _group_at(storage_of(tensor))
@@ -364,20 +369,6 @@ def protect(tensor: torch.Tensor, value: Value) -> list[tuple[Kept | None, torch
         if unwritten(holder) and not (storage_of(holder) == storage and overlap(holder, tensor)):
             spared.append((None, holder))
     return spared
-
-
-def expect(written: Sequence[torch.Tensor]) -> None:
-    """Torch has yet to count a write for each tensor that an operation wrote to: several, where they share a count."""
-    counts = Counter(id(t if t._base is None else t._base) for t in written)
-    for tensor in {id(t): t for t in written}.values():
-        pending = counts[id(tensor if tensor._base is None else tensor._base)]
-        group = _group_at(storage_of(tensor)) if pending > 1 else None
-        for value in [] if group is None else group.counted():
-            holder, cell = value.holder, value.kept
-            if holder is not None and bound(holder) is value and unwritten(holder):
-                values_by_tensor[id(holder)].versions += (version_of(holder) + pending,)
-            if cell is not None and not cell.own and cell.intact:
-                cell.versions += (version_of(cell.tensor) + pending,)
 
 
 def _copy(tensor: torch.Tensor, asked: bool) -> torch.Tensor:

@@ -75,6 +75,8 @@ def _way_around(value: Value) -> str:
         return f"pass keep=True to the first sweep, or go on from te.stop_gradient({name})"
     if value.closed == recorder.SWEEP:
         return "pass record=True to that sweep"
+    if value.closed == recorder.IN_TURN:
+        return "give it copies of what it reads: .clone()"
     if value.closed == recorder.OVERLAPPED:
         return "write to a copy of it: .clone()"
     if value.closed == recorder.RESHAPED:

@@ -27,6 +27,7 @@ from .layouts import demand
 from .listening import Recorded, forget_leaves, listen_to, rest_leaves
 from .mode import quietly, recording
 from .state import (
+    IN_TURN,
     MOVED,
     ONCE,
     OUTSIDE,
@@ -48,6 +49,7 @@ from .writing import ALIAS, read, settle
 
 __all__ = [
     "ALIAS",
+    "IN_TURN",
     "MOVED",
     "ONCE",
     "OUTSIDE",

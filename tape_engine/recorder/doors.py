@@ -15,7 +15,6 @@ from ..errors import DTypeError, message
 from ..names import call_site, user_frame
 from ..registry import Op
 from ..tape import Tape, bound, current_tape, pop_tape, push_tape, values_by_tensor
-from .functions import operands_note
 from .listening import listen, listen_to, mark, rest_leaves
 from .mode import Mode, mode_of, quietly
 from .moved import read_views, set_data
@@ -23,7 +22,7 @@ from .shortcut import Shortcut, left_out
 from .state import current_tape_is_global, detaching, state, tensors_in, values_alone
 from .streams import Streams
 from .strict import refuse_without_rule
-from .taken import Taken, enter
+from .taken import Taken, enter, operands_note
 from .writing import as_constants, begin, join_views, read, stays_closed, undo, write
 
 __all__ = ["pause", "record", "scope", "stop_gradient"]

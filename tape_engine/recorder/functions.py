@@ -22,17 +22,18 @@ from .. import aliases, exits, regions
 from ..errors import TapeWarning, message
 from ..names import call_site, user_frame
 from ..registry import Op
-from ..tape import Node, Tape, Value, bind, bound, current_tape, describe, unbind, unwritten
+from ..tape import Node, Tape, Value, bind, bound, current_tape, unbind, unwritten
 from .called import is_freezing, record_call
 from .contexts import Call, Run, Saved, by_input, call_in, context_of, no_gradient_lost, sets_up_apart
 from .inplace import Sparing, settle
 from .listening import Recorded, listen
 from .mode import quietly
+from .several import beside
 from .state import ONCE, current_tape_is_global, is_cut, state, tensors_in
-from .taken import Taken
+from .taken import Taken, operands_note
 from .writing import ALIAS, hold, join_views, read, stays_closed, undo, write
 
-__all__ = ["FunctionOp", "operands_note"]
+__all__ = ["FunctionOp"]
 
 Tensor = torch.Tensor
 _Function = torch.autograd.Function
@@ -276,7 +277,7 @@ def _follow_writes(
     if any(sum(regions.shares(each, other) for other in given) > 1 for each in dirty):
         how = "gives a function memory that it writes to in more than one argument"
         tape.disordered = how, "give it copies: .clone()", call_site(user_frame())
-    spared = [(c, t) for c, t in spared if not any(regions.shares(t, each) for each in dirty)]
+    spared = beside(spared, dirty)
     run.call.dirty = tuple(i for i, each in enumerate(args) if any(each is t for t in dirty))
     written = [(i, t) for i, t in enumerate(made) if any(t is each for each in dirty)]
     before = [taken.inputs[next(i for i, t in enumerate(taken.tensors) if t is tensor)] for _, tensor in written]
@@ -334,14 +335,6 @@ def _may_write(cls: Any) -> bool:
         for each in (cls.forward, cls.setup_context)
         for code in [getattr(inspect.unwrap(each), "__code__", None)]
     )
-
-
-def operands_note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """What is noted on an error that the body of an operation raised."""
-    names = [*op.parameters, *("" for _ in args)]
-    pairs = [*zip(names, args, strict=False), *kwargs.items()]
-    shown = [(name, describe(each)) for name, each in pairs if isinstance(each, Tensor)]
-    return message(f"in the operation {op.name}, called", where=call_site(user_frame()), operands=shown)
 
 
 def _warn_of_transforms(cls: Any) -> None:

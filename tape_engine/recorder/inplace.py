@@ -30,8 +30,9 @@ from ..tape import (
 )
 from .asked import ends_there, note_write, updated
 from .moved import given_memory, part
+from .several import beside, expect, read_in_turn
 from .spreading import spread
-from .state import LIFT, OVERLAPPED, is_cut, tensors_in
+from .state import IN_TURN, LIFT, OVERLAPPED, is_cut, tensors_in
 from .strict import refuse_without_rule
 from .taken import Taken, enter
 from .writing import (
@@ -71,8 +72,8 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         wholes = [None if tensor._base is None else read(tensor._base, tape) for tensor in written]
         for tensor, value in zip(written, before, strict=True):
             spared += aliases.protect(tensor, value)
-        if len(written) > 1:  # what one of the writes spares another may not
-            spared = [(c, t) for c, t in spared if not any(regions.shares(t, each) for each in written)]
+        if len(written) > 1:
+            spared = beside(spared, written)
         if plan.statistics:  # which are the last, and moved on before all others are read
             others = taken.tensors[: -len(written)]
             confused = any(regions.shares(each, tensor) for tensor in written for each in others)
@@ -86,6 +87,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
             how = "writes to memory that the same operation reads at other places"
             tape.disordered = how, "give it a copy of what it reads: .clone()", call_site(user_frame())
     clashing = len(written) > 1 and regions.meeting(written)
+    in_turn = len(written) > 1 and read_in_turn(args, written)
     result = call(plan.call, args, kwargs, lazily=False)
     if result is written[0]:
         fresh, made = [], written
@@ -121,9 +123,11 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         restrides=plan.restrides,
     )
     if len(written) > 1:
-        aliases.expect(written)
+        expect(written)
     if clashing:
-        _note_overlapping(tape, node, range(first, len(made)))
+        _note_disorder(tape, node, range(first, len(made)), OVERLAPPED)
+    if in_turn:
+        _note_disorder(tape, node, range(first, len(made)), IN_TURN)
     if node.cut and (plan.outs or plan.restrides):
         for place, (tensor, old) in enumerate(zip(written, before, strict=True), start=first):
             if tensor._base is not None and old.shape != tensor.shape:
@@ -161,7 +165,7 @@ def settle(
     for k, (place, tensor, old) in enumerate(zip(places, written, before, strict=True)):
         new = node.outputs[place]
         if not restrides and node.op.forward not in _IN_ORDER and overlaps(old):
-            _note_overlapping(tape, node, [place])
+            _note_disorder(tape, node, [place], OVERLAPPED)
         if not tape.strong:  # which lets go of the node, if nobody reads what it wrote
             old.ended = node.seq
         # Under no_grad torch lets the gradient of a tensor pass over a write as if it had not been.
@@ -217,14 +221,19 @@ def _conjugated(tape: Tape, value: Value, tensor: Tensor) -> Value:
 _CONJ, _PHYSICALLY = registry.find(torch.ops.aten._conj.default), registry.find(torch.ops.aten._conj_physical.default)
 
 
-def _note_overlapping(tape: Tape, node: Node, places: Iterable[int]) -> None:
-    """Several elements of the outputs of `node` at `places` lie in one place, and torch does not say which stays."""
-    how = "writes to elements several of which lie in one place"
-    tape.disordered = how, "write to a copy of it: .clone()", call_site(user_frame())
+def _note_disorder(tape: Tape, node: Node, places: Iterable[int], reason: str) -> None:
+    """What `node` made at `places` depends on which of several elements it wrote, or read, first."""
+    how, fix = _DISORDER[reason]
+    tape.disordered = how, fix, call_site(user_frame())
     if not node.cut:
         for place in places:
-            node.outputs[place].closed = OVERLAPPED
+            node.outputs[place].closed = reason
 
+
+_DISORDER = {
+    OVERLAPPED: ("writes to elements several of which lie in one place", "write to a copy of it: .clone()"),
+    IN_TURN: ("reads for one item of a list what it writes for another", "give it copies of what it reads: .clone()"),
+}
 
 #: Products, with the place of the first factor among the tensors that they are given.
 _FACTORS = {getattr(torch.ops.aten, name).default: 0 for name in ("mm", "bmm", "mv")}

@@ -15,6 +15,7 @@ from ..tape import current_tape
 
 __all__ = [
     "DETACH",
+    "IN_TURN",
     "LIFT",
     "MOVED",
     "ONCE",
@@ -75,6 +76,7 @@ UNFOLLOWED = "has some memory in common with a tensor that was written to, and n
 
 
 OVERLAPPED = "was computed in place by a write to elements several of which lie in one place, in no known order"
+IN_TURN = "was computed in place by an operation on lists that reads for one item what it writes for another"
 
 
 OUTSIDE = "was computed by torch operations outside the recording"
@@ -85,7 +87,7 @@ PARTED = "is a view of other memory than its base has since x.data = y or set_, 
 RESHAPED = "was computed, and given contents of another shape or dtype since, without its gradient"
 
 #: Of what is closed for one of these reasons nobody knows from what it was computed.
-UNKNOWN = {OVERLAPPED, UNSEEN, UNFOLLOWED, MOVED, PARTED, RESHAPED, ONCE}
+UNKNOWN = {OVERLAPPED, IN_TURN, UNSEEN, UNFOLLOWED, MOVED, PARTED, RESHAPED, ONCE}
 
 
 LIFT = torch.ops.aten.lift_fresh.default

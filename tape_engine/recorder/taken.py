@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from ..errors import message
+from ..names import call_site, user_frame
 from ..registry import Op
-from ..tape import Kept, Node, Tape, Value
+from ..tape import Kept, Node, Tape, Value, describe
 from .state import is_cut
 from .writing import read, write
 
-__all__ = ["BARE", "Taken", "enter"]
+__all__ = ["BARE", "Taken", "enter", "operands_note"]
 
 Tensor = torch.Tensor
 
@@ -81,3 +83,11 @@ def enter(taken: Taken, made: Sequence[Tensor]) -> Node:
     """Records the call whose arguments were `taken`, and which made the tensors `made`."""
     t = taken
     return write(t.tape, t.op, t.args, t.kwargs, t.inputs, t.kept, made, sources=t.sources, cut=is_cut())
+
+
+def operands_note(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What is noted on an error that the body of an operation raised."""
+    names = [*op.parameters, *("" for _ in args)]
+    pairs = [*zip(names, args, strict=False), *kwargs.items()]
+    shown = [(name, describe(each)) for name, each in pairs if isinstance(each, Tensor)]
+    return message(f"in the operation {op.name}, called", where=call_site(user_frame()), operands=shown)

@@ -412,3 +412,42 @@ def test_statistics_and_weights_with_gaps_between_them(training: bool, channels_
         C = run(x, weight, mean, var)
     for ours, wanted in zip(te.grad(C, [x, weight]), theirs, strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("lists", ["addcmul", "mul", "one's own"])
+def test_a_list_whose_items_read_what_others_write(lists: str, cut: bool) -> None:
+    """Torch takes them in turn: by then the contents are others than those that were given."""
+
+    def run(x: Tensor) -> Tensor:
+        base = x * 1.0
+        a, b = base[0], base[1]
+        with torch.set_grad_enabled(not cut):
+            if lists == "addcmul":
+                torch._foreach_addcmul_([a, b], [b, a], [b, a], value=0.3)
+            elif lists == "mul":
+                torch._foreach_mul_([a, b], [b.clone(), a])
+            else:
+                torch._foreach_mul_([a, b], [a, b])
+        return (a.sin() * x[1]).sum() + (b * b).sum()
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    y = x.clone()
+    expected = run(x)
+    with te.record() as tape:
+        C = run(y)
+    assert torch.equal(C, expected)
+    if lists == "one's own":
+        torch.testing.assert_close(tape.program(outputs=C)(), expected)
+        (ours,) = te.grad(C, y)
+        assert ours is not None
+        if not cut:
+            leaf = x.clone().requires_grad_()
+            (theirs,) = torch.autograd.grad(run(leaf), leaf)
+            torch.testing.assert_close(ours, theirs)
+        return
+    with pytest.raises(te.TapeError, match="in an order that torch does not tell"):
+        tape.program(outputs=C)
+    if not cut:
+        with pytest.raises(te.TapeError, match="reads for one item what it writes for another"):
+            te.grad(C, y)
