@@ -117,5 +117,6 @@ def hold_heap(leaf: torch.Tensor) -> None:
     Nothing is done while the heap ends where it did the last time.
     """
     global _pin
-    if _settled and _top is not None and (_pin is None or _top(0) != _pin.end):
+    pin = _pin  # another thread's leaf may go meanwhile
+    if _settled and _top is not None and (pin is None or _top(0) != pin.end):
         _pin = _Pin(leaf)

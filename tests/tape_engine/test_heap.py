@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from tape_engine import heap
 
 FAULTS = """
 import json, resource
@@ -72,3 +76,15 @@ for block in blocks[2:6]:
 """,
     )
     assert found[2] < 1_000, "of 27,648 pages"
+
+
+def test_a_leaf_of_another_thread_goes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def top(_: int) -> int:
+        heap._pin = None  # as the other thread does
+        return 1
+
+    for name, value in {"_settled": True, "_top": top, "_pin": SimpleNamespace(end=0), "_Pin": id}.items():
+        monkeypatch.setattr(heap, name, value)
+    leaf = torch.zeros(1)
+    heap.hold_heap(leaf)
+    assert heap._pin == id(leaf)
