@@ -87,4 +87,4 @@ def test_a_leaf_of_another_thread_goes_meanwhile(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(heap, name, value)
     leaf = torch.zeros(1)
     heap.hold_heap(leaf)
-    assert heap._pin == id(leaf)
+    assert vars(heap)["_pin"] == id(leaf)
