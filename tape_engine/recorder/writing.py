@@ -15,7 +15,7 @@ import torch
 from .. import aliases, modules, regions, registry
 from ..errors import NotRecordedError, message
 from ..names import call_site, local_name, user_frame
-from ..places import read_view
+from ..places import read_view, write_view
 from ..registry import Op
 from ..tape import Kept, Node, Tape, Value, bind, bind_output, bound, rebind, values_by_tensor, version_of
 from ..warned import warn_of_hook
@@ -200,6 +200,40 @@ def _leaf(tensor: Tensor, tape: Tape, *, closed: str = "", name: str | None = No
     tape.hold(tensor)
     if tape.strong and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
         warn_of_hook(tensor, "a hook on its gradient asks for", stacklevel=2)
+    group = value._aliases
+    if tape.strong and not value.closed and group is not None and len(group.members) > 1:
+        return _written_by_another(tensor, value, tape)
+    return value
+
+
+def _written_by_another(tensor: Tensor, value: Value, tape: Tape) -> Value:
+    """What `tensor`, first read here and no view to torch, holds: an alias of it may have been written to before.
+
+    It is as if it had been read before that write as well: its contents are read off the alias, and its gradient
+    passes over the write.
+    """
+    for held in value._aliases.alive():
+        other, node = held.tensor, held.node
+        if other is None or node is None or node.tape is not tape.token or not regions.overlap(other, tensor):
+            continue
+        if node.op.forward is not write_view and all(place != held.index for _, place in node.mutates):
+            continue
+        alike = as_stored(tensor, other) is tensor and tensor.dtype == other.dtype
+        if alike and regions.contains(other, tensor):
+            args: tuple[Any, ...] = (held, value, *regions.place_of(tensor, other))
+            past = write(tape, read_view, (held, *args[2:]), {}, args[:2], [None, None], [tensor], cut=True)
+        elif alike and regions.contains(tensor, other):
+            args = (value, held, *regions.place_of(other, tensor))
+            past = write(tape, write_view, args, {}, args[:2], [None, None], [tensor], cut=True)
+        else:
+            how = "a write to another tensor that has some of its memory"
+            tape.unfollowed = how, call_site(user_frame())
+            continue
+        past.mutates = ((past.inputs.index(value), 0),)
+        made = past.outputs[0]
+        made.constant, made.detached, made.name = value.constant, value.detached, value.name
+        aliases.share(made, held)
+        value = made
     return value
 
 

@@ -490,3 +490,41 @@ def test_a_replay_of_a_write_to_what_the_operation_reads_is_refused(copies: bool
     value, gradients = wanted(f, others)
     close(tape.program(inputs=(x, w), outputs=C).step(*others), value)
     agree(others, gradients)
+
+
+@pytest.mark.parametrize(
+    ("alias", "through"),
+    [
+        (lambda x: x.detach(), "whole"),
+        (lambda x: x.data, "part"),
+        (lambda x: x[0].detach(), "whole"),
+        (lambda x: x.data[0], "whole"),
+        (lambda x: x.data[0], "part"),
+    ],
+)
+def test_an_alias_that_is_first_read_after_a_write_is_replayed(alias: Callable[[Tensor], Tensor], through: str) -> None:
+    """It was made outside the block, and nothing tells of it but that it has the memory that is written to."""
+
+    def run(whole: Tensor, part: Tensor, w: Tensor) -> Tensor:
+        written, read = (whole, part) if through == "whole" else (part, whole)
+        written.mul_(2)
+        total = (read * w).sum() + (read * read).sum()
+        written.add_(w.detach())
+        return total + (read * w).sin().sum()
+
+    def made() -> tuple[Tensor, Tensor, Tensor]:
+        whole = torch.arange(6, dtype=torch.float64).reshape(2, 3)
+        return whole, alias(whole), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+
+    reference, ours = made(), made()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        expected = run(*reference)
+    with te.record() as tape:
+        C = run(*ours)
+    assert torch.equal(C, expected)
+    (theirs,) = torch.autograd.grad(expected, reference[2])
+    torch.testing.assert_close(te.grad(C, ours[2], keep=True)[0], theirs)
+    replay = tape.program(outputs=C)
+    with torch.no_grad():
+        torch.testing.assert_close(replay(), run(*reference))
+    torch.testing.assert_close(ours[0], reference[0])
