@@ -128,7 +128,8 @@ def _read_off(tape: Tape, base: Tensor, of_base: Value, other: Tensor, held: Val
     place = regions.place_of(other, base)
     above = None if other._base is None else bound(other._base)
     constant = held is not None and (held.constant or (above is not None and above.constant))  # a view of one is one
-    past = held is not None and (of_base.constant or detached or held.detached) and not constant
+    apart = detached or (held is not None and (held.detached or (above is None and updated(held, held.node).leaf)))
+    past = held is not None and (of_base.constant or apart) and not constant
     # A write through a detached alias, or seen by one, changes the contents; the gradient passes over it, as in torch.
     inputs = [of_base, held] if past and held is not None else [of_base]
     node = write(tape, read_view, (of_base, *place), {}, inputs, [None] * len(inputs), [other], cut=past)

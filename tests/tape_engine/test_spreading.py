@@ -528,3 +528,22 @@ def test_an_alias_that_is_first_read_after_a_write_is_replayed(alias: Callable[[
     with torch.no_grad():
         torch.testing.assert_close(replay(), run(*reference))
     torch.testing.assert_close(ours[0], reference[0])
+
+
+@pytest.mark.parametrize("alias", [lambda x: x.detach(), lambda x: x.data, lambda x: x.data[0]])
+def test_the_gradient_of_an_alias_from_outside_passes_over_writes_to_what_it_is_of(
+    alias: Callable[[Tensor], Tensor],
+) -> None:
+    def run(whole: Tensor, part: Tensor) -> Tensor:
+        total = (part * part).sum()
+        with torch.no_grad():
+            whole.add_(1)
+        return total + part.sin().sum()
+
+    whole, other = (torch.arange(6, dtype=torch.float64).reshape(2, 3) for _ in range(2))
+    ours, reference = alias(whole), alias(other).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        (theirs,) = torch.autograd.grad(run(other, reference), reference)
+    with te.record():
+        C = run(whole, ours)
+    torch.testing.assert_close(te.grad(C, ours)[0], theirs)
