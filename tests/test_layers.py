@@ -80,6 +80,7 @@ LINES = 400
 LONG = {
     "tape_engine/tape.py": "the data model, which is best read in one place",
     "tape_engine/registry.py": "an operation's whole record, with the samples that it carries",
+    "tape_engine/recorder/writing.py": "to read a value may be to write nodes, and the other way round",
     "tape_engine/exits.py": "the one list of what torch does unheard: a wrapper of a few lines for each",
     "tape_engine/program/backends/python.py": "a writer whose methods all write to one function",
     "dev.py": "it stands alone: it runs before anything is installed",
