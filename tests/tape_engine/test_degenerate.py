@@ -539,3 +539,18 @@ def added(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", USES)
 def test_a_tensor_used_a_thousand_times(name: str) -> None:
     check(USES[name], real(4))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_statistics_that_are_columns_have_the_gradient_of_their_copies(affine: bool) -> None:
+    """Torch's kernel takes it that their elements lie one after the other, and gives another gradient."""
+    x, weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.rand(3, dtype=torch.float64) + 0.5
+    table = torch.rand(3, 4, dtype=torch.float64) + 0.5
+    given = weight.requires_grad_() if affine else None
+    leaves = [x, weight] if affine else [x]
+    expected = F.batch_norm(x, table[:, 0].clone(), table[:, 2].clone(), given, None, False)
+    theirs = torch.autograd.grad(expected.sin().sum(), leaves)
+    with te.record():
+        C = F.batch_norm(x, table[:, 0], table[:, 2], given, None, False).sin().sum()
+    for ours, gradient in zip(te.grad(C, leaves), theirs, strict=True):
+        torch.testing.assert_close(ours, gradient)
