@@ -154,11 +154,11 @@ def _still_held(tape: Tape, since: int) -> list[Tensor]:
     """The tensors that hold what nodes of `tape` have made from `since` on: few, of many."""
     token = tape.token
     if len(values_by_tensor) < tape.length:
-        known = list(values_by_tensor.values())
+        bindings = list(values_by_tensor.values())
     else:
-        made = [value for node in tape.nodes for value in node.outputs if value.holder is not None]
-        known = [each for value in made if (each := values_by_tensor.get(id(value.holder))) and each.value is value]
-    nodes = [(each, each.node) for each in known]
+        made = [tensor for node in tape.nodes for value in node.outputs if (tensor := value.holder) is not None]
+        bindings = [each for tensor in made if (each := values_by_tensor.get(id(tensor))) is not None]
+    nodes = [(each, each.node) for each in bindings]
     held = [each for each, node in nodes if node is not None and node.tape is token and node.seq >= since]
     return [tensor for each in held if (tensor := each()) is not None]
 

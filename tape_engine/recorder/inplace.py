@@ -30,7 +30,7 @@ from ..tape import (
 )
 from .asked import ends_there, note_write, updated
 from .moved import given_memory, part
-from .several import beside, expect, read_in_turn
+from .several import beside, expect, in_disorder
 from .spreading import spread
 from .state import IN_TURN, LIFT, OVERLAPPED, is_cut, tensors_in
 from .strict import refuse_without_rule
@@ -86,8 +86,7 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
         if confused:
             how = "writes to memory that the same operation reads at other places"
             tape.disordered = how, "give it a copy of what it reads: .clone()", call_site(user_frame())
-    clashing = len(written) > 1 and regions.meeting(written)
-    in_turn = len(written) > 1 and read_in_turn(args, written)
+    disorder = in_disorder(args, written) if len(written) > 1 else ""
     result = call(plan.call, args, kwargs, lazily=False)
     if result is written[0]:
         fresh, made = [], written
@@ -124,10 +123,8 @@ def record_write(tape: Tape, func: OpOverload, plan: Plan, args: tuple[Any, ...]
     )
     if len(written) > 1:
         expect(written)
-    if clashing:
-        _note_disorder(tape, node, range(first, len(made)), OVERLAPPED)
-    if in_turn:
-        _note_disorder(tape, node, range(first, len(made)), IN_TURN)
+    if disorder:
+        _note_disorder(tape, node, range(first, len(made)), disorder)
     if node.cut and (plan.outs or plan.restrides):
         for place, (tensor, old) in enumerate(zip(written, before, strict=True), start=first):
             if tensor._base is not None and old.shape != tensor.shape:

@@ -10,8 +10,9 @@ import torch
 
 from .. import aliases, regions
 from ..tape import Kept, bound, unwritten, values_by_tensor, version_of
+from .state import IN_TURN, OVERLAPPED
 
-__all__ = ["beside", "expect", "read_in_turn"]
+__all__ = ["beside", "expect", "in_disorder"]
 
 Tensor = torch.Tensor
 Spared = list[tuple[Kept | None, Tensor]]
@@ -35,7 +36,14 @@ def expect(written: Sequence[Tensor]) -> None:
                 cell.versions += (version_of(cell.tensor) + pending,)
 
 
-def read_in_turn(args: Sequence[Any], written: Sequence[Tensor]) -> bool:
+def in_disorder(args: Sequence[Any], written: Sequence[Tensor]) -> str:
+    """Why what the tensors hold afterwards depends on which of them is written to first, or ""."""
+    if _read_in_turn(args, written):
+        return IN_TURN
+    return OVERLAPPED if regions.meeting(written) else ""
+
+
+def _read_in_turn(args: Sequence[Any], written: Sequence[Tensor]) -> bool:
     """Whether an operation on lists, which takes their items in turn, reads for one what it writes for another."""
     lists = [each for each in args if isinstance(each, (list, tuple)) and each and isinstance(each[0], Tensor)]
     if not lists or [id(each) for each in lists[0]] != [id(each) for each in written]:

@@ -81,10 +81,10 @@ def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...], function: A
     made = function(*args)
     node = _node(op, (*inputs, *args[5:]), tuple(inputs), sources)
     ref, cut = weakref.ref(node), is_cut()
-    outputs = [bind_output(each, node, ref, 0) for each in made] + [bind_output(each, node, ref, 1) for each in written]
+    outputs = [bind_output(each, node, ref) for each in made] + [bind_output(each, node, ref, 1) for each in written]
     for index, value in enumerate(outputs):
         value.index = index
-        value.constant = True
+        value.constant = cut or index >= 3  # no gradient passes through statistics
     node.outputs, node.outputs_tuple = tuple(outputs), True
     node.mutates = (3, 3), (4, 4)
     moved = outputs[3:]
@@ -96,7 +96,6 @@ def record_statistics(tape: Tape, plan: Plan, args: tuple[Any, ...], function: A
         node.ordinary = True
         cells: list[Kept | None] = []
         for value, each in zip(outputs, made, strict=False):
-            value.constant = False
             wanted = op.reads_output_at(value.index, 5)
             cells.append(value.keep(_contents_of(each), own=True) if wanted else None)
         node.saved = (*kept, None, None, *cells, None, None)

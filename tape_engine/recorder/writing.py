@@ -212,9 +212,13 @@ def _written_by_another(tensor: Tensor, value: Value, tape: Tape) -> Value:
     It is as if it had been read before that write as well: its contents are read off the alias, and its gradient
     passes over the write.
     """
-    for held in value._aliases.alive():
-        other, node = held.tensor, held.node
-        if other is None or node is None or node.tape is not tape.token or not regions.overlap(other, tensor):
+    for ref in [*value._aliases.members]:
+        held = ref()
+        node = None if held is None else held.node
+        if node is None or node.tape is not tape.token:  # at first all that there is of a counter, at each step
+            continue
+        other = held.tensor
+        if other is None or not regions.overlap(other, tensor):
             continue
         if node.op.forward is not write_view and all(place != held.index for _, place in node.mutates):
             continue
